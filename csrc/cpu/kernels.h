@@ -1,0 +1,72 @@
+// Inner loops over blocks of entries that fit in the first-level cache. They are compiled once for
+// each level of SIMD, and the widest that the processor has is picked at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace torchalignprune {
+
+enum class Element : uint8_t { f32, f64, f16, bf16 };
+
+template <class Acc>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = uint64_t;
+};
+
+// A key is an unsigned integer that orders as its score does. The largest one marks an entry that
+// is no candidate; as a float it would be NaN, so no score has it.
+template <class Key>
+inline constexpr Key not_a_candidate = static_cast<Key>(~Key{0});
+
+template <class Acc>
+struct ScoreKernels {
+  using Key = typename KeyOf<Acc>::type;
+
+  // out[i] = source[i * stride], widened.
+  void (*widen)(Element element, const void* source, int64_t stride, int64_t n, Acc* out);
+
+  // Keys of the scores `value`, `magnitude` and `worth` (checks.h), in this order. `reference`,
+  // `column` and `mask` may be null. Returns whether a candidate's score is NaN.
+  using ToKeys = bool (*)(
+      const Acc* weight, const Acc* reference, Acc row, const Acc* column, const uint8_t* mask,
+      int64_t n, Key* keys);
+  ToKeys to_keys[3];
+
+  // Copies the keys in [low, low + span] to `out`, which has room for n + 16, and adds their number
+  // to `found`; returns how many keys are below `low`.
+  int64_t (*scan)(const Key* keys, int64_t n, Key low, Key span, Key* out, int64_t* found);
+
+  // mask[i] = key > threshold, or >= with `keep_equal`; returns how many are equal.
+  int64_t (*keep)(const Key* keys, int64_t n, Key threshold, bool keep_equal, uint8_t* mask);
+};
+
+struct Kernels {
+  const char* level;
+  ScoreKernels<float> f32;
+  ScoreKernels<double> f64;
+
+  template <class Acc>
+  const ScoreKernels<Acc>& of() const {
+    if constexpr (sizeof(Acc) == 4) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+
+  int64_t (*count_true)(const uint8_t* mask, int64_t n);
+
+  // squares[k] are falling, sums[k] their running sums: out[k] is what the (k+1)-th of them adds to
+  // sqrt(sum) / norm, in the form that does not cancel.
+  void (*gains)(const double* squares, double* sums, double norm, int64_t n, double* out);
+};
+
+const Kernels& kernels();
+
+}  // namespace torchalignprune

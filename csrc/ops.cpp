@@ -1,0 +1,28 @@
+// Every operator's schema, and the pybind11 module; nothing else.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+
+TORCH_LIBRARY(torchalignprune, m) {
+  m.def(
+      "select_global(Tensor[] weights, Tensor?[] masks, Tensor?[] references, "
+      "Tensor?[] row_scales, Tensor?[] column_scales, str[] names, int count, str score) "
+      "-> Tensor[]");
+  m.def("select_rows(Tensor weight, Tensor? mask, Tensor counts, str name) -> Tensor");
+  m.def(
+      "cosine_gains(Tensor weight, Tensor? mask, Tensor? reference, Tensor? column_scale, "
+      "str name) -> Tensor");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Operators of torchalignprune, registered as torch.ops.torchalignprune.*";
+  m.def("simd_level", [] { return torchalignprune::kernels().level; });
+  m.def("openmp", [] {
+#ifdef _OPENMP
+    return _OPENMP;
+#else
+    return 0;
+#endif
+  });
+}

@@ -1,0 +1,142 @@
+"""A slow plain twin of every operator, in a few lines of torch and Python."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def scores(
+    weight: Tensor,
+    score: str,
+    reference: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    w = weight.to(dtype)
+    r = w if reference is None else reference.to(dtype)
+    worth = {"value": w, "magnitude": w.abs(), "worth": w * (2 * r - w)}[score]
+    if row_scale is not None:
+        worth = worth * row_scale.reshape(-1, *[1] * (max(w.dim(), 1) - 1))
+    if column_scale is not None:
+        columns = column_scale.reshape(-1, *[1] * (w.dim() - 2)) if w.dim() > 1 else column_scale
+        worth = worth * columns
+    return worth.reshape(w.shape)
+
+
+def select_global(
+    weights: list[Tensor],
+    count: int,
+    *,
+    score: str = "magnitude",
+    masks: list[Tensor | None] | None = None,
+    references: list[Tensor | None] | None = None,
+    row_scales: list[Tensor | None] | None = None,
+    column_scales: list[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Concatenate, sort, cut."""
+    none = [None] * len(weights)
+    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    flat = torch.cat(
+        [
+            scores(w, score, r, row, column, dtype).reshape(-1)
+            for w, r, row, column in zip(
+                weights,
+                references or none,
+                row_scales or none,
+                column_scales or none,
+                strict=True,
+            )
+        ]
+    )
+    alive = torch.cat(
+        [
+            torch.ones(w.numel(), dtype=torch.bool, device=w.device) if m is None else m.reshape(-1)
+            for w, m in zip(weights, masks or none, strict=True)
+        ]
+    )
+    candidates = alive.nonzero().flatten()
+    order = torch.sort(flat[candidates], stable=True).indices
+    kept = alive.clone()
+    kept[candidates[order[:count]]] = False
+    pieces = kept.split([w.numel() for w in weights])
+    return [piece.reshape(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+
+
+def select_rows(scores: Tensor, counts: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Every row by itself."""
+    return torch.stack(
+        [
+            select_global(
+                [row], int(count), score="value", masks=[None if mask is None else mask[i]]
+            )[0]
+            for i, (row, count) in enumerate(zip(scores, counts, strict=True))
+        ]
+    )
+
+
+def alignment(p: Tensor, r: Tensor) -> float:
+    """<p, r> / (|p| |r|), 0 if either is all zero."""
+    norms = float(p.double().norm()) * float(r.double().norm())
+    return float(p.double().flatten() @ r.double().flatten()) / norms if norms > 0 else 0.0
+
+
+def cosine_gains(
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """Add a unit's entries one by one and take the differences of its alignment."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w = scores(weight, "value", dtype=wide)
+    r = w if reference is None else reference.to(wide)
+    if column_scale is not None:
+        shaped = column_scale.reshape(-1, *[1] * max(w.dim() - 2, 0))
+        w, r = w * shaped, r * shaped
+    shape = w.shape
+    if w.numel() == 0:
+        return w
+    rows = 1 if w.dim() < 2 else w.size(0)
+    w, r = w.double().reshape(rows, -1), r.double().reshape(rows, -1)
+    alive = torch.ones_like(w, dtype=torch.bool) if mask is None else mask.reshape(rows, -1)
+    out = torch.zeros_like(w)
+    for i in range(rows):
+        keep = alive[i].nonzero().flatten()
+        square = float((w[i, keep] ** 2).sum())
+        rho = float((w[i, keep] * r[i, keep]).sum()) / square if square else 0.0
+        rank = w[i] * (r[i] - rho * w[i] / 2)
+        if reference is None:
+            rank = w[i].abs()
+        order = keep[torch.sort(rank[keep].to(wide), stable=True).indices].flip(0)
+        norm = float(r[i].norm())
+        gains, dot, square, before = [], 0.0, 0.0, 0.0
+        for position in order.tolist():
+            dot += float(w[i, position] * r[i, position])
+            square += float(w[i, position]) ** 2
+            now = dot / (math.sqrt(square) * norm) if square and norm else 0.0
+            gains.append(now - before)
+            before = now
+        for position, gain in zip(order.tolist(), concave(gains), strict=True):
+            out[i, position] = gain
+    return out.reshape(shape).to(wide)
+
+
+def concave(gains: list[float]) -> list[float]:
+    """The steps of the least concave majorant of the running sums of `gains`."""
+    sums = [0.0]
+    for gain in gains:
+        sums.append(sums[-1] + gain)
+    steps: list[float] = []
+    start = 0
+    while start < len(gains):
+        slopes = [(sums[j] - sums[start]) / (j - start) for j in range(start + 1, len(sums))]
+        best = max(slopes)
+        length = max(j for j, slope in enumerate(slopes, 1) if slope == best)
+        steps += [best] * length
+        start += length
+    return steps

@@ -1,0 +1,221 @@
+"""How a mask sits on a module: one forward pre-hook, one bool mask, as torch's own pruning does.
+
+A pruned parameter ``name`` becomes the parameter ``name_orig`` and the buffer ``name_mask``, and a
+forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.is_pruned`` and
+``torch.nn.utils.prune.remove`` work on it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from torchalignprune.parameters import mask_of, stored
+
+__all__ = ["MaskHook", "load_state_dict", "put_masks"]
+
+
+class MaskHook(prune.BasePruningMethod):
+    """The one forward pre-hook of a pruned parameter.
+
+    It holds nothing but the parameter's name, however the mask came about and however often it
+    changed; methods and their references are not kept alive by the model.
+    """
+
+    PRUNING_TYPE = "unstructured"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._tensor_name = name
+        self._module = weakref.ref(module)
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """The mask there is: a hook prunes nothing further."""
+        return default_mask
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """``name_orig * name_mask``, with a gradient to ``name_orig``."""
+        original: Tensor = getattr(module, self._tensor_name + "_orig")
+        mask: Tensor = getattr(module, self._tensor_name + "_mask")
+        return original * mask
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
+        # After a forward the masked weight has a history, which deepcopy refuses. A module's hooks
+        # are copied after its parameters and buffers and before the masked weight, so the copy's
+        # weight can be made here and put where deepcopy will look for it.
+        module = self._module()
+        copied = memo.get(id(module)) if module is not None else None
+        twin = MaskHook(copied if isinstance(copied, nn.Module) else nn.Module(), self._tensor_name)
+        memo[id(self)] = twin
+        weight = vars(module).get(self._tensor_name) if module is not None else None
+        if isinstance(weight, Tensor) and not weight.is_leaf:
+            assert module is not None
+            original = memo.get(id(stored(module, self._tensor_name)))
+            mask = memo.get(id(mask_of(module, self._tensor_name)))
+            known = isinstance(original, Tensor) and isinstance(mask, Tensor)
+            memo[id(weight)] = original * mask if known else weight.detach().clone()
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tensor_name": self._tensor_name, "_module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module = state["_module"]
+        self._tensor_name = state["_tensor_name"]
+        self._module = weakref.ref(module if module is not None else nn.Module())
+
+    def __repr__(self) -> str:
+        return f"MaskHook({self._tensor_name!r})"
+
+
+def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
+    """Prune parameters by given masks, replacing those there are, all or none.
+
+    Args:
+        masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
+            comes with several parameters (tied weights) is shared by them.
+
+    Returns:
+        The hook of each parameter.
+    """
+    # Whatever needs memory comes first, so that running out of it changes nothing.
+    ready = [
+        (module, name, mask, stored(module, name), stored(module, name) * mask)
+        for module, name, mask in masks
+    ]
+    return [_put(module, name, mask, orig, pruned) for module, name, mask, orig, pruned in ready]
+
+
+def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: Tensor) -> MaskHook:
+    hooks = [
+        (key, hook)
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name
+    ]
+    if mask_of(module, name) is None:
+        del module._parameters[name]
+        assert isinstance(original, nn.Parameter)
+        module.register_parameter(f"{name}_orig", original)
+    module.register_buffer(f"{name}_mask", mask)
+    setattr(module, name, pruned)
+    if len(hooks) == 1 and type(hooks[0][1]) is MaskHook:
+        return hooks[0][1]
+    for key, _ in hooks:
+        del module._forward_pre_hooks[key]
+    hook = MaskHook(module, name)
+    module.register_forward_pre_hook(hook)
+    return hook
+
+
+def load_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Any:
+    """Load the state of a pruned model into a model that may not be pruned yet.
+
+    Every parameter of which ``state_dict`` has ``name_orig`` and ``name_mask`` gets its hook and
+    mask; parameters that are pruned in the model and dense in ``state_dict`` become dense. Then
+    ``model.load_state_dict`` does the rest.
+
+    Args:
+        model: a model of the same architecture, pruned or not.
+        state_dict: from ``state_dict()`` of a pruned model; masks of torch's own methods (in the
+            dtype of the weight) are welcome too.
+        strict: as in ``torch.nn.Module.load_state_dict``.
+        assign: as in ``torch.nn.Module.load_state_dict``.
+
+    Returns:
+        What ``torch.nn.Module.load_state_dict`` returns.
+
+    Raises:
+        ValueError: a mask without its parameter in the model.
+        RuntimeError: keys or shapes that do not fit, as from ``torch.nn.Module.load_state_dict``,
+            but before anything has changed.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> from torch import nn
+        >>> pruned, fresh = nn.Linear(4, 4), nn.Linear(4, 4)
+        >>> _ = tap.aligned_magnitude(pruned, "weight", 0.5)
+        >>> tap.load_state_dict(fresh, pruned.state_dict())
+        <All keys matched successfully>
+        >>> torch.equal(fresh.weight, pruned.weight)
+        True
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted: list[tuple[str, nn.Module, str]] = []
+    state = dict(state_dict)
+    for key in state_dict:
+        path, _, name = key.removesuffix("_orig").rpartition(".")
+        dense = key.removesuffix("_orig")
+        if dense == key or f"{dense}_mask" not in state_dict:
+            continue
+        module = modules.get(path)
+        if module is None or not _is_parameter(module, name):
+            raise ValueError(f"state_dict has a mask for {dense}, which is no parameter of the model")
+        wanted.append((dense, module, name))
+        state[f"{dense}_mask"] = state_dict[f"{dense}_mask"] != 0
+    dense_again = [
+        (dense, module, name)
+        for dense, module, name in _masked(modules)
+        if dense in state_dict and f"{dense}_orig" not in state_dict
+    ]
+    _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict)
+    for _, module, name in dense_again:
+        prune.remove(module, name)
+    shared: dict[int, Tensor] = {}
+    for _, module, name in wanted:
+        original = stored(module, name)
+        shared.setdefault(id(original), torch.ones_like(original, dtype=torch.bool))
+    put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
+    result = model.load_state_dict(state, strict=strict, assign=assign)
+    for _, module, name in wanted:
+        setattr(module, name, stored(module, name) * module._buffers[f"{name}_mask"])
+    return result
+
+
+def _is_parameter(module: nn.Module, name: str) -> bool:
+    found = module._parameters.get(name)
+    return (module._parameters.get(f"{name}_orig") if found is None else found) is not None
+
+
+def _masked(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Module, str]]:
+    for path, module in modules.items():
+        for buffer in list(module._buffers):
+            name = buffer.removesuffix("_mask")
+            if name != buffer and f"{name}_orig" in module._parameters:
+                yield (f"{path}.{name}" if path else name), module, name
+
+
+def _check_state(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    pruned: Iterable[str],
+    dense: Iterable[str],
+    strict: bool,
+) -> None:
+    """What load_state_dict would raise, before anything has changed."""
+    shapes = {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
+    for name in dense:
+        shapes[name] = shapes.pop(f"{name}_orig")
+        del shapes[f"{name}_mask"]
+    for name in pruned:
+        if f"{name}_orig" not in shapes:
+            shapes[f"{name}_orig"] = shapes[f"{name}_mask"] = shapes.pop(name)
+    problems = [
+        f"size mismatch for {key}: expected {tuple(shape)}, got {tuple(state[key].shape)}"
+        for key, shape in shapes.items()
+        if shape is not None and key in state and state[key].shape != shape
+    ]
+    if strict:
+        missing = [key for key in shapes if key not in state]
+        unexpected = [key for key in state if key not in shapes]
+        problems += [f"missing keys: {', '.join(missing)}"] if missing else []
+        problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
+    if problems:
+        raise RuntimeError(
+            f"the state_dict does not fit {type(model).__name__}:\n  " + "\n  ".join(problems)
+        )

@@ -1,0 +1,208 @@
+"""The operators of the C++/CUDA extension, as Python functions.
+
+They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so that they work under
+``torch.compile``. None of them has a gradient: masks have none, and the gains only serve to rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchalignprune import _C  # noqa: F401  (loading it registers the operators)
+
+Score = Literal["value", "magnitude", "worth"]
+
+__all__ = ["cosine_gains", "select_global", "select_rows"]
+
+
+def select_global(
+    weights: Sequence[Tensor],
+    count: int,
+    *,
+    score: Score = "magnitude",
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    row_scales: Sequence[Tensor | None] | None = None,
+    column_scales: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Masks that prune exactly ``count`` entries of all the tensors together: the lowest scores.
+
+    Among equal scores the lower position goes first: earlier tensors before later ones, then by
+    flat index. The tensors are streamed, never concatenated, copied or sorted, and the result does
+    not depend on the number of threads. A tensor is read as rows (dim 0) and columns (dim 1);
+    trailing dimensions share their column's scale, and a tensor of at most one dimension is a
+    single row.
+
+    Equivalent to::
+
+        scores = torch.cat([score(w).flatten() for w in weights])
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        mask[torch.sort(scores, stable=True).indices[:count]] = False
+
+    Args:
+        weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
+            one device. Scores are computed in float32, in float64 if a tensor is float64.
+        count: how many entries to prune, of those that ``masks`` leave.
+        score: ``"value"``: the entries ``w`` themselves, with their sign; ``"magnitude"``:
+            ``|w| * row_scale * column_scale``; ``"worth"``:
+            ``w * (2 * reference - w) * row_scale * column_scale``.
+        masks: bool, shaped like the weights; entries that are False are no candidates and stay
+            False. Default: none.
+        references: shaped like the weights, for ``"worth"``. Default: the weights.
+        row_scales: shape ``(rows,)`` or ``(1,)`` each, in the dtype of the scores. Default: 1.
+        column_scales: shape ``(columns,)`` or ``(1,)`` each, likewise. Default: 1.
+        names: what to call the tensors in an error. Default: ``weights[i]``.
+
+    Returns:
+        bool masks with the shapes and strides of the weights, True where an entry is kept.
+
+    Raises:
+        ValueError: NaN among the scores; ``count`` negative or larger than the number of
+            candidates; a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> select_global([torch.tensor([3.0, -1.0]), torch.tensor([[2.0], [1.0]])], 2)
+        [tensor([ True, False]), tensor([[ True],
+                [False]])]
+    """
+    none = [None] * len(weights)
+    if not weights:
+        if count != 0:
+            raise ValueError(f"count={count} should be 0 when there are no weights")
+        return []
+    return list(
+        torch.ops.torchalignprune.select_global(
+            [w.detach() for w in weights],
+            list(masks) if masks is not None else none,
+            [None if r is None else r.detach() for r in references] if references else none,
+            list(row_scales) if row_scales is not None else none,
+            list(column_scales) if column_scales is not None else none,
+            list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))],
+            count,
+            score,
+        )
+    )
+
+
+def select_rows(
+    scores: Tensor, counts: Tensor, *, mask: Tensor | None = None, name: str = "scores"
+) -> Tensor:
+    """A mask that prunes exactly ``counts[i]`` entries of row ``i``: the lowest scores of the row.
+
+    Among equal scores the lower column goes first.
+
+    Args:
+        scores: shape ``(rows, columns)``, any strides, float32, float64, float16 or bfloat16.
+        counts: shape ``(rows,)``, int64.
+        mask: bool, shaped like the scores; False entries are no candidates and stay False.
+        name: what to call the tensor in an error.
+
+    Returns:
+        bool, shape ``(rows, columns)``, contiguous, True where an entry is kept.
+
+    Raises:
+        ValueError: NaN among the scores; a count larger than its row has candidates; a shape or
+            device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> select_rows(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), torch.tensor([1, 2]))
+        tensor([[ True, False,  True],
+                [False, False,  True]])
+    """
+    return torch.ops.torchalignprune.select_rows(scores.detach(), mask, counts, name)
+
+
+def cosine_gains(
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    name: str = "weight",
+) -> Tensor:
+    r"""What each entry adds to the alignment of its unit, taken in falling order of importance.
+
+    A unit is a row (dim 0, the rest flattened; a tensor of at most one dimension is one unit). Its
+    alignment with the reference ``r`` under a mask ``m`` is :math:`A(m) = \langle p, r\rangle /
+    (|p||r|)` with :math:`p = m w`. For ``reference=None`` (``r = w``) the entry of the k-th largest
+    magnitude is worth
+
+    .. math:: g_k = \frac{w_k^2}{(\sqrt{C_k} + \sqrt{C_{k-1}})\,|w|},
+              \qquad C_k = \sum_{i \le k} w_i^2.
+
+    Gains fall within a unit, so keeping the K largest of a whole network maximises its summed
+    alignment (marginal analysis, Fox 1966). For another reference the entries are taken in falling
+    order of :math:`w (r - \rho w / 2)`, :math:`\rho = \langle w, r\rangle / \langle w, w\rangle`,
+    and the differences of ``A`` are replaced by those of its least concave majorant. Sums are in
+    float64.
+
+    Args:
+        weight: any shape and strides, float32, float64, float16 or bfloat16.
+        mask: bool, shaped like the weight; False entries are no candidates (their gain is 0), but
+            :math:`|r|` stays that of the whole unit.
+        reference: shaped like the weight, any of the dtypes. Default: the weight.
+        column_scale: shape ``(columns,)`` or ``(1,)``, in the dtype of the gains; multiplies the
+            weight and the reference, column by column (dim 1).
+        name: what to call the tensor in an error.
+
+    Returns:
+        The gains, float32 (float64 for a float64 weight), with the shape and strides of the weight.
+        0 throughout a unit whose reference is zero.
+
+    Raises:
+        ValueError: NaN or infinity; a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> cosine_gains(torch.tensor([[3.0, -4.0], [0.0, 2.0]]))
+        tensor([[0.2000, 0.8000],
+                [0.0000, 1.0000]])
+    """
+    return torch.ops.torchalignprune.cosine_gains(
+        weight.detach(),
+        mask,
+        None if reference is None else reference.detach(),
+        column_scale,
+        name,
+    )
+
+
+@torch.library.register_fake("torchalignprune::select_global")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    row_scales: list[Tensor | None],
+    column_scales: list[Tensor | None],
+    names: list[str],
+    count: int,
+    score: str,
+) -> list[Tensor]:
+    return [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+
+
+@torch.library.register_fake("torchalignprune::select_rows")
+def _(weight: Tensor, mask: Tensor | None, counts: Tensor, name: str) -> Tensor:
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+@torch.library.register_fake("torchalignprune::cosine_gains")
+def _(
+    weight: Tensor,
+    mask: Tensor | None,
+    reference: Tensor | None,
+    column_scale: Tensor | None,
+    name: str,
+) -> Tensor:
+    wide = weight.dtype == torch.float64
+    return torch.empty_like(weight, dtype=torch.float64 if wide else torch.float32)

@@ -16,9 +16,9 @@ namespace torchalignprune {
 // What an entry is worth. The lower its score, the earlier it is pruned.
 enum class Score {
   value,      // w
-  magnitude,  // |w| * row_scale * column_scale
-  worth,      // w * (2 r - w) * row_scale * column_scale
-};
+  magnitude,  // |v|
+  worth,      // v * (2 u - v)
+};  // where v = w * row_scale * column_scale and u = r * row_scale * column_scale, in this order
 
 inline Score parse_score(const std::string& name) {
   if (name == "value") return Score::value;
@@ -155,6 +155,15 @@ inline void check_select_rows(
   TORCH_CHECK_VALUE(
       counts.device() == weight.device(), "counts should be on ", weight.device(), ", got ",
       counts.device());
+}
+
+inline void check_square_sums(
+    const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
+    const std::optional<at::Tensor>& column_scale, const std::string& name) {
+  check_weight(weight, name);
+  const at::ScalarType dtype = score_dtype(weight);
+  check_scale(weight, row_scale, rows_of(weight), dtype, "row scale", name);
+  check_scale(weight, column_scale, columns_of(weight), dtype, "column scale", name);
 }
 
 inline void check_cosine_gains(

@@ -13,6 +13,9 @@ TORCH_LIBRARY(torchalignprune, m) {
   m.def(
       "cosine_gains(Tensor weight, Tensor? mask, Tensor? reference, Tensor? column_scale, "
       "str name) -> Tensor");
+  m.def(
+      "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name) "
+      "-> (Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -8,6 +8,7 @@ forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.i
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -147,7 +148,9 @@ def load_state_dict(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: list[tuple[str, nn.Module, str]] = []
-    state = dict(state_dict)
+    state = OrderedDict(state_dict)
+    if hasattr(state_dict, "_metadata"):
+        state._metadata = state_dict._metadata  # type: ignore[attr-defined]
     for key in state_dict:
         path, _, name = key.removesuffix("_orig").rpartition(".")
         dense = key.removesuffix("_orig")
@@ -155,7 +158,7 @@ def load_state_dict(
             continue
         module = modules.get(path)
         if module is None or not _is_parameter(module, name):
-            raise ValueError(f"state_dict has a mask for {dense}, which is no parameter of the model")
+            raise ValueError(f"state_dict has a mask for {dense}, no parameter of the model")
         wanted.append((dense, module, name))
         state[f"{dense}_mask"] = state_dict[f"{dense}_mask"] != 0
     dense_again = [
@@ -164,7 +167,7 @@ def load_state_dict(
         if dense in state_dict and f"{dense}_orig" not in state_dict
     ]
     _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict)
-    for _, module, name in dense_again:
+    for module, name in dict.fromkeys((module, name) for _, module, name in dense_again):
         prune.remove(module, name)
     shared: dict[int, Tensor] = {}
     for _, module, name in wanted:

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from torchalignprune import ops
 from torchalignprune.parameters import Parameters
 from torchalignprune.pruning import Budget, PruningMethod
-from torchalignprune.ranking import (
-    Ranking,
-    frobenius,
-    input_norms_of,
-    references_of,
-    two_sided,
-    unit_gains,
-    within_unit,
-)
-from torchalignprune.targets import PerParameter, Target
+from torchalignprune.ranking import Ranking, frobenius, two_sided, unit_gains, within_unit
+from torchalignprune.targets import PerParameter, Target, with_input_norms, with_references
 
 __all__ = [
     "AlignedMagnitude",
@@ -94,8 +86,9 @@ class AlignedMagnitude(PruningMethod):
         amount: a float in [0, 1] is the share of the entries that are not pruned yet, an int is
             their number.
         alignment: ``"cosine"`` or ``"frobenius"``.
-        units: for ``"cosine"``: a unit is an output (``"out"``), an input (``"in"``), or both
-            count. One-dimensional parameters are one unit.
+        units: a unit is an output (``"out"``), an input (``"in"``), or both count (``"both"``).
+            One-dimensional parameters are one unit. With ``"frobenius"``, which looks at whole
+            parameters, it matters to ``budget="unit"`` only.
         reference: the weights to stay aligned with, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the current weights,
             without their masks.
@@ -110,8 +103,7 @@ class AlignedMagnitude(PruningMethod):
 
     Raises:
         TypeError: amount is not a number.
-        ValueError: amount is out of range; an unknown alignment, units or budget; ``units`` with
-            ``"frobenius"``, which has none, other than for the budget.
+        ValueError: amount is out of range; an unknown alignment, units or budget.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -140,30 +132,25 @@ class AlignedMagnitude(PruningMethod):
         if units not in get_args(Units):
             raise ValueError(f"units should be one of {get_args(Units)}, got {units!r}")
         self.alignment = alignment
-        self.unit = units
+        self.units = units
         self.reference = reference
         self.input_norms = input_norms
 
-    def units(self, target: Target) -> int:
-        return target.in_dim if self.unit == "in" else target.out_dim
+    def unit_dim(self, target: Target) -> int:
+        return target.in_dim if self.units == "in" else target.out_dim
 
-    def _needs_structure(self) -> bool:
+    def needs_structure(self) -> bool:
         return True
 
+    def prepare(self, targets: Sequence[Target]) -> list[Target]:
+        return with_input_norms(with_references(targets, self.reference), self.input_norms)
+
     def ranking(self, targets: Sequence[Target]) -> Ranking:
-        references = references_of(self.reference, targets)
-        norms = input_norms_of(self.input_norms, targets)
-        wide = any(target.weight.dtype == torch.float64 for target in targets)
-        dtype = torch.float64 if wide else torch.float32
         if self.alignment == "frobenius":
-            return frobenius(targets, references, norms, dtype)
-        if self.unit == "both":
-            return two_sided(targets, references, norms, dtype)
-        gains = [
-            unit_gains(target, reference, norm, self.units(target))
-            for target, reference, norm in zip(targets, references, norms, strict=True)
-        ]
-        return Ranking(gains, "value")
+            return frobenius(targets)
+        if self.units == "both":
+            return two_sided(targets)
+        return Ranking([unit_gains(t, self.unit_dim(t)) for t in targets], "value")
 
 
 class AlignedNM(PruningMethod):
@@ -207,25 +194,14 @@ class AlignedNM(PruningMethod):
         if not 0 < n <= m:
             raise ValueError(f"n and m should satisfy 0 < n <= m, got n={n}, m={m}")
         super().__init__(1 - n / m, structure=structure, budget="unit")
+        # Groups of a flat vector would be groups of nothing.
+        self.magnitude_will_do = False
         self.n = n
         self.m = m
         self.reference = reference
         self.input_norms = input_norms
 
-    def ranking(self, targets: Sequence[Target]) -> Ranking:
-        references = references_of(self.reference, targets)
-        norms = input_norms_of(self.input_norms, targets)
-        return Ranking(
-            [
-                within_unit(target, reference, norm)
-                for target, reference, norm in zip(targets, references, norms, strict=True)
-            ],
-            "value",
-        )
-
-    def masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
-    ) -> list[Tensor]:
+    def prepare(self, targets: Sequence[Target]) -> list[Target]:
         for target in targets:
             shape = tuple(target.weight.shape)
             if len(shape) < 2 or shape[target.in_dim] % self.m:
@@ -233,25 +209,23 @@ class AlignedNM(PruningMethod):
                     f"the inputs of {target.name} should be a multiple of m={self.m}, got a weight "
                     f"of shape {shape}"
                 )
-        return [
-            self._prune_groups(target, None if scores is None else scores[i])
-            for i, target in enumerate(targets)
-        ]
+        return with_input_norms(with_references(targets, self.reference), self.input_norms)
 
-    def _prune_groups(self, target: Target, score: Tensor | None) -> Tensor:
-        own = self.ranking([target]).weights[0] if score is None else score.detach().abs()
-        inputs_last = own.movedim((target.out_dim, target.in_dim), (0, -1))
+    def ranking(self, targets: Sequence[Target]) -> Ranking:
+        return Ranking([within_unit(target) for target in targets], "value")
+
+    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
+        ends = (target.out_dim, target.in_dim)
+        inputs_last = self._scores(target, score).movedim(ends, (0, -1))
         groups = inputs_last.reshape(-1, self.m)
         mask = None
-        alive = torch.full((groups.size(0),), self.m, device=own.device)
+        alive = torch.full((groups.size(0),), self.m, device=groups.device)
         if target.mask is not None:
-            mask = target.mask.movedim((target.out_dim, target.in_dim), (0, -1))
-            mask = mask.reshape(-1, self.m)
+            mask = target.mask.movedim(ends, (0, -1)).reshape(-1, self.m)
             alive = mask.sum(dim=1)
         counts = (alive - self.n).clamp(min=0)
         kept = ops.select_rows(groups, counts, mask=mask, name=target.name)
-        kept = kept.reshape(inputs_last.shape)
-        return kept.movedim((0, -1), (target.out_dim, target.in_dim)).contiguous()
+        return kept.reshape(inputs_last.shape).movedim((0, -1), ends).contiguous()
 
 
 class Random(PruningMethod):
@@ -288,6 +262,13 @@ class Random(PruningMethod):
                 f"generator should be a torch.Generator, got {type(generator).__name__}"
             )
         self.generator = generator
+
+    def masks(
+        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        if scores is not None:
+            raise TypeError("Random draws its scores: importance_scores are not for it")
+        return super().masks(targets)
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         device = "cpu" if self.generator is None else self.generator.device

@@ -16,7 +16,7 @@ from torchalignprune import _C  # noqa: F401  (loading it registers the operator
 
 Score = Literal["value", "magnitude", "worth"]
 
-__all__ = ["cosine_gains", "select_global", "select_rows"]
+__all__ = ["cosine_gains", "select_global", "select_rows", "square_sums"]
 
 
 def select_global(
@@ -48,9 +48,9 @@ def select_global(
         weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
             one device. Scores are computed in float32, in float64 if a tensor is float64.
         count: how many entries to prune, of those that ``masks`` leave.
-        score: ``"value"``: the entries ``w`` themselves, with their sign; ``"magnitude"``:
-            ``|w| * row_scale * column_scale``; ``"worth"``:
-            ``w * (2 * reference - w) * row_scale * column_scale``.
+        score: ``"value"``: the entries themselves, with their sign; ``"magnitude"``: ``|v|``;
+            ``"worth"``: ``v * (2 * u - v)``; where ``v = w * row_scale * column_scale`` and
+            ``u = reference * row_scale * column_scale``.
         masks: bool, shaped like the weights; entries that are False are no candidates and stay
             False. Default: none.
         references: shaped like the weights, for ``"worth"``. Default: the weights.
@@ -140,10 +140,12 @@ def cosine_gains(
               \qquad C_k = \sum_{i \le k} w_i^2.
 
     Gains fall within a unit, so keeping the K largest of a whole network maximises its summed
-    alignment (marginal analysis, Fox 1966). For another reference the entries are taken in falling
-    order of :math:`w (r - \rho w / 2)`, :math:`\rho = \langle w, r\rangle / \langle w, w\rangle`,
-    and the differences of ``A`` are replaced by those of its least concave majorant. Sums are in
-    float64.
+    alignment (marginal analysis, Fox 1966). For another reference the next entry is always the one
+    with which those before it are aligned best, the largest
+    :math:`(d + w r) / \sqrt{q + w^2}` with :math:`d = \langle w, r\rangle` and
+    :math:`q = \langle w, w\rangle` of those before it (a quarter as many at once as there are
+    before), and the differences of ``A`` are replaced by those of its least concave majorant. Sums
+    are in float64.
 
     Args:
         weight: any shape and strides, float32, float64, float16 or bfloat16.
@@ -175,6 +177,58 @@ def cosine_gains(
         column_scale,
         name,
     )
+
+
+def square_sums(
+    weight: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    name: str = "weight",
+) -> tuple[Tensor, Tensor]:
+    """The sums of the squares of a tensor's rows and of its columns, in one pass.
+
+    Sums are in float64 and in an order that does not depend on the number of threads.
+
+    Equivalent to::
+
+        squares = (weight.double() * row_scale[:, None] * column_scale) ** 2
+        squares.sum(dim=1), squares.sum(dim=0)
+
+    Args:
+        weight: any shape and strides, float32, float64, float16 or bfloat16; read as rows and
+            columns as in :func:`select_global`.
+        row_scale: shape ``(rows,)`` or ``(1,)``, float32 (float64 for a float64 weight).
+        column_scale: shape ``(columns,)`` or ``(1,)``, likewise.
+        name: what to call the tensor in an error.
+
+    Returns:
+        float64, shapes ``(rows,)`` and ``(columns,)``; ``(1,)`` and ``(0,)`` for a tensor of at most
+        one dimension.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> square_sums(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+        (tensor([5., 9.], dtype=torch.float64), tensor([10.,  4.], dtype=torch.float64))
+    """
+    sums: tuple[Tensor, Tensor] = torch.ops.torchalignprune.square_sums(
+        weight.detach(), row_scale, column_scale, name
+    )
+    return sums
+
+
+@torch.library.register_fake("torchalignprune::square_sums")
+def _(
+    weight: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, name: str
+) -> tuple[Tensor, Tensor]:
+    rows = 1 if weight.dim() < 2 else weight.size(0)
+    columns = 0 if weight.dim() < 2 else weight.size(1)
+    options = {"dtype": torch.float64, "device": weight.device}
+    return torch.empty(rows, **options), torch.empty(columns, **options)
 
 
 @torch.library.register_fake("torchalignprune::select_global")

@@ -8,6 +8,7 @@ import numbers
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils import prune
 
 from torchalignprune import ops
 from torchalignprune.hooks import MaskHook, put_masks
-from torchalignprune.parameters import Parameters
+from torchalignprune.parameters import DTYPES, Parameters
 from torchalignprune.ranking import Ranking
 from torchalignprune.targets import Pair, Target, targets_from_history, targets_of
 
@@ -47,13 +48,18 @@ class PruningMethod(prune.BasePruningMethod):
             raise ValueError(f"budget should be one of {get_args(Budget)}, got {budget!r}")
         self.amount = amount
         self.budget = budget
+        self.magnitude_will_do = True
         self.structure = None if structure is None else list(structure)
 
     @abstractmethod
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         """What the entries of the targets are worth."""
 
-    def units(self, target: Target) -> int:
+    def prepare(self, targets: Sequence[Target]) -> list[Target]:
+        """The targets with what the method wants to know of each; raises where it cannot be."""
+        return list(targets)
+
+    def unit_dim(self, target: Target) -> int:
         """The dimension of the units that ``budget="unit"`` counts in."""
         return target.out_dim
 
@@ -70,26 +76,20 @@ class PruningMethod(prune.BasePruningMethod):
         Returns:
             bool masks, shaped like the weights.
         """
+        targets = self.prepare(targets)
+        given = [None] * len(targets) if scores is None else list(scores)
         if self.budget == "global":
-            return self._prune_together(targets, scores)
+            return self._prune_together(targets, given)
         masks = []
-        for i, target in enumerate(targets):
-            own = None if scores is None else [scores[i]]
-            layer = self.budget == "layer" or target.weight.dim() < 2
-            one = self._prune_together if layer else self._prune_units
-            masks += one([target], own)
+        for target, score in zip(targets, given, strict=True):
+            if self.budget == "layer" or target.weight.dim() < 2:
+                masks += self._prune_together([target], [score])
+            else:
+                masks.append(self._prune_units(target, score))
         return masks
 
-    def _ranking(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None
-    ) -> Ranking:
-        if scores is None:
-            return self.ranking(targets)
-        both = zip(scores, targets, strict=True)
-        return Ranking([t.weight if s is None else s.detach() for s, t in both], "magnitude")
-
     def _prune_together(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None
+        self, targets: Sequence[Target], scores: Sequence[Tensor | None]
     ) -> list[Tensor]:
         remaining = sum(target.remaining() for target in targets)
         count = int(prune._compute_nparams_toprune(self.amount, remaining))
@@ -99,7 +99,11 @@ class PruningMethod(prune.BasePruningMethod):
                 f"amount={self.amount} should not be larger than the number of entries of {where} "
                 f"that are not pruned yet, {remaining}"
             )
-        ranking = self._ranking(targets, scores)
+        if all(score is None for score in scores):
+            ranking = self.ranking(targets)
+        else:
+            both = zip(scores, targets, strict=True)
+            ranking = Ranking([t.weight if s is None else s for s, t in both], "magnitude")
         return ops.select_global(
             ranking.weights,
             count,
@@ -111,17 +115,17 @@ class PruningMethod(prune.BasePruningMethod):
             names=[target.name for target in targets],
         )
 
-    def _prune_units(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None
-    ) -> list[Tensor]:
-        (target,) = targets
-        (score,) = self._ranking(targets, scores).scores()
-        unit_dim = self.units(target)
-        rows = _rows(score, unit_dim)
-        mask = None if target.mask is None else _rows(target.mask, unit_dim)
-        if mask is None:
-            remaining = torch.full((rows.size(0),), rows.size(1), device=rows.device)
-        else:
+    def _scores(self, target: Target, score: Tensor | None) -> Tensor:
+        return self.ranking([target]).scores()[0] if score is None else score.abs()
+
+    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
+        unit_dim = self.unit_dim(target)
+        units_first = self._scores(target, score).movedim(unit_dim, 0)
+        rows = units_first.flatten(1)
+        mask = None
+        remaining = torch.full((rows.size(0),), rows.size(1), device=rows.device)
+        if target.mask is not None:
+            mask = target.mask.movedim(unit_dim, 0).flatten(1)
             remaining = mask.sum(dim=1)
         if isinstance(self.amount, numbers.Integral):
             counts = torch.full_like(remaining, int(self.amount))
@@ -134,7 +138,7 @@ class PruningMethod(prune.BasePruningMethod):
         else:
             counts = (remaining.double() * self.amount).round().long()
         kept = ops.select_rows(rows, counts, mask=mask, name=target.name)
-        return [_from_rows(kept, target.weight, unit_dim)]
+        return kept.reshape(units_first.shape).movedim(0, unit_dim).contiguous()
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask for torch's own pruning functions.
@@ -147,67 +151,43 @@ class PruningMethod(prune.BasePruningMethod):
         Returns:
             The mask, with the shape and dtype of ``default_mask``.
         """
-        targets, scores = self._read(t, default_mask)
-        kept = self.masks(targets, scores)
-        if targets[0].weight.data_ptr() == t.data_ptr():
-            return kept[0].to(default_mask.dtype)
+        mask = None if bool((default_mask != 0).all()) else default_mask != 0
+        itself = [Target(t.detach(), mask, "t")]
+        if not self.needs_structure() or t.dim() != 1 or mask is not None:
+            return self.masks(itself)[0].to(default_mask.dtype)
+        if self.structure is not None:
+            targets, scores = _read_structure(t, self.structure)
+        else:
+            found = targets_from_history(t)
+            if found is None:
+                self._warn(t)
+                return self._prune_together(itself, [t.detach()])[0].to(default_mask.dtype)
+            targets, scores = found, None
         # The vector has an entry for each one that was not pruned.
         parts = [
             new.flatten() if target.mask is None else new[target.mask]
-            for new, target in zip(kept, targets, strict=True)
+            for new, target in zip(self.masks(targets, scores), targets, strict=True)
         ]
         return torch.cat(parts).to(default_mask.dtype)
 
-    def _read(
-        self, t: Tensor, default_mask: Tensor
-    ) -> tuple[list[Target], list[Tensor | None] | None]:
-        """The parameters that make up ``t``, or ``t`` itself as one, and scores if it holds any."""
-        mask = None if bool((default_mask != 0).all()) else default_mask != 0
-        itself = [Target(t.detach(), mask, "t")]
-        if not self._needs_structure() or t.dim() != 1 or mask is not None:
-            return itself, None
-        if self.structure is not None:
-            return self._read_structure(t, targets_of(self.structure))
-        targets = targets_from_history(t)
-        if targets is not None:
-            return targets, None
-        if not isinstance(t, nn.Parameter):
-            warnings.warn(
-                f"{type(self).__name__} cannot see which parameters these {t.numel()} entries "
-                "belong to, because no autograd history leads to them (no_grad, frozen weights, "
-                "or importance_scores), and ranks them by magnitude. Pass structure=parameters, "
-                "or call torchalignprune.global_unstructured.",
-                UserWarning,
-                stacklevel=6,
-            )
-        return itself, [t.detach()]
-
-    def _read_structure(
-        self, t: Tensor, structure: list[Target]
-    ) -> tuple[list[Target], list[Tensor | None] | None]:
-        sizes = [target.remaining() for target in structure]
-        if sum(sizes) != t.numel():
-            raise ValueError(
-                f"structure should be the parameters that are pruned: it has {sum(sizes)} entries "
-                f"that are not pruned yet, but there are {t.numel()}"
-            )
-        values = t.detach().split(sizes)
-        if all(
-            torch.equal(own, target.entries().to(t.dtype))
-            for own, target in zip(values, structure, strict=True)
-        ):
-            return structure, None
-        # They are importance_scores.
-        scores: list[Tensor | None] = []
-        for target, own in zip(structure, values, strict=True):
-            full = torch.zeros(target.weight.shape, dtype=t.dtype, device=t.device)
-            everywhere = torch.ones_like(full, dtype=torch.bool)
-            full.masked_scatter_(everywhere if target.mask is None else target.mask, own)
-            scores.append(full)
-        return structure, scores
-
-    def _needs_structure(self) -> bool:
+    def needs_structure(self) -> bool:
+        """Whether the entries' values alone are too little to rank them."""
         return self.budget != "global"
+
+    def _warn(self, t: Tensor) -> None:
+        if isinstance(t, nn.Parameter) and self.magnitude_will_do:
+            return
+        message = (
+            f"{type(self).__name__} cannot see which parameters these {t.numel()} entries belong "
+            "to, because no autograd history leads to them (no_grad, frozen weights, or "
+            "importance_scores){}. Pass structure=parameters, or call "
+            "torchalignprune.global_unstructured."
+        )
+        if not self.magnitude_will_do:
+            raise ValueError(message.format(""))
+        warnings.warn(
+            message.format(", and ranks them by magnitude"), UserWarning, stacklevel=6
+        )
 
     @classmethod
     def apply(
@@ -305,21 +285,55 @@ def _scores(
 ) -> list[Tensor | None]:
     scores: list[Tensor | None] = []
     for target in targets:
-        given = [importance_scores[p] for p in target.places if p in importance_scores]
-        if given and given[0].shape != target.weight.shape:
-            # The type that torch raises here.
-            raise AssertionError(
-                f"importance_scores should have the same shape as parameter {target.name}, got "
-                f"{tuple(given[0].shape)} vs {tuple(target.weight.shape)}"
-            )
-        scores.append(given[0] if given else None)
+        score = next(
+            (importance_scores[place] for place in target.places if place in importance_scores),
+            None,
+        )
+        if score is not None:
+            if not isinstance(score, Tensor):
+                raise TypeError(
+                    f"the importance_scores of {target.name} should be a tensor, got "
+                    f"{type(score).__name__}"
+                )
+            if score.shape != target.weight.shape:
+                # The type that torch raises here.
+                raise AssertionError(
+                    f"importance_scores should have the same shape as parameter {target.name}, "
+                    f"got {tuple(score.shape)} vs {tuple(target.weight.shape)}"
+                )
+            score = score.detach().to(target.weight.device)
+            score = score if score.dtype in DTYPES else score.double()
+        scores.append(score)
     return scores
 
 
-def _rows(tensor: Tensor, unit_dim: int) -> Tensor:
-    return tensor.movedim(unit_dim, 0).flatten(1)
+def _read_structure(
+    t: Tensor, structure: Parameters
+) -> tuple[list[Target], list[Tensor | None] | None]:
+    """The targets of the structure, and scores if that is what the vector holds."""
+    targets = targets_of(structure)
+    sizes = [target.remaining() for target in targets]
+    if sum(sizes) != t.numel():
+        raise ValueError(
+            f"structure should be the parameters that are pruned: it has {sum(sizes)} entries that "
+            f"are not pruned yet, but there are {t.numel()}"
+        )
+    values = t.detach().split(sizes)
+    if all(map(_holds, targets, values)):
+        return targets, None
+    scores: list[Tensor | None] = []
+    for target, own in zip(targets, values, strict=True):
+        full = torch.zeros(target.weight.shape, dtype=t.dtype, device=t.device)
+        everywhere = torch.ones_like(full, dtype=torch.bool)
+        full.masked_scatter_(everywhere if target.mask is None else target.mask, own)
+        scores.append(full)
+    return targets, scores
 
 
-def _from_rows(rows: Tensor, like: Tensor, unit_dim: int) -> Tensor:
-    shape = like.movedim(unit_dim, 0).shape
-    return rows.reshape(shape).movedim(0, unit_dim).contiguous()
+def _holds(target: Target, values: Tensor) -> bool:
+    """Whether the values are the parameter's: as stored, or as of the last forward."""
+    module, name = target.places[0]
+    shown = replace(target, weight=getattr(module, name).detach())
+    return any(
+        torch.equal(values, source.entries().to(values.dtype)) for source in (target, shown)
+    )

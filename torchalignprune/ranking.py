@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from torchalignprune import ops
-from torchalignprune.targets import PerParameter, Target, targets_of
+from torchalignprune.targets import Target
 
-__all__ = [
-    "Ranking",
-    "frobenius",
-    "input_norms_of",
-    "references_of",
-    "two_sided",
-    "unit_gains",
-    "within_unit",
-]
+__all__ = ["Ranking", "along", "frobenius", "two_sided", "unit_gains", "within_unit"]
 
 
 @dataclass
@@ -35,190 +28,95 @@ class Ranking:
     def scores(self) -> list[Tensor]:
         """The same as tensors of their own."""
         none: list[Tensor | None] = [None] * len(self.weights)
-        rows, columns = self.row_scales or none, self.column_scales or none
         scores = []
-        for w, r, row, column in zip(
-            self.weights, self.references or none, rows, columns, strict=True
+        for weight, reference, row, column in zip(
+            self.weights,
+            self.references or none,
+            self.row_scales or none,
+            self.column_scales or none,
+            strict=True,
         ):
-            wide = w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
-            score = wide
-            if self.score == "magnitude":
-                score = wide.abs()
-            elif self.score == "worth":
-                score = wide * (2 * (w if r is None else r).to(wide.dtype) - wide)
-            if row is not None:
-                score = score * along(row, 0, w)
-            if column is not None:
-                score = score * along(column, min(1, w.dim() - 1), w)
-            scores.append(score)
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            scaled = []
+            for tensor in (weight, weight if reference is None else reference):
+                value = tensor.to(dtype)
+                if row is not None:
+                    value = value * along(row, 0, weight)
+                if column is not None:
+                    value = value * along(column, min(1, weight.dim() - 1), weight)
+                scaled.append(value)
+            v, u = scaled
+            scores.append({"value": v, "magnitude": v.abs(), "worth": v * (2 * u - v)}[self.score])
         return scores
 
 
-def for_targets(
-    given: PerParameter | None, targets: Sequence[Target], what: str
-) -> list[Tensor | None]:
-    """The tensor that belongs to each target."""
-    if given is None:
-        return [None] * len(targets)
-    if isinstance(given, Tensor):
-        given = [given]
-    if not isinstance(given, Mapping):
-        if len(given) != len(targets):
-            raise ValueError(
-                f"{what} should have one tensor for each of the {len(targets)} parameters, got "
-                f"{len(given)}"
-            )
-        return [tensor.detach() for tensor in given]
-    found: list[Tensor | None] = []
-    by_weight: dict[int, Tensor] = {}
-    for target in targets:
-        own = next((given[place] for place in target.places if place in given), None)
-        if own is None and not target.places:
-            # From torch's vector only the parameter itself is known.
-            by_weight = by_weight or {t.weight.data_ptr(): given[p] for p in given for t in targets_of([p])}
-            own = by_weight.get(target.weight.data_ptr())
-        if own is None:
-            raise ValueError(f"{what} has no entry for {target.name}")
-        found.append(own.detach())
-    return found
-
-
-def references_of(given: PerParameter | None, targets: Sequence[Target]) -> list[Tensor | None]:
-    references = for_targets(given, targets, "reference")
-    for i, (reference, target) in enumerate(zip(references, targets, strict=True)):
-        if reference is None:
-            continue
-        if reference.shape != target.weight.shape:
-            raise ValueError(
-                f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
-                f"got {tuple(reference.shape)}"
-            )
-        references[i] = reference.to(target.weight.device)
-    return references
-
-
-def input_norms_of(given: PerParameter | None, targets: Sequence[Target]) -> list[Tensor | None]:
-    norms = for_targets(given, targets, "input_norms")
-    for i, (norm, target) in enumerate(zip(norms, targets, strict=True)):
-        if norm is None:
-            continue
-        if target.weight.dim() < 2:
-            norms[i] = None
-            continue
-        length = target.weight.size(target.in_dim)
-        if norm.shape != (length,):
-            raise ValueError(
-                f"the input_norms of {target.name} should have shape ({length},), one for each "
-                f"input, got {tuple(norm.shape)}"
-            )
-        if not bool((norm.isfinite() & (norm >= 0)).all()):
-            raise ValueError(
-                f"the input_norms of {target.name} should be finite and not negative"
-            )
-        norms[i] = norm.to(target.weight.device)
-    return norms
-
-
-def unit_gains(
-    target: Target, reference: Tensor | None, norms: Tensor | None, unit_dim: int
-) -> Tensor:
+def unit_gains(target: Target, unit_dim: int) -> Tensor:
     """The cosine gains, units along ``unit_dim``, in the layout of the weight."""
-    w = target.weight
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    w, reference, norms = target.weight, target.reference, target.input_norms
     if w.dim() < 2:
         return ops.cosine_gains(w, mask=target.mask, reference=reference, name=target.name)
-    along_units = unit_dim == target.out_dim
+    of_outputs = unit_dim == target.out_dim
     gains = ops.cosine_gains(
         w.movedim(unit_dim, 0),
         mask=None if target.mask is None else target.mask.movedim(unit_dim, 0),
         reference=None if reference is None else reference.movedim(unit_dim, 0),
-        column_scale=norms.to(dtype) if norms is not None and along_units else None,
+        column_scale=norms if of_outputs else None,
         name=target.name,
     ).movedim(0, unit_dim)
-    if norms is not None and not along_units:
-        # A unit of one input is multiplied as a whole, which its alignment does not see, unless by 0.
+    if norms is not None and not of_outputs:
+        # An input's unit is multiplied as a whole, which its alignment does not see, unless by 0.
         gains = gains * along(norms > 0, target.in_dim, w)
     return gains
 
 
-def within_unit(target: Target, reference: Tensor | None, norms: Tensor | None) -> Tensor:
+def within_unit(target: Target) -> Tensor:
     """What decides among the entries of one output unit: |w|, or w (r - rho w / 2)."""
-    w = target.weight.to(torch.float64 if target.weight.dtype == torch.float64 else torch.float32)
-    scale = 1 if norms is None else along(norms.to(w.dtype), target.in_dim, w)
+    w = target.weight.to(target.dtype)
+    scale = 1 if target.input_norms is None else along(target.input_norms, target.in_dim, w)
     w = w * scale
-    if reference is None:
+    if target.reference is None:
         return w.abs()
-    r = reference.to(w.dtype) * scale
+    r = target.reference.to(w.dtype) * scale
     alive = w if target.mask is None else w * target.mask
     others = [dim for dim in range(w.dim()) if dim != target.out_dim]
-    square = (alive * alive).sum(dim=others, keepdim=True)
-    rho = (alive * r).sum(dim=others, keepdim=True) / square.where(square > 0, 1)
+    square = (alive * alive).sum(dim=others, keepdim=True, dtype=torch.float64)
+    dot = (alive * r).sum(dim=others, keepdim=True, dtype=torch.float64)
+    rho = (dot / square.where(square > 0, 1)).to(w.dtype)
     return w * (r - rho * w / 2)
 
 
-def frobenius(
-    targets: Sequence[Target],
-    references: list[Tensor | None],
-    norms: list[Tensor | None],
-    dtype: torch.dtype,
-) -> Ranking:
-    own = all(reference is None for reference in references)
-    result = Ranking([target.weight for target in targets], "magnitude" if own else "worth")
-    result.references = [] if own else references
-    for target, reference, norm in zip(targets, references, norms, strict=True):
-        r = target.weight if reference is None else reference
-        scaled = r.to(dtype)
-        if norm is not None:
-            scaled = scaled * along(norm.to(dtype), target.in_dim, r)
-        size = torch.linalg.vector_norm(scaled)
-        # For r = w the root of the worth ranks the same, and does not lose small weights.
-        power = 1 if own else 2
-        whole = inverse(size).pow(power).reshape(1)
-        inputs = None if norm is None else norm.to(dtype).pow(power)
-        rows, columns = (whole, inputs) if target.out_dim == 0 else (inputs, whole)
-        if inputs is None:
-            rows, columns = whole, None
-        result.row_scales.append(rows)
-        result.column_scales.append(columns)
-    return result
-
-
-def two_sided(
-    targets: Sequence[Target],
-    references: list[Tensor | None],
-    norms: list[Tensor | None],
-    dtype: torch.dtype,
-) -> Ranking:
-    own = all(reference is None for reference in references)
-    result = Ranking([target.weight for target in targets], "magnitude" if own else "worth")
-    result.references = [] if own else references
-    for target, reference, norm in zip(targets, references, norms, strict=True):
-        r = target.weight if reference is None else reference
-        if r.dim() < 2:
-            # One unit: |w| / |w|, and its square with a reference.
-            size = torch.linalg.vector_norm(r, dtype=dtype)
-            result.row_scales.append(inverse(size).pow(1 if own else 2).reshape(1))
-            result.column_scales.append(None)
-            continue
-        inputs = None if norm is None else norm.to(dtype)
-        scaled = r if inputs is None else r.to(dtype) * along(inputs, target.in_dim, r)
-        by_dim = []
-        for dim in (0, 1):
-            others = [d for d in range(r.dim()) if d != dim]
-            sizes = torch.linalg.vector_norm(scaled, dim=others, dtype=dtype)
-            scale = inverse(sizes)
-            scale = scale.sqrt() if own else scale
-            if inputs is not None and dim == target.in_dim:
-                scale = scale * inputs.pow(1 if own else 2)
-            by_dim.append(scale)
+def frobenius(targets: Sequence[Target]) -> Ranking:
+    """w (2 r - w) / |R|^2; for r = w its root |w| / |R|, which ranks the same."""
+    result = _ranking(targets)
+    for target in targets:
+        rows, _ = _square_sums(target)
+        # fsum is exact, so that the order of the rows does not matter.
+        size = _inverse(rows.new_tensor([math.fsum(rows.tolist())]).sqrt()).to(_dtype(targets))
+        by_dim: list[Tensor | None] = [size, None]
+        if target.input_norms is not None:
+            by_dim[target.in_dim] = target.input_norms.to(size.dtype)
+            by_dim[target.out_dim] = size
         result.row_scales.append(by_dim[0])
         result.column_scales.append(by_dim[1])
     return result
 
 
-def inverse(size: Tensor) -> Tensor:
-    """1 / size, and 0 where the size is 0: a zero unit is worth nothing."""
-    return torch.where(size > 0, 1 / size.where(size > 0, 1), 0)
+def two_sided(targets: Sequence[Target]) -> Ranking:
+    """w (2 r - w) / (|r_row| |r_column|); for r = w its root, which ranks the same."""
+    result = _ranking(targets)
+    for target in targets:
+        dtype = _dtype(targets)
+        rows, columns = _square_sums(target)
+        if target.weight.dim() < 2:
+            result.row_scales.append(_inverse(rows.sqrt()).to(dtype))
+            result.column_scales.append(None)
+            continue
+        scales = [_inverse(sums.sqrt().sqrt()) for sums in (rows, columns)]
+        if target.input_norms is not None:
+            scales[target.in_dim] = scales[target.in_dim] * target.input_norms
+        result.row_scales.append(scales[0].to(dtype))
+        result.column_scales.append(scales[1].to(dtype))
+    return result
 
 
 def along(vector: Tensor, dim: int, tensor: Tensor) -> Tensor:
@@ -229,3 +127,27 @@ def along(vector: Tensor, dim: int, tensor: Tensor) -> Tensor:
     return vector.reshape(shape)
 
 
+def _dtype(targets: Sequence[Target]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in targets) else torch.float32
+
+
+def _ranking(targets: Sequence[Target]) -> Ranking:
+    weights = [target.weight for target in targets]
+    if all(target.reference is None for target in targets):
+        return Ranking(weights, "magnitude")
+    return Ranking(weights, "worth", references=[target.reference for target in targets])
+
+
+def _square_sums(target: Target) -> tuple[Tensor, Tensor]:
+    """Those of the reference's rows and columns, with the input norms in it."""
+    r = target.weight if target.reference is None else target.reference
+    scales: list[Tensor | None] = [None, None]
+    if target.input_norms is not None:
+        wide = torch.float64 if r.dtype == torch.float64 else torch.float32
+        scales[target.in_dim] = target.input_norms.to(wide)
+    return ops.square_sums(r, row_scale=scales[0], column_scale=scales[1], name=target.name)
+
+
+def _inverse(size: Tensor) -> Tensor:
+    """1 / size, and 0 where the size is 0: a zero unit is worth nothing."""
+    return torch.where(size > 0, 1 / size.where(size > 0, 1), 0)

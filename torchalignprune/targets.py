@@ -8,21 +8,31 @@ where they belong is read off the vector's autograd history.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchalignprune.parameters import (
+    DTYPES,
     Parameters,
+    known_unit_dimension,
     mask_of,
     parameter_names,
     stored,
     unit_dimension,
 )
 
-__all__ = ["PerParameter", "Target", "targets_from_history", "targets_of"]
+__all__ = [
+    "PerParameter",
+    "Target",
+    "targets_from_history",
+    "targets_of",
+    "with_input_norms",
+    "with_references",
+]
 
 Pair = tuple[nn.Module, str]
 PerParameter = Mapping[Pair, Tensor] | Sequence[Tensor] | Tensor
@@ -40,6 +50,9 @@ class Target:
         name: what to call it in an error.
         out_dim: the dimension of the units (outputs): 0, or 1 for transformers' Conv1D.
         places: where it sits; several for tied weights, none where only the values are known.
+        parameter: the parameter itself, where only its values are known.
+        reference: what its units are to stay aligned with, shaped like the weight; None for itself.
+        input_norms: one for each input, or None.
     """
 
     weight: Tensor
@@ -47,10 +60,18 @@ class Target:
     name: str
     out_dim: int = 0
     places: tuple[Pair, ...] = ()
+    parameter: Tensor | None = None
+    reference: Tensor | None = None
+    input_norms: Tensor | None = None
 
     @property
     def in_dim(self) -> int:
         return 1 - self.out_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that scores are computed in."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def remaining(self) -> int:
         """How many entries are not pruned yet."""
@@ -67,9 +88,11 @@ def targets_of(parameters: Parameters) -> list[Target]:
     Raises:
         TypeError: not pairs of a module and a name; not a floating-point parameter.
         AttributeError: the module has nothing of that name.
-        ValueError: tied weights whose masks differ.
+        ValueError: no pairs; tied weights whose masks differ; a name that is taken.
     """
     pairs = list(parameters)
+    if not pairs:
+        raise ValueError("parameters should have at least one (module, name) pair, got none")
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise TypeError(f"parameters should be (module, name) pairs, got {pair!r}")
@@ -81,17 +104,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
     found: dict[int, Target] = {}
     named = parameters if isinstance(parameters, list) else pairs
     for (module, name), label in zip(pairs, parameter_names(named), strict=True):
-        if not hasattr(module, name):
-            raise AttributeError(f"{label}: {type(module).__name__} has no attribute {name!r}")
-        is_masked = mask_of(module, name) is not None and f"{name}_orig" in module._parameters
-        if not is_masked and module._parameters.get(name) is None:
-            raise TypeError(
-                f"{label} should be a torch.nn.Parameter of its module, got "
-                f"{type(getattr(module, name)).__name__}"
-            )
-        weight = stored(module, name)
-        if not weight.is_floating_point():
-            raise TypeError(f"{label} should have a floating-point dtype, got {weight.dtype}")
+        weight = _parameter(module, name, label)
         mask = mask_of(module, name)
         mask = mask if mask is None or mask.dtype == torch.bool else mask != 0
         tied = found.get(id(weight))
@@ -106,17 +119,121 @@ def targets_of(parameters: Parameters) -> list[Target]:
             raise ValueError(f"{label} is tied to {tied.name}, but their masks differ")
         if (module, name) not in tied.places:
             places = (*tied.places, (module, name))
-            found[id(weight)] = Target(tied.weight, tied.mask, tied.name, tied.out_dim, places)
+            found[id(weight)] = replace(tied, places=places)
     return list(found.values())
+
+
+def _parameter(module: nn.Module, name: str, label: str) -> Tensor:
+    """The stored parameter, if it is one that can be pruned."""
+    if not hasattr(module, name):
+        raise AttributeError(f"{label}: {type(module).__name__} has no attribute {name!r}")
+    masked = mask_of(module, name) is not None and f"{name}_orig" in module._parameters
+    if not masked and module._parameters.get(name) is None:
+        raise TypeError(
+            f"{label} should be a torch.nn.Parameter of its module, got "
+            f"{type(getattr(module, name)).__name__}"
+        )
+    for taken in (f"{name}_orig", f"{name}_mask"):
+        if not masked and hasattr(module, taken):
+            raise ValueError(f"{label}: {type(module).__name__} has an attribute {taken!r} already")
+    weight = stored(module, name)
+    if is_lazy(weight):
+        raise TypeError(f"{label} is not initialized yet: run the model once before pruning it")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{label} should be one of {_list(DTYPES)}, got {weight.dtype}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"{label} should be a strided tensor, got {weight.layout}")
+    return weight
+
+
+def _list(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
+    """The targets with the reference that belongs to each.
+
+    Raises:
+        ValueError: too few or too many, none for a target, or another shape than the weight's.
+        TypeError: not tensors.
+    """
+    results = []
+    for target, own in _per_target(targets, reference, "reference"):
+        if own is not None and own.shape != target.weight.shape:
+            raise ValueError(
+                f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
+                f"got {tuple(own.shape)}"
+            )
+        own = own if own is None else own.to(target.weight.device)
+        results.append(replace(target, reference=own))
+    return results
+
+
+def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> list[Target]:
+    """The targets with the input norms that belong to each; parameters of one dimension have none.
+
+    Raises:
+        ValueError: too few or too many, none for a target, another length than the weight has
+            inputs, or negative, infinite or NaN.
+        TypeError: not tensors.
+    """
+    results = []
+    for target, own in _per_target(targets, norms, "input_norms"):
+        if own is None or target.weight.dim() < 2:
+            results.append(target)
+            continue
+        length = target.weight.size(target.in_dim)
+        if own.shape != (length,):
+            raise ValueError(
+                f"the input_norms of {target.name} should have shape ({length},), one for each "
+                f"input, got {tuple(own.shape)}"
+            )
+        if not bool((own.isfinite() & (own >= 0)).all()):
+            raise ValueError(f"the input_norms of {target.name} should be finite and not negative")
+        own = own.to(target.weight.device, target.dtype)
+        results.append(replace(target, input_norms=own))
+    return results
+
+
+def _per_target(
+    targets: Sequence[Target], given: PerParameter | None, what: str
+) -> list[tuple[Target, Tensor | None]]:
+    if given is None:
+        return [(target, None) for target in targets]
+    found: list[Any] = []
+    if isinstance(given, Tensor):
+        found = [given]
+    elif not isinstance(given, Mapping):
+        found = list(given)
+    else:
+        by_weight = {id(stored(*pair)): value for pair, value in given.items()}
+        for target in targets:
+            own = [given[place] for place in target.places if place in given]
+            if not own and target.parameter is not None and id(target.parameter) in by_weight:
+                own = [by_weight[id(target.parameter)]]
+            if not own:
+                raise ValueError(f"{what} has no entry for {target.name}")
+            found.append(own[0])
+    if len(found) != len(targets):
+        raise ValueError(
+            f"{what} should have one tensor for each of the {len(targets)} parameters, got "
+            f"{len(found)}"
+        )
+    for target, own in zip(targets, found, strict=True):
+        if not isinstance(own, Tensor):
+            raise TypeError(
+                f"the {what} of {target.name} should be a tensor, got {type(own).__name__}"
+            )
+    return [(target, own.detach()) for target, own in zip(targets, found, strict=True)]
 
 
 def targets_from_history(vector: Tensor) -> list[Target] | None:
     """The parameters whose entries make up the vector that torch's pruning hands to a method.
 
     The history leads from the vector (``t[mask == 1]``) over the concatenation and the views to the
-    parameters, or to their products with the masks. Returns None if there is no such history, or if
-    it does not make up the vector's values (scores that were computed from parameters, for one).
-    Which modules the parameters belong to is not part of it, so their units are along dimension 0.
+    parameters, or to their products with the masks. Returns None if there is no such history. The
+    modules are not part of it: units are along dimension 0 unless ``prunable_parameters`` has seen
+    the parameter and knows better.
     """
     index = vector.grad_fn
     if index is None or index.name() != "IndexBackward0":
@@ -132,33 +249,47 @@ def targets_from_history(vector: Tensor) -> list[Target] | None:
         else [node]
     )
     targets: list[Target] = []
-    start = entries = 0
+    start = 0
     for number, piece in enumerate(pieces):
-        leaf = _leaf(piece)
-        if leaf is None:
+        parameter = _leaf(piece)
+        if parameter is None:
             return None
-        weight = leaf.detach()
-        mask = alive[start : start + weight.numel()]
-        if mask.numel() != weight.numel():
+        mask = alive[start : start + parameter.numel()]
+        start += parameter.numel()
+        if mask.numel() != parameter.numel():
             return None
-        start += weight.numel()
-        mask_or_none = None if bool(mask.all()) else mask.reshape(weight.shape)
-        target = Target(weight, mask_or_none, f"parameters[{number}]")
-        values = target.entries()
-        if not torch.equal(values.to(vector.dtype), vector[entries : entries + values.numel()]):
-            return None
-        entries += values.numel()
-        targets.append(target)
-    return targets if entries == vector.numel() and start == alive.numel() else None
+        targets.append(
+            Target(
+                parameter.detach(),
+                None if bool(mask.all()) else mask.reshape(parameter.shape),
+                f"parameters[{number}]",
+                known_unit_dimension(parameter),
+                parameter=parameter,
+            )
+        )
+    whole = sum(target.remaining() for target in targets)
+    return targets if start == alive.numel() and whole == vector.numel() else None
 
 
 def _leaf(node: Any) -> Tensor | None:
-    """The parameter at the end of a chain of views and of at most one product with a mask."""
+    """The parameter at the end of a chain of views, maybe multiplied by a mask."""
     views = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
+    factor = None
     while node is not None and (node.name() in views or node.name() == "MulBackward0"):
         inputs = [function for function, _ in node.next_functions if function is not None]
         if len(inputs) != 1:
             return None
+        if node.name() == "MulBackward0":
+            if factor is not None:
+                return None
+            factor = node._saved_self if node._saved_self is not None else node._saved_other
         node = inputs[0]
     variable = getattr(node, "variable", None)
-    return variable if isinstance(variable, Tensor) else None
+    # The product that a pickle brings back is a leaf too, but no parameter.
+    if not isinstance(variable, nn.Parameter):
+        return None
+    is_mask = factor is None or (
+        factor.shape == variable.shape
+        and (factor.dtype == torch.bool or bool(((factor == 0) | (factor == 1)).all()))
+    )
+    return variable if is_mask else None

@@ -11,8 +11,7 @@
 namespace torchalignprune {
 namespace {
 
-// The rising order of a unit's entries: stable, so that among equals the lower position comes first
-// and is pruned first.
+// Sorts positions by rising scores; among equals the lower position comes first.
 class RowSort {
  public:
   explicit RowSort(int64_t row_size) : items_(row_size), spare_(row_size) {}
@@ -60,69 +59,155 @@ class RowSort {
   int64_t size_ = 0;
 };
 
-struct Scratch {
-  explicit Scratch(int64_t n) : sort(n), weight(n), reference(n), sums(n + 1), values(n), gains(n) {
-    order.reserve(n);
-  }
-  RowSort sort;
-  std::vector<double> weight, reference, sums, values, gains;
-  std::vector<uint32_t> order;
-};
+// One unit, and the memory that is used again for the next one.
+template <class Acc>
+class Unit {
+ public:
+  std::vector<double> weight, reference;
 
-// Rising positions by |w|, exactly, for scores that do not fit a float32 key.
-void order_by(const std::vector<double>& score, std::vector<uint32_t>& order) {
-  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-    return score[a] < score[b];
-  });
-}
-
-// r = w: the k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of
-// the k largest squares (marginal analysis, Fox 1966).
-template <class Order>
-void own_gains(Scratch& s, int64_t alive, double norm, Order position) {
-  s.sums[0] = 0;
-  for (int64_t k = 0; k < alive; ++k) {
-    const double w = s.weight[position(alive - 1 - k)];
-    s.values[k] = w * w;
-    s.sums[k + 1] = s.sums[k] + s.values[k];
+  explicit Unit(int64_t size)
+      : weight(size), reference(size), size_(size), sort_(size), gains_(size), squares_(size),
+        sums_(size + 1) {
+    order_.reserve(size);
+    rest_.reserve(size);
   }
-  kernels().gains(s.values.data(), s.sums.data() + 1, norm, alive, s.gains.data());
-}
 
-// Any r: the differences of A along the order, then the least concave majorant, by pooling
-// neighbours whose gains rise.
-template <class Order>
-void reference_gains(Scratch& s, int64_t alive, double norm, Order position) {
-  double dot = 0, square = 0, before = 0;
-  for (int64_t k = 0; k < alive; ++k) {
-    const uint32_t at = position(alive - 1 - k);
-    dot += s.weight[at] * s.reference[at];
-    square += s.weight[at] * s.weight[at];
-    const double alignment = square > 0 ? dot / (std::sqrt(square) * norm) : 0;
-    s.gains[k] = alignment - before;
-    before = alignment;
-  }
-  // s.values and s.sums hold the pools' totals and sizes.
-  int64_t pools = 0;
-  for (int64_t k = 0; k < alive; ++k) {
-    double total = s.gains[k];
-    double size = 1;
-    while (pools > 0 && s.values[pools - 1] * size < total * s.sums[pools - 1]) {
-      --pools;
-      total += s.values[pools];
-      size += s.sums[pools];
+  // What each entry that is alive adds; the others get 0.
+  void rank(const uint8_t* alive, bool has_reference, Acc* out) {
+    std::fill_n(out, size_, Acc{0});
+    const double norm = norm_of(has_reference ? reference : weight);
+    if (norm == 0) return;
+    order_.clear();
+    for (int64_t i = 0; i < size_; ++i) {
+      if (alive[i] != 0) order_.push_back(static_cast<uint32_t>(i));
     }
-    s.values[pools] = total;
-    s.sums[pools] = size;
-    ++pools;
+    if (has_reference) {
+      order_by_alignment();
+      reference_gains(norm);
+    } else {
+      order_by_magnitude();
+      own_gains(norm);
+    }
+    for (size_t k = 0; k < order_.size(); ++k) out[order_[k]] = static_cast<Acc>(gains_[k]);
   }
-  int64_t k = 0;
-  for (int64_t pool = 0; pool < pools; ++pool) {
-    const auto size = static_cast<int64_t>(s.sums[pool]);
-    std::fill_n(s.gains.begin() + k, size, s.values[pool] / s.sums[pool]);
-    k += size;
+
+ private:
+  static double norm_of(const std::vector<double>& values) {
+    double square = 0;
+    for (const double value : values) square += value * value;
+    return std::sqrt(square);
   }
-}
+
+  // Among equals the higher position comes first: the lower one is pruned first.
+  void order_by_magnitude() {
+    if constexpr (sizeof(Acc) == 4) {
+      sort_.clear();
+      for (const uint32_t at : order_) {
+        sort_.push(static_cast<float>(std::abs(weight[at])), at);
+      }
+      const uint64_t* items = sort_.sort();
+      const auto last = static_cast<int64_t>(order_.size()) - 1;
+      for (int64_t k = 0; k <= last; ++k) order_[k] = static_cast<uint32_t>(items[last - k]);
+    } else {
+      std::sort(order_.begin(), order_.end(), [&](uint32_t a, uint32_t b) {
+        const double x = std::abs(weight[a]), y = std::abs(weight[b]);
+        return x != y ? x > y : a > b;
+      });
+    }
+  }
+
+  // Always next the entry with which the chosen ones are aligned best, (d + w r) / sqrt(q + w^2)
+  // where d = <w, r> and q = <w, w> of the chosen; a quarter as many at once as are chosen already,
+  // which changes little and makes it O(n log n). For r = w this is the order of magnitude.
+  void order_by_alignment() {
+    rest_.clear();
+    for (const uint32_t at : order_) rest_.push_back({0, at});
+    double dot = 0, square = 0;
+    for (size_t chosen = 0; chosen < order_.size();) {
+      for (auto next = rest_.begin() + chosen; next != rest_.end(); ++next) {
+        const double w = weight[next->position];
+        const double size = std::sqrt(square + w * w);
+        next->alignment = size > 0 ? (dot + w * reference[next->position]) / size : 0;
+      }
+      const size_t block = std::min(std::max<size_t>(1, chosen / 4), order_.size() - chosen);
+      const auto begin = rest_.begin() + chosen;
+      std::partial_sort(begin, begin + block, rest_.end());
+      for (size_t k = chosen; k < chosen + block; ++k) {
+        const uint32_t at = rest_[k].position;
+        order_[k] = at;
+        dot += weight[at] * reference[at];
+        square += weight[at] * weight[at];
+      }
+      chosen += block;
+    }
+  }
+
+  // The k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of the k
+  // largest squares (marginal analysis, Fox 1966).
+  void own_gains(double norm) {
+    sums_[0] = 0;
+    const auto alive = static_cast<int64_t>(order_.size());
+    for (int64_t k = 0; k < alive; ++k) {
+      const double w = weight[order_[k]];
+      squares_[k] = w * w;
+      sums_[k + 1] = sums_[k] + squares_[k];
+    }
+    kernels().gains(squares_.data(), sums_.data() + 1, norm, alive, gains_.data());
+  }
+
+  // The differences of A along the order, then the least concave majorant, by pooling neighbours
+  // whose gains rise.
+  void reference_gains(double norm) {
+    const auto alive = static_cast<int64_t>(order_.size());
+    double dot = 0, square = 0, before = 0;
+    int64_t pools = 0;
+    std::vector<double>&totals = squares_, &sizes = sums_;
+    for (int64_t k = 0; k < alive; ++k) {
+      const uint32_t at = order_[k];
+      dot += weight[at] * reference[at];
+      square += weight[at] * weight[at];
+      const double alignment = square > 0 ? dot / (std::sqrt(square) * norm) : 0;
+      double total = alignment - before;
+      double size = 1;
+      before = alignment;
+      while (pools > 0 && totals[pools - 1] * size < total * sizes[pools - 1]) {
+        --pools;
+        total += totals[pools];
+        size += sizes[pools];
+      }
+      totals[pools] = total;
+      sizes[pools] = size;
+      ++pools;
+    }
+    int64_t k = 0;
+    for (int64_t pool = 0; pool < pools; ++pool) {
+      const double gain = totals[pool] / sizes[pool];
+      const double next =
+          pool + 1 < pools ? totals[pool + 1] / sizes[pool + 1] : gain - std::abs(gain);
+      // A pool falls a little towards the next one, so that a cut through it keeps the order.
+      const double step = (gain - next) / (1000 * sizes[pool]);
+      for (int64_t i = 0; i < static_cast<int64_t>(sizes[pool]); ++i, ++k) {
+        gains_[k] = gain - static_cast<double>(i) * step;
+      }
+    }
+  }
+
+  struct Candidate {
+    double alignment;
+    uint32_t position;
+    bool operator<(const Candidate& other) const {
+      return alignment != other.alignment ? alignment > other.alignment
+                                          : position > other.position;
+    }
+  };
+
+  int64_t size_;
+  RowSort sort_;
+  std::vector<double> gains_;
+  std::vector<double> squares_, sums_;
+  std::vector<uint32_t> order_;
+  std::vector<Candidate> rest_;
+};
 
 template <class Acc>
 at::Tensor cosine_gains_as(
@@ -167,83 +252,26 @@ at::Tensor cosine_gains_as(
       for (int64_t i = 0; i < row_size; ++i) to[i] /= peak;
     }
   };
-  const auto norm_of = [&](const std::vector<double>& values) {
-    double square = 0;
-    for (int64_t i = 0; i < row_size; ++i) square += values[i] * values[i];
-    return std::sqrt(square);
-  };
 
   const int64_t grain = std::max<int64_t>(1, 16384 / row_size);
   at::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
-    Scratch s(row_size);
+    Unit<Acc> unit(row_size);
     std::vector<uint8_t> mask_buffer(row_size, 1);
     std::vector<Acc> row_gains(out.is_contiguous() ? 0 : row_size);
     for (int64_t row = from; row < to; ++row) {
-      load(weight, row, s.weight);
-      if (reference) load(*reference, row, s.reference);
+      load(weight, row, unit.weight);
+      if (reference) load(*reference, row, unit.reference);
       const uint8_t* alive = mask_buffer.data();
       if (mask) alive = read_mask(*mask, row * row_size, row_size, mask_buffer.data());
-      const double norm = norm_of(reference ? s.reference : s.weight);
-
-      // An entry's place in the order: |w|, or s = w (r - rho w / 2) with rho = <w, r> / <w, w>.
-      double rho = 0;
-      double unit = 1;  // brings s into the range of float32
-      if (reference) {
-        double dot = 0, square = 0;
-        for (int64_t i = 0; i < row_size; ++i) {
-          if (!alive[i]) continue;
-          dot += s.weight[i] * s.reference[i];
-          square += s.weight[i] * s.weight[i];
-        }
-        rho = square > 0 ? dot / square : 0;
-        unit = square > 0 && norm > 0 ? 1 / (std::sqrt(square) * norm) : 1;
+      if (out.is_contiguous()) {
+        unit.rank(alive, reference.has_value(), result + row * row_size);
+        continue;
       }
-      const auto rank_score = [&](int64_t i) {
-        const double w = s.weight[i];
-        return reference ? w * (s.reference[i] - rho * w / 2) * unit : std::abs(w);
-      };
-      Acc* gains = out.is_contiguous() ? result + row * row_size : row_gains.data();
-      std::fill_n(gains, row_size, Acc{0});
-      int64_t count = 0;
-      const auto settle = [&](auto position) {
-        if (norm == 0) {
-          std::fill_n(s.gains.begin(), count, 0.0);
-        } else if (reference) {
-          reference_gains(s, count, norm, position);
-        } else {
-          own_gains(s, count, norm, position);
-        }
-      };
-      if constexpr (sizeof(Acc) == 4) {
-        s.sort.clear();
-        for (int64_t i = 0; i < row_size; ++i) {
-          if (!alive[i]) continue;
-          s.sort.push(static_cast<float>(rank_score(i)), static_cast<uint32_t>(i));
-          ++count;
-        }
-        const uint64_t* items = s.sort.sort();
-        const auto position = [&](int64_t k) { return static_cast<uint32_t>(items[k]); };
-        settle(position);
-        for (int64_t k = 0; k < count; ++k) {
-          gains[position(count - 1 - k)] = static_cast<Acc>(s.gains[k]);
-        }
-      } else {
-        s.order.clear();
-        for (int64_t i = 0; i < row_size; ++i) {
-          s.values[i] = rank_score(i);
-          if (alive[i]) s.order.push_back(static_cast<uint32_t>(i));
-        }
-        order_by(s.values, s.order);
-        count = static_cast<int64_t>(s.order.size());
-        const auto position = [&](int64_t k) { return s.order[k]; };
-        settle(position);
-        for (int64_t k = 0; k < count; ++k) gains[position(count - 1 - k)] = s.gains[k];
-      }
-      if (out.is_contiguous()) continue;
+      unit.rank(alive, reference.has_value(), row_gains.data());
       for_each_run(
           out, row * row_size, row_size,
           [&](int64_t at, int64_t offset, int64_t stride, int64_t length) {
-            for (int64_t i = 0; i < length; ++i) result[offset + i * stride] = gains[at + i];
+            for (int64_t i = 0; i < length; ++i) result[offset + i * stride] = row_gains[at + i];
           });
     }
   });

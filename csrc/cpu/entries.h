@@ -15,7 +15,7 @@
 
 namespace torchalignprune {
 
-inline constexpr int64_t block_size = 1024;
+inline constexpr int64_t block_size = 2048;
 
 inline Element element_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -88,45 +88,53 @@ struct Entries {
   std::optional<at::Tensor> mask, reference, row_scale, column_scale;
   Score score;
 
-  // Keys of the entries [begin, begin + n), n <= block_size; returns whether one is NaN.
-  bool read(int64_t begin, int64_t n, Key* keys) const {
+  // Calls use(piece, offset) for the pieces that make up the entries [begin, begin + n),
+  // n <= block_size, at their offsets from `begin`.
+  template <class Use>
+  void for_each_piece(int64_t begin, int64_t n, Use use) const {
     std::array<Acc, block_size> weight_buffer, reference_buffer, column_buffer;
     std::array<uint8_t, block_size> mask_buffer;
-    const Acc* w = read_values(weight, begin, n, weight_buffer.data());
-    const Acc* r =
-        reference ? read_values(*reference, begin, n, reference_buffer.data()) : nullptr;
-    const uint8_t* m = mask ? read_mask(*mask, begin, n, mask_buffer.data()) : nullptr;
-    const auto to_keys = kernels().of<Acc>().to_keys[static_cast<int>(score)];
-    if (!row_scale && !column_scale) return to_keys(w, r, Acc{1}, nullptr, m, n, keys);
+    Piece<Acc> piece{};
+    piece.weight = read_values(weight, begin, n, weight_buffer.data());
+    if (reference) piece.reference = read_values(*reference, begin, n, reference_buffer.data());
+    if (mask) piece.mask = read_mask(*mask, begin, n, mask_buffer.data());
+    piece.row = 1;
+    piece.n = n;
+    if (!row_scale && !column_scale) return use(piece, int64_t{0});
 
-    // Scales change from row to row, so each stretch of a row is a call of its own.
-    const int64_t rows = rows_of(weight);
-    const int64_t row_size = weight.numel() / rows;
+    // Scales change from row to row, so each stretch of a row is a piece of its own.
+    const int64_t row_size = weight.numel() / rows_of(weight);
     const int64_t inner = row_size / columns_of(weight);
-    bool nan = false;
     for (int64_t done = 0; done < n;) {
       const int64_t row = (begin + done) / row_size;
       const int64_t start = (begin + done) % row_size;
-      const int64_t length = std::min(n - done, row_size - start);
-      const Acc row_factor = row_scale ? factor(*row_scale, row) : Acc{1};
-      const Acc* column = nullptr;
+      Piece<Acc> part = piece;
+      part.n = std::min(n - done, row_size - start);
+      part.weight += done;
+      if (reference) part.reference += done;
+      if (mask) part.mask += done;
+      if (row_scale) part.row = factor(*row_scale, row);
       if (column_scale) {
         const Acc* factors = column_scale->const_data_ptr<Acc>();
         if (inner == 1 && column_scale->numel() > 1) {
-          column = factors + start;
+          part.column = factors + start;
         } else {
-          for (int64_t i = 0; i < length; ++i) {
+          for (int64_t i = 0; i < part.n; ++i) {
             column_buffer[i] = column_scale->numel() > 1 ? factors[(start + i) / inner] : *factors;
           }
-          column = column_buffer.data();
+          part.column = column_buffer.data();
         }
       }
-      nan |= to_keys(
-          w + done, r ? r + done : nullptr, row_factor, column, m ? m + done : nullptr, length,
-          keys + done);
-      done += length;
+      use(part, done);
+      done += part.n;
     }
-    return nan;
+  }
+
+  // Keys of the entries [begin, begin + n), n <= block_size.
+  void read(int64_t begin, int64_t n, Key* keys, bool* nan) const {
+    for_each_piece(begin, n, [&](const Piece<Acc>& piece, int64_t offset) {
+      kernels().of<Acc>().to_keys[static_cast<int>(score)](piece, keys + offset, nan);
+    });
   }
 
  private:

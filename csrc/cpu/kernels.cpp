@@ -1,6 +1,11 @@
 // The portable kernels, and the choice among the levels.
 #include "kernels.h"
 
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
 #define TAP_LEVEL portable
 #define TAP_LEVEL_NAME "portable"
 #define TAP_LEVEL_BITS 0
@@ -17,19 +22,40 @@ extern const Kernels table;
 }
 #endif
 
-const Kernels& kernels() {
-  static const Kernels& best = []() -> const Kernels& {
+namespace {
+
+std::vector<const Kernels*> levels() {
+  std::vector<const Kernels*> found{&portable::table};
 #if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return avx512::table;
-    }
-    if (__builtin_cpu_supports("avx2")) return avx2::table;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) found.push_back(&avx2::table);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back(&avx512::table);
+  }
 #endif
-    return portable::table;
-  }();
-  return best;
+  return found;
+}
+
+const Kernels& choose() {
+  const auto found = levels();
+  const char* wish = std::getenv("TORCHALIGNPRUNE_SIMD");
+  if (wish == nullptr || *wish == '\0') return *found.back();
+  std::string names;
+  for (const Kernels* level : found) {
+    if (std::string(wish) == level->level) return *level;
+    names += (names.empty() ? "" : ", ") + std::string(level->level);
+  }
+  throw std::invalid_argument(
+      "TORCHALIGNPRUNE_SIMD should be one of the levels of this processor (" + names + "), got '" +
+      wish + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
 }
 
 }  // namespace torchalignprune

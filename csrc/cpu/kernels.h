@@ -24,6 +24,18 @@ struct KeyOf<double> {
 template <class Key>
 inline constexpr Key not_a_candidate = static_cast<Key>(~Key{0});
 
+// Entries that lie side by side, and what their scores are made of. `reference`, `column` and `mask`
+// may be null.
+template <class Acc>
+struct Piece {
+  const Acc* weight;
+  const Acc* reference;
+  Acc row;
+  const Acc* column;
+  const uint8_t* mask;
+  int64_t n;
+};
+
 template <class Acc>
 struct ScoreKernels {
   using Key = typename KeyOf<Acc>::type;
@@ -31,19 +43,27 @@ struct ScoreKernels {
   // out[i] = source[i * stride], widened.
   void (*widen)(Element element, const void* source, int64_t stride, int64_t n, Acc* out);
 
-  // Keys of the scores `value`, `magnitude` and `worth` (checks.h), in this order. `reference`,
-  // `column` and `mask` may be null. Returns whether a candidate's score is NaN.
-  using ToKeys = bool (*)(
-      const Acc* weight, const Acc* reference, Acc row, const Acc* column, const uint8_t* mask,
-      int64_t n, Key* keys);
+  // The kernels below come once for each of the scores `value`, `magnitude` and `worth` (checks.h),
+  // and set `nan` if a candidate's score is NaN.
+
+  using ToKeys = void (*)(const Piece<Acc>& piece, Key* keys, bool* nan);
   ToKeys to_keys[3];
 
   // Copies the keys in [low, low + span] to `out`, which has room for n + 16, and adds their number
   // to `found`; returns how many keys are below `low`.
-  int64_t (*scan)(const Key* keys, int64_t n, Key low, Key span, Key* out, int64_t* found);
+  using Scan = int64_t (*)(
+      const Piece<Acc>& piece, Key low, Key span, Key* out, int64_t* found, bool* nan);
+  Scan scan[3];
 
   // mask[i] = key > threshold, or >= with `keep_equal`; returns how many are equal.
-  int64_t (*keep)(const Key* keys, int64_t n, Key threshold, bool keep_equal, uint8_t* mask);
+  using Keep = int64_t (*)(
+      const Piece<Acc>& piece, Key threshold, bool keep_equal, uint8_t* mask, bool* nan);
+  Keep keep[3];
+
+  // Adds the squares of values[i] * row * column[i] to columns[i], and returns their sum. `column`
+  // may be null.
+  double (*add_squares)(
+      const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
 };
 
 struct Kernels {
@@ -67,6 +87,7 @@ struct Kernels {
   void (*gains)(const double* squares, double* sums, double norm, int64_t n, double* out);
 };
 
+// The widest level that the processor has, or the one that TORCHALIGNPRUNE_SIMD names.
 const Kernels& kernels();
 
 }  // namespace torchalignprune

@@ -49,34 +49,59 @@ void widen(Element element, const void* source, int64_t stride, int64_t n, Acc* 
   }
 }
 
+inline float absolute(float x) { return __builtin_fabsf(x); }
+inline double absolute(double x) { return __builtin_fabs(x); }
+
+template <class Key>
+inline constexpr Key sign_bit = static_cast<Key>(Key{1} << (8 * sizeof(Key) - 1));
+
 inline uint32_t order(float score) {
   const uint32_t bits = bits_as<uint32_t>(score);
-  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;
-  return bits ^ flip;
+  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31);
+  return bits ^ (flip | sign_bit<uint32_t>);
 }
 
 inline uint64_t order(double score) {
   const uint64_t bits = bits_as<uint64_t>(score);
-  const uint64_t flip =
-      static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63) | 0x8000000000000000u;
-  return bits ^ flip;
+  const uint64_t flip = static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63);
+  return bits ^ (flip | sign_bit<uint64_t>);
 }
 
-template <class Acc, int kind, bool has_column, bool has_mask>
-bool to_keys_as(
-    const Acc* __restrict weight, const Acc* __restrict reference, Acc row,
-    const Acc* __restrict column, const uint8_t* __restrict mask, int64_t n,
+template <bool on>
+struct Constant {
+  static constexpr bool value = on;
+};
+
+// `scaling`: 0 without scales, 1 with that of the row, 2 with those of the columns too.
+template <class Acc, int kind, int scaling, bool has_mask>
+inline typename KeyOf<Acc>::type to_keys_as(
+    const Piece<Acc>& piece, int64_t start, int64_t n,
     typename KeyOf<Acc>::type* __restrict keys) {
   using Key = typename KeyOf<Acc>::type;
+  const Acc* __restrict weight = piece.weight + start;
+  const Acc* __restrict reference =
+      (piece.reference == nullptr ? piece.weight : piece.reference) + start;
+  const Acc* __restrict column = scaling == 2 ? piece.column + start : nullptr;
+  const uint8_t* __restrict mask = has_mask ? piece.mask + start : nullptr;
+  const Acc row = piece.row;
   Key nan = 0;
   for (int64_t i = 0; i < n; ++i) {
     Acc score = weight[i];
-    if constexpr (kind == 1) score = score < 0 ? -score : score;
-    if constexpr (kind == 2) score = score * (2 * reference[i] - score);
-    if constexpr (kind != 0) score = score * row;
-    if constexpr (has_column) score = score * column[i];
-    score = score + Acc{0};  // -0 becomes +0: they are equals
-    Key key = order(score);
+    if constexpr (scaling >= 1) score = score * row;
+    if constexpr (scaling == 2) score = score * column[i];
+    if constexpr (kind == 1) score = absolute(score);
+    if constexpr (kind == 2) {
+      Acc wanted = reference[i];
+      if constexpr (scaling >= 1) wanted = wanted * row;
+      if constexpr (scaling == 2) wanted = wanted * column[i];
+      score = score * (2 * wanted - score);
+    }
+    Key key;
+    if constexpr (kind == 1) {
+      key = bits_as<Key>(score) | sign_bit<Key>;
+    } else {
+      key = order(score + Acc{0});  // -0 becomes +0: they are equals
+    }
     Key bad = score != score ? 1 : 0;
     if constexpr (has_mask) {
       key = mask[i] != 0 ? key : not_a_candidate<Key>;
@@ -85,34 +110,55 @@ bool to_keys_as(
     nan |= bad;
     keys[i] = key;
   }
-  return nan != 0;
+  return nan;
+}
+
+// Calls use(start, keys, n) with the keys of one tile after another. A tile is small, so that the
+// processor fetches the next ones while it looks at the keys.
+template <class Acc, int kind, int scaling, bool has_mask, class Use>
+inline void for_each_tile(const Piece<Acc>& piece, bool* nan, Use use) {
+  using Key = typename KeyOf<Acc>::type;
+  constexpr int64_t tile = 64;
+  alignas(64) Key keys[tile];
+  Key bad = 0;
+  int64_t start = 0;
+  for (; start + tile <= piece.n; start += tile) {
+    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, tile, keys);
+    use(start, keys, tile);
+  }
+  if (start < piece.n) {
+    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, piece.n - start, keys);
+    use(start, keys, piece.n - start);
+  }
+  if (bad != 0) *nan = true;
+}
+
+template <class Acc, int kind, class Use>
+inline void with_keys(const Piece<Acc>& piece, bool* nan, Use use) {
+  const auto scaled = [&](auto masked) {
+    if (piece.column != nullptr) return for_each_tile<Acc, kind, 2, masked.value>(piece, nan, use);
+    if (piece.row != 1) return for_each_tile<Acc, kind, 1, masked.value>(piece, nan, use);
+    return for_each_tile<Acc, kind, 0, masked.value>(piece, nan, use);
+  };
+  return piece.mask != nullptr ? scaled(Constant<true>{}) : scaled(Constant<false>{});
 }
 
 template <class Acc, int kind>
-bool to_keys(
-    const Acc* weight, const Acc* reference, Acc row, const Acc* column, const uint8_t* mask,
-    int64_t n, typename KeyOf<Acc>::type* keys) {
-  if (reference == nullptr) reference = weight;
-  if (column != nullptr) {
-    return mask != nullptr
-               ? to_keys_as<Acc, kind, true, true>(weight, reference, row, column, mask, n, keys)
-               : to_keys_as<Acc, kind, true, false>(weight, reference, row, column, mask, n, keys);
-  }
-  return mask != nullptr
-             ? to_keys_as<Acc, kind, false, true>(weight, reference, row, column, mask, n, keys)
-             : to_keys_as<Acc, kind, false, false>(weight, reference, row, column, mask, n, keys);
+void to_keys(const Piece<Acc>& piece, typename KeyOf<Acc>::type* keys, bool* nan) {
+  using Key = typename KeyOf<Acc>::type;
+  with_keys<Acc, kind>(piece, nan, [&](int64_t start, const Key* tile, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) keys[start + i] = tile[i];
+  });
 }
 
-// Copies the keys in [low, low + span], which are few, to `out`, and adds their number to `found`.
-// Returns how many keys are below `low`. A branch for each hit would be guessed wrong each time, so
-// the wide versions compress the hits without one.
+// A branch for each hit would be guessed wrong each time, so the wide version compresses the hits
+// without one. Returns the end of what it wrote to `out`.
 template <class Key>
-int64_t scan(
+inline Key* scan_tile(
     const Key* __restrict keys, int64_t n, Key low, Key span, Key* __restrict out,
-    int64_t* found) {
-  int64_t below = 0;
+    int64_t* below) {
   int64_t start = 0;
-  Key* end = out;
+  int64_t lower = 0;
 #if TAP_LEVEL_BITS == 512
   constexpr int lanes = 64 / sizeof(Key);
   for (; start + lanes <= n; start += lanes) {
@@ -121,69 +167,133 @@ int64_t scan(
       const __m512i base = _mm512_set1_epi32(static_cast<int>(low));
       const __m512i width = _mm512_set1_epi32(static_cast<int>(span));
       const __mmask16 hits = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, base), width);
-      below += __builtin_popcount(_mm512_cmplt_epu32_mask(key, base));
-      _mm512_storeu_si512(end, _mm512_maskz_compress_epi32(hits, key));
-      end += __builtin_popcount(hits);
+      lower += __builtin_popcount(_mm512_cmplt_epu32_mask(key, base));
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(hits, key));
+      out += __builtin_popcount(hits);
     } else {
       const __m512i base = _mm512_set1_epi64(static_cast<long long>(low));
       const __m512i width = _mm512_set1_epi64(static_cast<long long>(span));
       const __mmask8 hits = _mm512_cmple_epu64_mask(_mm512_sub_epi64(key, base), width);
-      below += __builtin_popcount(_mm512_cmplt_epu64_mask(key, base));
-      _mm512_storeu_si512(end, _mm512_maskz_compress_epi64(hits, key));
-      end += __builtin_popcount(hits);
+      lower += __builtin_popcount(_mm512_cmplt_epu64_mask(key, base));
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(hits, key));
+      out += __builtin_popcount(hits);
     }
   }
 #else
   constexpr int width = 64;
   for (; start + width <= n; start += width) {
     alignas(64) uint8_t inside[width];
-    uint32_t lower = 0;
+    uint32_t count = 0;
     for (int j = 0; j < width; ++j) {
       const Key key = keys[start + j];
       inside[j] = static_cast<Key>(key - low) <= span ? 1 : 0;
-      lower += key < low ? 1u : 0u;
+      count += key < low ? 1u : 0u;
     }
-    below += lower;
+    lower += count;
     for (int part = 0; part < width; part += 8) {
       uint64_t flags;
       __builtin_memcpy(&flags, inside + part, 8);
       while (flags != 0) {
-        *end++ = keys[start + part + (__builtin_ctzll(flags) >> 3)];
+        *out++ = keys[start + part + (__builtin_ctzll(flags) >> 3)];
         flags &= flags - 1;
       }
     }
   }
 #endif
-  for (int64_t i = start; i < n; ++i) {
-    below += keys[i] < low ? 1 : 0;
-    if (static_cast<Key>(keys[i] - low) <= span) *end++ = keys[i];
+  for (; start < n; ++start) {
+    lower += keys[start] < low ? 1 : 0;
+    if (static_cast<Key>(keys[start] - low) <= span) *out++ = keys[start];
   }
+  *below += lower;
+  return out;
+}
+
+template <class Acc, int kind>
+int64_t scan(
+    const Piece<Acc>& piece, typename KeyOf<Acc>::type low, typename KeyOf<Acc>::type span,
+    typename KeyOf<Acc>::type* out, int64_t* found, bool* nan) {
+  using Key = typename KeyOf<Acc>::type;
+  int64_t below = 0;
+  Key* end = out;
+  with_keys<Acc, kind>(piece, nan, [&](int64_t, const Key* keys, int64_t n) {
+    end = scan_tile(keys, n, low, span, end, &below);
+  });
   *found += end - out;
   return below;
 }
 
-template <class Key>
+template <class Acc, int kind>
 int64_t keep(
-    const Key* __restrict keys, int64_t n, Key threshold, bool keep_equal,
-    uint8_t* __restrict mask) {
-  Key equal = 0;
-  if (keep_equal) {
-    for (int64_t i = 0; i < n; ++i) {
-      mask[i] = (keys[i] >= threshold) & (keys[i] != not_a_candidate<Key>) ? 1 : 0;
-      equal += keys[i] == threshold ? 1 : 0;
+    const Piece<Acc>& piece, typename KeyOf<Acc>::type threshold, bool keep_equal, uint8_t* mask,
+    bool* nan) {
+  using Key = typename KeyOf<Acc>::type;
+  // key > threshold, or key >= threshold as key > threshold - 1; at threshold 0 all are.
+  const bool all = keep_equal && threshold == 0;
+  const Key above = static_cast<Key>(threshold - (keep_equal && !all ? 1 : 0));
+  int64_t equal = 0;
+  with_keys<Acc, kind>(piece, nan, [&](int64_t start, const Key* __restrict keys, int64_t n) {
+    uint8_t* __restrict out = mask + start;
+    Key same = 0;
+    int64_t i = 0;
+#if TAP_LEVEL_BITS == 512
+    if constexpr (sizeof(Key) == 4) {
+      const int64_t whole = n - n % 16;
+      const __m512i bound = _mm512_set1_epi32(static_cast<int>(above));
+      const __m512i at = _mm512_set1_epi32(static_cast<int>(threshold));
+      const __m512i none = _mm512_set1_epi32(-1);
+      const __mmask16 every = all ? 0xFFFF : 0;
+      for (; i < whole; i += 16) {
+        const __m512i key = _mm512_loadu_si512(keys + i);
+        const __mmask16 over = _mm512_cmpgt_epu32_mask(key, bound) | every;
+        const __mmask16 kept = over & _mm512_cmpneq_epu32_mask(key, none);
+        _mm_storeu_si128(
+            reinterpret_cast<__m128i*>(out + i), _mm_maskz_set1_epi8(kept, 1));
+        same += static_cast<Key>(__builtin_popcount(_mm512_cmpeq_epu32_mask(key, at)));
+      }
     }
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      mask[i] = (keys[i] > threshold) & (keys[i] != not_a_candidate<Key>) ? 1 : 0;
-      equal += keys[i] == threshold ? 1 : 0;
+#endif
+    for (; i < n; ++i) {
+      const Key key = keys[i];
+      out[i] = ((key > above) | all) & (key != not_a_candidate<Key>) ? 1 : 0;
+      same += key == threshold ? 1 : 0;
     }
-  }
-  return static_cast<int64_t>(equal);
+    equal += static_cast<int64_t>(same);
+  });
+  return equal;
 }
 
 inline int64_t count_true(const uint8_t* mask, int64_t n) {
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += mask[i] != 0 ? 1 : 0;
+  return total;
+}
+
+// Sixteen sums side by side, so that the result does not depend on the width of the SIMD.
+template <class Acc>
+double add_squares(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns) {
+  double sums[16] = {};
+  int64_t i = 0;
+  const auto square = [&](int64_t at) {
+    const double value = column == nullptr
+                             ? static_cast<double>(values[at]) * static_cast<double>(row)
+                             : static_cast<double>(values[at]) * static_cast<double>(row) *
+                                   static_cast<double>(column[at]);
+    return value * value;
+  };
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      const double own = square(i + j);
+      sums[j] += own;
+      columns[i + j] += own;
+    }
+  }
+  for (; i < n; ++i) {
+    const double own = square(i);
+    sums[i % 16] += own;
+    columns[i] += own;
+  }
+  double total = 0;
+  for (const double sum : sums) total += sum;
   return total;
 }
 
@@ -198,11 +308,12 @@ inline void gains(const double* squares, double* sums, double norm, int64_t n, d
 
 template <class Acc>
 constexpr ScoreKernels<Acc> score_kernels() {
-  using Key = typename KeyOf<Acc>::type;
-  return {widen<Acc>,
-          {to_keys<Acc, 0>, to_keys<Acc, 1>, to_keys<Acc, 2>},
-          scan<Key>,
-          keep<Key>};
+  return {
+      widen<Acc>,
+      {to_keys<Acc, 0>, to_keys<Acc, 1>, to_keys<Acc, 2>},
+      {scan<Acc, 0>, scan<Acc, 1>, scan<Acc, 2>},
+      {keep<Acc, 0>, keep<Acc, 1>, keep<Acc, 2>},
+      add_squares<Acc>};
 }
 
 extern const Kernels table;

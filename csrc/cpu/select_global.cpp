@@ -1,9 +1,9 @@
 // Masks that prune exactly `count` entries of a list of tensors, those of the lowest scores.
 //
 // A sample brackets the score of the last pruned entry; one pass counts the entries below the
-// bracket and makes a histogram of those inside it; a last pass writes the masks. The histogram's
-// bins are single scores unless the bracket is wide, when the entries of one bin are looked at in
-// another pass. Entries are never copied as a whole, concatenated or sorted.
+// bracket and collects those inside it, which are few; a last pass writes the masks. Where the
+// bracket misses or its entries are too many to hold, a histogram of them narrows it for another
+// pass. Entries are never copied as a whole, concatenated or sorted.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -23,11 +23,11 @@ namespace torchalignprune {
 namespace {
 
 constexpr int64_t chunk_size = 64 * block_size;
-constexpr int64_t all_bins = int64_t{1} << 20;  // shared out among the threads: 8 MiB
-constexpr int64_t most_bins = int64_t{1} << 19;
-constexpr int64_t collect_limit = int64_t{1} << 20;
+constexpr int64_t bin_count = int64_t{1} << 11;  // they stay in the first-level cache
+constexpr int64_t always_held = int64_t{1} << 18;
+constexpr double held_share = 0.015;  // of the memory of the weights
 constexpr int64_t sample_run = 16;
-constexpr int64_t sample_runs = int64_t{1} << 14;
+constexpr int64_t sample_runs = int64_t{1} << 13;
 
 struct Chunk {
   int64_t tensor, begin, length;
@@ -50,14 +50,20 @@ class Selection {
   static constexpr Key highest = not_a_candidate<Key> - 1;
 
  public:
-  Selection(std::vector<Entries<Acc>> entries, at::ArrayRef<std::string> names)
-      : entries_(std::move(entries)), names_(names), kernels_(kernels().of<Acc>()) {
+  Selection(std::vector<Entries<Acc>> entries, at::ArrayRef<std::string> names, Score score)
+      : entries_(std::move(entries)),
+        names_(names),
+        scan_(kernels().of<Acc>().scan[static_cast<int>(score)]),
+        keep_(kernels().of<Acc>().keep[static_cast<int>(score)]) {
     for (size_t i = 0; i < entries_.size(); ++i) {
       const int64_t size = entries_[i].weight.numel();
       for (int64_t begin = 0; begin < size; begin += chunk_size) {
         chunks_.push_back({static_cast<int64_t>(i), begin, std::min(chunk_size, size - begin)});
       }
+      size_ += size;
     }
+    // A thread is not worth starting for less than a few blocks.
+    grain_ = 1 + static_cast<int64_t>(chunks_.size()) * 32 * block_size / std::max<int64_t>(1, size_);
   }
 
   std::vector<at::Tensor> masks(int64_t count) {
@@ -76,39 +82,51 @@ class Selection {
     int64_t pruned = 0;
   };
 
-  // One thread's counts, apart from the others' in memory.
-  struct alignas(64) Histogram {
+  // What one thread finds in a bracket, apart from the others' in memory.
+  struct alignas(64) Found {
     int64_t below = 0;
-    std::vector<int64_t> bins;
+    std::vector<int64_t> bins = std::vector<int64_t>(bin_count, 0);
+    std::vector<Key> keys;
+    int64_t held = 0;
+    bool overflow = false;
+
+    Key* room(int64_t n) {
+      const auto wanted = static_cast<size_t>(held + n);
+      if (keys.size() < wanted) keys.resize(std::max(2 * keys.size(), wanted));
+      return keys.data() + held;
+    }
   };
 
-  // Calls visit(chunk index, keys, begin within the chunk, length) for every block.
+  // Calls visit(chunk index, piece, begin within the chunk, nan) for every piece.
   template <class Visit>
-  void for_each_block(Visit visit) {
-    std::atomic<int64_t> nan{std::numeric_limits<int64_t>::max()};
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), 1, [&](int64_t from, int64_t to) {
-      std::array<Key, block_size> keys;
+  void for_each_piece(Visit visit) {
+    constexpr int64_t none = std::numeric_limits<int64_t>::max();
+    std::atomic<int64_t> first_nan{none};
+    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
       for (int64_t c = from; c < to; ++c) {
         const Chunk& chunk = chunks_[c];
+        bool nan = false;
         for (int64_t at = 0; at < chunk.length; at += block_size) {
           const int64_t n = std::min(block_size, chunk.length - at);
-          if (entries_[chunk.tensor].read(chunk.begin + at, n, keys.data())) {
-            int64_t seen = nan.load();
-            while (chunk.tensor < seen && !nan.compare_exchange_weak(seen, chunk.tensor)) {
-            }
-          }
-          visit(c, keys.data(), at, n);
+          entries_[chunk.tensor].for_each_piece(
+              chunk.begin + at, n, [&](const Piece<Acc>& piece, int64_t offset) {
+                visit(c, piece, at + offset, &nan);
+              });
+        }
+        int64_t seen = first_nan.load();
+        while (nan && chunk.tensor < seen &&
+               !first_nan.compare_exchange_weak(seen, chunk.tensor)) {
         }
       }
     });
-    TORCH_CHECK_VALUE(
-        nan == std::numeric_limits<int64_t>::max(), "the scores of ", names_[nan],
-        " should be numbers, got NaN");
+    const int64_t wrong = first_nan;
+    if (wrong == none) return;
+    TORCH_CHECK_VALUE(false, "the scores of ", names_[wrong], " should be numbers, got NaN");
   }
 
   int64_t count_alive() {
     std::atomic<int64_t> alive{0};
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), 16, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
       std::array<uint8_t, block_size> buffer;
       int64_t total = 0;
       for (int64_t c = from; c < to; ++c) {
@@ -130,9 +148,7 @@ class Selection {
 
   // Two keys between which the rank-th smallest of all lies, most probably.
   std::pair<Key, Key> bracket(int64_t rank, int64_t alive) {
-    int64_t size = 0;
-    for (const Chunk& chunk : chunks_) size += chunk.length;
-    if (size <= collect_limit) return {0, highest};
+    if (size_ <= always_held) return {0, highest};
     std::vector<Key> sample(sample_runs * sample_run, not_a_candidate<Key>);
     std::vector<int64_t> ends;
     int64_t end = 0;
@@ -142,13 +158,14 @@ class Selection {
         // Spread evenly, with a fixed scatter that no row length falls in step with.
         const double scatter = std::fmod(static_cast<double>(run) * 0.6180339887498949, 1.0);
         const auto position = static_cast<int64_t>(
-            (static_cast<double>(run) + scatter) * (static_cast<double>(size) / sample_runs));
-        const auto c = std::upper_bound(ends.begin(), ends.end(), std::min(position, size - 1)) -
+            (static_cast<double>(run) + scatter) * (static_cast<double>(size_) / sample_runs));
+        const auto c = std::upper_bound(ends.begin(), ends.end(), std::min(position, size_ - 1)) -
                        ends.begin();
         const Chunk& chunk = chunks_[c];
-        const int64_t at = std::min(position, size - 1) - (ends[c] - chunk.length);
+        const int64_t at = std::min(position, size_ - 1) - (ends[c] - chunk.length);
         const int64_t n = std::min(sample_run, chunk.length - at);
-        entries_[chunk.tensor].read(chunk.begin + at, n, sample.data() + run * sample_run);
+        bool nan = false;  // the passes report it
+        entries_[chunk.tensor].read(chunk.begin + at, n, sample.data() + run * sample_run, &nan);
       }
     });
     sample.erase(std::remove(sample.begin(), sample.end(), not_a_candidate<Key>), sample.end());
@@ -176,26 +193,33 @@ class Selection {
   }
 
   Threshold find(int64_t rank, int64_t alive) {
-    if (alive <= collect_limit) return collect(rank, 0, highest, 0);
     auto [low, high] = bracket(rank, alive);
+    double bytes = 0;
+    for (const auto& entries : entries_) bytes += static_cast<double>(entries.weight.nbytes());
     const int64_t threads = at::get_num_threads();
-    const int64_t bin_count =
-        std::clamp<int64_t>(all_bins / threads, int64_t{1} << 12, most_bins);
+    const auto most_held = std::max(
+        always_held, static_cast<int64_t>(held_share * bytes / sizeof(Key)) / threads);
     while (true) {
       const Key span = high - low;
       int shift = 0;
       while ((span >> shift) >= static_cast<Key>(bin_count)) ++shift;
-      std::vector<Histogram> histograms(static_cast<size_t>(threads));
-      for_each_block([&](int64_t, const Key* keys, int64_t, int64_t n) {
-        Histogram& own = histograms[static_cast<size_t>(at::get_thread_num())];
-        if (own.bins.empty()) own.bins.resize(bin_count);
-        std::array<Key, block_size + 16> inside;
+      std::vector<Found> founds(static_cast<size_t>(threads));
+      for_each_piece([&](int64_t, const Piece<Acc>& piece, int64_t, bool* nan) {
+        Found& own = founds[static_cast<size_t>(at::get_thread_num())];
+        std::array<Key, block_size + 16> scratch;
+        Key* inside = own.overflow ? scratch.data() : own.room(piece.n + 16);
         int64_t found = 0;
-        own.below += kernels_.scan(keys, n, low, span, inside.data(), &found);
+        own.below += scan_(piece, low, span, inside, &found, nan);
         for (int64_t i = 0; i < found; ++i) ++own.bins[(inside[i] - low) >> shift];
+        own.held += own.overflow ? 0 : found;
+        own.overflow = own.overflow || own.held > most_held;
       });
       int64_t below = 0;
-      for (const Histogram& own : histograms) below += own.below;
+      bool overflow = false;
+      for (const Found& own : founds) {
+        below += own.below;
+        overflow = overflow || own.overflow;
+      }
       if (rank <= below) {
         high = low - 1;
         low = 0;
@@ -206,7 +230,7 @@ class Selection {
       const auto last = static_cast<int64_t>(span >> shift);
       for (; bin <= last; ++bin) {
         in_bin = 0;
-        for (const Histogram& own : histograms) in_bin += own.bins.empty() ? 0 : own.bins[bin];
+        for (const Found& own : founds) in_bin += own.bins[bin];
         if (below + in_bin >= rank) break;
         below += in_bin;
       }
@@ -218,28 +242,28 @@ class Selection {
       low = low + (static_cast<Key>(bin) << shift);
       high = std::min(high, static_cast<Key>(low + ((Key{1} << shift) - 1)));
       if (shift == 0) return {low, in_bin, rank - below};
-      if (in_bin <= collect_limit) return collect(rank, low, high, below);
+      if (!overflow) return pick(founds, rank - below, low, high);
     }
   }
 
-  // The threshold among the few keys in [low, high], below which there are `below` others.
-  Threshold collect(int64_t rank, Key low, Key high, int64_t below) {
-    std::vector<std::vector<Key>> found(static_cast<size_t>(at::get_num_threads()));
-    for_each_block([&](int64_t, const Key* keys, int64_t, int64_t n) {
-      std::array<Key, block_size + 16> inside;
-      int64_t m = 0;
-      kernels_.scan(keys, n, low, high - low, inside.data(), &m);
-      auto& own = found[static_cast<size_t>(at::get_thread_num())];
-      own.insert(own.end(), inside.begin(), inside.begin() + m);
+  // The threshold at the rank-th smallest of the keys in [low, high], all of which are held.
+  static Threshold pick(const std::vector<Found>& founds, int64_t rank, Key low, Key high) {
+    std::vector<std::vector<Key>> parts(founds.size());
+    at::parallel_for(0, static_cast<int64_t>(founds.size()), 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        const auto begin = founds[i].keys.begin();
+        std::copy_if(
+            begin, begin + founds[i].held, std::back_inserter(parts[i]),
+            [&](Key key) { return low <= key && key <= high; });
+      }
     });
     std::vector<Key> keys;
-    for (const auto& own : found) keys.insert(keys.end(), own.begin(), own.end());
-    const auto nth = keys.begin() + (rank - below - 1);
+    for (const auto& part : parts) keys.insert(keys.end(), part.begin(), part.end());
+    const auto nth = keys.begin() + (rank - 1);
     std::nth_element(keys.begin(), nth, keys.end());
     const Key key = *nth;
     const auto smaller = std::count_if(keys.begin(), keys.end(), [&](Key k) { return k < key; });
-    const auto equal = std::count(keys.begin(), keys.end(), key);
-    return {key, equal, rank - below - smaller};
+    return {key, std::count(keys.begin(), keys.end(), key), rank - smaller};
   }
 
   std::vector<at::Tensor> write(const Threshold& threshold) {
@@ -252,9 +276,9 @@ class Selection {
     // the others are gone over again.
     const bool keep_equal = 2 * threshold.pruned < threshold.equal || threshold.equal == 0;
     std::vector<int64_t> equal(chunks_.size(), 0);
-    for_each_block([&](int64_t c, const Key* keys, int64_t at, int64_t n) {
-      with_mask(masks, c, at, n, false, [&](uint8_t* mask) {
-        equal[c] += kernels_.keep(keys, n, threshold.key, keep_equal, mask);
+    for_each_piece([&](int64_t c, const Piece<Acc>& piece, int64_t at, bool* nan) {
+      with_mask(masks, c, at, piece.n, false, [&](uint8_t* mask) {
+        equal[c] += keep_(piece, threshold.key, keep_equal, mask, nan);
       });
     });
     if (threshold.pruned == 0 || threshold.pruned == threshold.equal) return masks;
@@ -264,7 +288,7 @@ class Selection {
       rank[c] = total;
       total += equal[c];
     }
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), 1, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
       std::array<Key, block_size> keys;
       for (int64_t c = from; c < to; ++c) {
         const bool wrong =
@@ -274,7 +298,8 @@ class Selection {
         int64_t place = rank[c];
         for (int64_t at = 0; at < chunk.length; at += block_size) {
           const int64_t n = std::min(block_size, chunk.length - at);
-          entries_[chunk.tensor].read(chunk.begin + at, n, keys.data());
+          bool nan = false;
+          entries_[chunk.tensor].read(chunk.begin + at, n, keys.data(), &nan);
           with_mask(masks, c, at, n, true, [&](uint8_t* mask) {
             for (int64_t i = 0; i < n; ++i) {
               if (keys[i] == threshold.key) mask[i] = place++ >= threshold.pruned ? 1 : 0;
@@ -306,8 +331,11 @@ class Selection {
 
   std::vector<Entries<Acc>> entries_;
   at::ArrayRef<std::string> names_;
-  const ScoreKernels<Acc>& kernels_;
+  typename ScoreKernels<Acc>::Scan scan_;
+  typename ScoreKernels<Acc>::Keep keep_;
   std::vector<Chunk> chunks_;
+  int64_t size_ = 0;
+  int64_t grain_ = 1;
 };
 
 std::vector<at::Tensor> select_global(
@@ -335,7 +363,7 @@ std::vector<at::Tensor> select_global(
           {weights[i], masks[i], references[i], contiguous(row_scales[i]),
            contiguous(column_scales[i]), score});
     }
-    return Selection<Acc>(std::move(entries), names).masks(count);
+    return Selection<Acc>(std::move(entries), names, score).masks(count);
   };
   return score_dtype(weights) == at::kDouble ? run(double{}) : run(float{});
 }

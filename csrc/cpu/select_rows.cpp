@@ -48,7 +48,7 @@ at::Tensor select_rows_as(
       bool nan = false;
       for (int64_t at = 0; at < columns; at += block_size) {
         const int64_t n = std::min(block_size, columns - at);
-        nan |= entries.read(row * columns + at, n, keys.data() + at);
+        entries.read(row * columns + at, n, keys.data() + at, &nan);
       }
       TORCH_CHECK_VALUE(!nan, "the scores of ", name, " should be numbers, got NaN");
       const int64_t alive =

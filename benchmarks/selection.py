@@ -28,7 +28,7 @@ def memory() -> None:
     masks = [torch.ones(weight.shape, dtype=torch.bool) for weight in weights]
     del masks
     before = peak_memory()
-    masks = ops.select_global(weights, int(AMOUNT * size(weights)))
+    ops.select_global(weights, int(AMOUNT * size(weights)))
     extra = peak_memory() - before
     print(json.dumps({"extra": extra, "weights": 4 * size(weights)}))
 

@@ -24,8 +24,7 @@ inline Score parse_score(const std::string& name) {
   if (name == "value") return Score::value;
   if (name == "magnitude") return Score::magnitude;
   if (name == "worth") return Score::worth;
-  TORCH_CHECK_VALUE(
-      false, "score should be 'value', 'magnitude' or 'worth', got '", name, "'");
+  TORCH_CHECK_VALUE(false, "score should be 'value', 'magnitude' or 'worth', got '", name, "'");
 }
 
 inline bool is_supported(at::ScalarType dtype) {
@@ -62,8 +61,7 @@ inline void check_mask(
 }
 
 inline void check_reference(
-    const at::Tensor& weight, const std::optional<at::Tensor>& reference,
-    const std::string& name) {
+    const at::Tensor& weight, const std::optional<at::Tensor>& reference, const std::string& name) {
   check_beside(weight, reference, "reference", name);
   if (reference) check_weight(*reference, "the reference of " + name);
 }
@@ -102,8 +100,8 @@ inline void check_select_global(
     at::ArrayRef<at::Tensor> weights, const std::vector<std::optional<at::Tensor>>& masks,
     const std::vector<std::optional<at::Tensor>>& references,
     const std::vector<std::optional<at::Tensor>>& row_scales,
-    const std::vector<std::optional<at::Tensor>>& column_scales,
-    at::ArrayRef<std::string> names, int64_t count, Score score) {
+    const std::vector<std::optional<at::Tensor>>& column_scales, at::ArrayRef<std::string> names,
+    int64_t count, Score score) {
   const auto check_length = [&](size_t length, const char* what) {
     TORCH_CHECK_VALUE(
         length == weights.size(), what, " should have one entry for each of the ", weights.size(),
@@ -173,8 +171,7 @@ inline void check_cosine_gains(
   check_weight(weight, name);
   check_mask(weight, mask, name);
   check_reference(weight, reference, name);
-  check_scale(
-      weight, column_scale, columns_of(weight), score_dtype(weight), "column scale", name);
+  check_scale(weight, column_scale, columns_of(weight), score_dtype(weight), "column scale", name);
   const int64_t row = weight.numel() == 0 ? 0 : weight.numel() / rows_of(weight);
   TORCH_CHECK_VALUE(
       row <= int64_t{0xFFFFFFFF}, "a unit of ", name, " has ", row,

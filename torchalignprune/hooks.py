@@ -57,8 +57,10 @@ class MaskHook(prune.BasePruningMethod):
             assert module is not None
             original = memo.get(id(stored(module, self._tensor_name)))
             mask = memo.get(id(mask_of(module, self._tensor_name)))
-            known = isinstance(original, Tensor) and isinstance(mask, Tensor)
-            memo[id(weight)] = original * mask if known else weight.detach().clone()
+            if isinstance(original, Tensor) and isinstance(mask, Tensor):
+                memo[id(weight)] = original * mask
+            else:
+                memo[id(weight)] = weight.detach().clone()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def load_state_dict(
     put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
     result = model.load_state_dict(state, strict=strict, assign=assign)
     for _, module, name in wanted:
-        setattr(module, name, stored(module, name) * module._buffers[f"{name}_mask"])
+        setattr(module, name, stored(module, name) * getattr(module, f"{name}_mask"))
     return result
 
 

@@ -118,7 +118,8 @@ def select_rows(
         tensor([[ True, False,  True],
                 [False, False,  True]])
     """
-    return torch.ops.torchalignprune.select_rows(scores.detach(), mask, counts, name)
+    kept: Tensor = torch.ops.torchalignprune.select_rows(scores.detach(), mask, counts, name)
+    return kept
 
 
 def cosine_gains(
@@ -170,13 +171,14 @@ def cosine_gains(
         tensor([[0.2000, 0.8000],
                 [0.0000, 1.0000]])
     """
-    return torch.ops.torchalignprune.cosine_gains(
+    gains: Tensor = torch.ops.torchalignprune.cosine_gains(
         weight.detach(),
         mask,
         None if reference is None else reference.detach(),
         column_scale,
         name,
     )
+    return gains
 
 
 def square_sums(
@@ -203,8 +205,8 @@ def square_sums(
         name: what to call the tensor in an error.
 
     Returns:
-        float64, shapes ``(rows,)`` and ``(columns,)``; ``(1,)`` and ``(0,)`` for a tensor of at most
-        one dimension.
+        float64, shapes ``(rows,)`` and ``(columns,)``; ``(1,)`` and ``(0,)`` for a tensor of at
+        most one dimension.
 
     Raises:
         ValueError: a shape or device that does not fit.
@@ -227,8 +229,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     rows = 1 if weight.dim() < 2 else weight.size(0)
     columns = 0 if weight.dim() < 2 else weight.size(1)
-    options = {"dtype": torch.float64, "device": weight.device}
-    return torch.empty(rows, **options), torch.empty(columns, **options)
+    sums = weight.new_empty(rows + columns, dtype=torch.float64)
+    return sums[:rows].clone(), sums[rows:].clone()
 
 
 @torch.library.register_fake("torchalignprune::select_global")

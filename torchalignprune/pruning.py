@@ -170,6 +170,21 @@ class PruningMethod(prune.BasePruningMethod):
         ]
         return torch.cat(parts).to(default_mask.dtype)
 
+    def prune(
+        self,
+        t: Tensor,
+        default_mask: Tensor | None = None,
+        importance_scores: Tensor | None = None,
+    ) -> Tensor:
+        """``t`` times its new mask; ``importance_scores`` are ranked by magnitude in its place."""
+        if importance_scores is None:
+            mask = torch.ones_like(t) if default_mask is None else default_mask
+            return t * self.compute_mask(t, mask)
+        kept = None if default_mask is None else default_mask != 0
+        target = Target(t.detach(), kept, "t")
+        score = _checked_score(importance_scores, target)
+        return t * self.masks([target], [score])[0].to(t.dtype)
+
     def needs_structure(self) -> bool:
         """Whether the entries' values alone are too little to rank them."""
         return self.budget != "global"
@@ -185,9 +200,7 @@ class PruningMethod(prune.BasePruningMethod):
         )
         if not self.magnitude_will_do:
             raise ValueError(message.format(""))
-        warnings.warn(
-            message.format(", and ranks them by magnitude"), UserWarning, stacklevel=6
-        )
+        warnings.warn(message.format(", and ranks them by magnitude"), UserWarning, stacklevel=6)
 
     @classmethod
     def apply(
@@ -285,26 +298,24 @@ def _scores(
 ) -> list[Tensor | None]:
     scores: list[Tensor | None] = []
     for target in targets:
-        score = next(
-            (importance_scores[place] for place in target.places if place in importance_scores),
-            None,
-        )
-        if score is not None:
-            if not isinstance(score, Tensor):
-                raise TypeError(
-                    f"the importance_scores of {target.name} should be a tensor, got "
-                    f"{type(score).__name__}"
-                )
-            if score.shape != target.weight.shape:
-                # The type that torch raises here.
-                raise AssertionError(
-                    f"importance_scores should have the same shape as parameter {target.name}, "
-                    f"got {tuple(score.shape)} vs {tuple(target.weight.shape)}"
-                )
-            score = score.detach().to(target.weight.device)
-            score = score if score.dtype in DTYPES else score.double()
-        scores.append(score)
+        given = [importance_scores[place] for place in target.places if place in importance_scores]
+        scores.append(_checked_score(given[0], target) if given else None)
     return scores
+
+
+def _checked_score(score: Any, target: Target) -> Tensor:
+    if not isinstance(score, Tensor):
+        raise TypeError(
+            f"the importance_scores of {target.name} should be a tensor, got {type(score).__name__}"
+        )
+    if score.shape != target.weight.shape:
+        # The type that torch raises here.
+        raise AssertionError(
+            f"importance_scores should have the same shape as parameter {target.name}, got "
+            f"{tuple(score.shape)} vs {tuple(target.weight.shape)}"
+        )
+    here: Tensor = score.detach().to(target.weight.device)
+    return here if here.dtype in DTYPES else here.double()
 
 
 def _read_structure(
@@ -334,6 +345,4 @@ def _holds(target: Target, values: Tensor) -> bool:
     """Whether the values are the parameter's: as stored, or as of the last forward."""
     module, name = target.places[0]
     shown = replace(target, weight=getattr(module, name).detach())
-    return any(
-        torch.equal(values, source.entries().to(values.dtype)) for source in (target, shown)
-    )
+    return any(torch.equal(values, source.entries().to(values.dtype)) for source in (target, shown))

@@ -274,15 +274,17 @@ def targets_from_history(vector: Tensor) -> list[Target] | None:
 def _leaf(node: Any) -> Tensor | None:
     """The parameter at the end of a chain of views, maybe multiplied by a mask."""
     views = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
-    factor = None
+    factor: Tensor | None = None
+    products = 0
     while node is not None and (node.name() in views or node.name() == "MulBackward0"):
         inputs = [function for function, _ in node.next_functions if function is not None]
         if len(inputs) != 1:
             return None
         if node.name() == "MulBackward0":
-            if factor is not None:
+            products += 1
+            if products > 1:
                 return None
-            factor = node._saved_self if node._saved_self is not None else node._saved_other
+            factor = _factor(node)
         node = inputs[0]
     variable = getattr(node, "variable", None)
     # The product that a pickle brings back is a leaf too, but no parameter.
@@ -293,3 +295,12 @@ def _leaf(node: Any) -> Tensor | None:
         and (factor.dtype == torch.bool or bool(((factor == 0) | (factor == 1)).all()))
     )
     return variable if is_mask else None
+
+
+def _factor(product: Any) -> Tensor | None:
+    """What a parameter was multiplied by; None once a backward has freed it."""
+    try:
+        factors = (product._saved_self, product._saved_other)
+    except RuntimeError:
+        return None
+    return next((factor for factor in factors if factor is not None), None)

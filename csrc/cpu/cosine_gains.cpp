@@ -66,7 +66,12 @@ class Unit {
   std::vector<double> weight, reference;
 
   explicit Unit(int64_t size)
-      : weight(size), reference(size), size_(size), sort_(size), gains_(size), squares_(size),
+      : weight(size),
+        reference(size),
+        size_(size),
+        sort_(size),
+        gains_(size),
+        squares_(size),
         sums_(size + 1) {
     order_.reserve(size);
     rest_.reserve(size);
@@ -142,8 +147,8 @@ class Unit {
     }
   }
 
-  // The k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of the k
-  // largest squares (marginal analysis, Fox 1966).
+  // The k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of the
+  // k largest squares (marginal analysis, Fox 1966).
   void own_gains(double norm) {
     sums_[0] = 0;
     const auto alive = static_cast<int64_t>(order_.size());
@@ -196,8 +201,7 @@ class Unit {
     double alignment;
     uint32_t position;
     bool operator<(const Candidate& other) const {
-      return alignment != other.alignment ? alignment > other.alignment
-                                          : position > other.position;
+      return alignment != other.alignment ? alignment > other.alignment : position > other.position;
     }
   };
 

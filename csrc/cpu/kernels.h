@@ -24,8 +24,8 @@ struct KeyOf<double> {
 template <class Key>
 inline constexpr Key not_a_candidate = static_cast<Key>(~Key{0});
 
-// Entries that lie side by side, and what their scores are made of. `reference`, `column` and `mask`
-// may be null.
+// Entries that lie side by side, and what their scores are made of. `reference`, `column` and
+// `mask` may be null.
 template <class Acc>
 struct Piece {
   const Acc* weight;
@@ -51,8 +51,8 @@ struct ScoreKernels {
 
   // Copies the keys in [low, low + span] to `out`, which has room for n + 16, and adds their number
   // to `found`; returns how many keys are below `low`.
-  using Scan = int64_t (*)(
-      const Piece<Acc>& piece, Key low, Key span, Key* out, int64_t* found, bool* nan);
+  using Scan =
+      int64_t (*)(const Piece<Acc>& piece, Key low, Key span, Key* out, int64_t* found, bool* nan);
   Scan scan[3];
 
   // mask[i] = key > threshold, or >= with `keep_equal`; returns how many are equal.
@@ -62,8 +62,7 @@ struct ScoreKernels {
 
   // Adds the squares of values[i] * row * column[i] to columns[i], and returns their sum. `column`
   // may be null.
-  double (*add_squares)(
-      const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
+  double (*add_squares)(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
 };
 
 struct Kernels {

@@ -22,8 +22,8 @@ inline float from_f16(uint16_t bits) {
   const uint32_t exponent = magnitude & 0x7c00u;
   const uint32_t rebased = (magnitude << 13) + (112u << 23);
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t small = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) *
-                                           5.9604644775390625e-08f);
+  const uint32_t small = bits_as<uint32_t>(
+      static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-08f);
   const uint32_t value = exponent == 0 ? small : exponent == 0x7c00u ? special : rebased;
   return bits_as<float>(value | sign);
 }
@@ -75,8 +75,7 @@ struct Constant {
 // `scaling`: 0 without scales, 1 with that of the row, 2 with those of the columns too.
 template <class Acc, int kind, int scaling, bool has_mask>
 inline typename KeyOf<Acc>::type to_keys_as(
-    const Piece<Acc>& piece, int64_t start, int64_t n,
-    typename KeyOf<Acc>::type* __restrict keys) {
+    const Piece<Acc>& piece, int64_t start, int64_t n, typename KeyOf<Acc>::type* __restrict keys) {
   using Key = typename KeyOf<Acc>::type;
   const Acc* __restrict weight = piece.weight + start;
   const Acc* __restrict reference =
@@ -155,8 +154,7 @@ void to_keys(const Piece<Acc>& piece, typename KeyOf<Acc>::type* keys, bool* nan
 // without one. Returns the end of what it wrote to `out`.
 template <class Key>
 inline Key* scan_tile(
-    const Key* __restrict keys, int64_t n, Key low, Key span, Key* __restrict out,
-    int64_t* below) {
+    const Key* __restrict keys, int64_t n, Key low, Key span, Key* __restrict out, int64_t* below) {
   int64_t start = 0;
   int64_t lower = 0;
 #if TAP_LEVEL_BITS == 512
@@ -246,8 +244,7 @@ int64_t keep(
         const __m512i key = _mm512_loadu_si512(keys + i);
         const __mmask16 over = _mm512_cmpgt_epu32_mask(key, bound) | every;
         const __mmask16 kept = over & _mm512_cmpneq_epu32_mask(key, none);
-        _mm_storeu_si128(
-            reinterpret_cast<__m128i*>(out + i), _mm_maskz_set1_epi8(kept, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_maskz_set1_epi8(kept, 1));
         same += static_cast<Key>(__builtin_popcount(_mm512_cmpeq_epu32_mask(key, at)));
       }
     }

@@ -63,7 +63,8 @@ class Selection {
       size_ += size;
     }
     // A thread is not worth starting for less than a few blocks.
-    grain_ = 1 + static_cast<int64_t>(chunks_.size()) * 32 * block_size / std::max<int64_t>(1, size_);
+    grain_ =
+        1 + static_cast<int64_t>(chunks_.size()) * 32 * block_size / std::max<int64_t>(1, size_);
   }
 
   std::vector<at::Tensor> masks(int64_t count) {
@@ -102,23 +103,24 @@ class Selection {
   void for_each_piece(Visit visit) {
     constexpr int64_t none = std::numeric_limits<int64_t>::max();
     std::atomic<int64_t> first_nan{none};
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-      for (int64_t c = from; c < to; ++c) {
-        const Chunk& chunk = chunks_[c];
-        bool nan = false;
-        for (int64_t at = 0; at < chunk.length; at += block_size) {
-          const int64_t n = std::min(block_size, chunk.length - at);
-          entries_[chunk.tensor].for_each_piece(
-              chunk.begin + at, n, [&](const Piece<Acc>& piece, int64_t offset) {
-                visit(c, piece, at + offset, &nan);
-              });
-        }
-        int64_t seen = first_nan.load();
-        while (nan && chunk.tensor < seen &&
-               !first_nan.compare_exchange_weak(seen, chunk.tensor)) {
-        }
-      }
-    });
+    at::parallel_for(
+        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
+          for (int64_t c = from; c < to; ++c) {
+            const Chunk& chunk = chunks_[c];
+            bool nan = false;
+            for (int64_t at = 0; at < chunk.length; at += block_size) {
+              const int64_t n = std::min(block_size, chunk.length - at);
+              entries_[chunk.tensor].for_each_piece(
+                  chunk.begin + at, n, [&](const Piece<Acc>& piece, int64_t offset) {
+                    visit(c, piece, at + offset, &nan);
+                  });
+            }
+            int64_t seen = first_nan.load();
+            while (nan && chunk.tensor < seen &&
+                   !first_nan.compare_exchange_weak(seen, chunk.tensor)) {
+            }
+          }
+        });
     const int64_t wrong = first_nan;
     if (wrong == none) return;
     TORCH_CHECK_VALUE(false, "the scores of ", names_[wrong], " should be numbers, got NaN");
@@ -126,23 +128,25 @@ class Selection {
 
   int64_t count_alive() {
     std::atomic<int64_t> alive{0};
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-      std::array<uint8_t, block_size> buffer;
-      int64_t total = 0;
-      for (int64_t c = from; c < to; ++c) {
-        const Chunk& chunk = chunks_[c];
-        const auto& mask = entries_[chunk.tensor].mask;
-        if (!mask) {
-          total += chunk.length;
-          continue;
-        }
-        for (int64_t at = 0; at < chunk.length; at += block_size) {
-          const int64_t n = std::min(block_size, chunk.length - at);
-          total += kernels().count_true(read_mask(*mask, chunk.begin + at, n, buffer.data()), n);
-        }
-      }
-      alive += total;
-    });
+    at::parallel_for(
+        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
+          std::array<uint8_t, block_size> buffer;
+          int64_t total = 0;
+          for (int64_t c = from; c < to; ++c) {
+            const Chunk& chunk = chunks_[c];
+            const auto& mask = entries_[chunk.tensor].mask;
+            if (!mask) {
+              total += chunk.length;
+              continue;
+            }
+            for (int64_t at = 0; at < chunk.length; at += block_size) {
+              const int64_t n = std::min(block_size, chunk.length - at);
+              total +=
+                  kernels().count_true(read_mask(*mask, chunk.begin + at, n, buffer.data()), n);
+            }
+          }
+          alive += total;
+        });
     return alive;
   }
 
@@ -197,8 +201,8 @@ class Selection {
     double bytes = 0;
     for (const auto& entries : entries_) bytes += static_cast<double>(entries.weight.nbytes());
     const int64_t threads = at::get_num_threads();
-    const auto most_held = std::max(
-        always_held, static_cast<int64_t>(held_share * bytes / sizeof(Key)) / threads);
+    const auto most_held =
+        std::max(always_held, static_cast<int64_t>(held_share * bytes / sizeof(Key)) / threads);
     while (true) {
       const Key span = high - low;
       int shift = 0;
@@ -252,9 +256,9 @@ class Selection {
     at::parallel_for(0, static_cast<int64_t>(founds.size()), 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         const auto begin = founds[i].keys.begin();
-        std::copy_if(
-            begin, begin + founds[i].held, std::back_inserter(parts[i]),
-            [&](Key key) { return low <= key && key <= high; });
+        std::copy_if(begin, begin + founds[i].held, std::back_inserter(parts[i]), [&](Key key) {
+          return low <= key && key <= high;
+        });
       }
     });
     std::vector<Key> keys;
@@ -288,26 +292,27 @@ class Selection {
       rank[c] = total;
       total += equal[c];
     }
-    at::parallel_for(0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-      std::array<Key, block_size> keys;
-      for (int64_t c = from; c < to; ++c) {
-        const bool wrong =
-            keep_equal ? rank[c] < threshold.pruned : rank[c] + equal[c] > threshold.pruned;
-        if (equal[c] == 0 || !wrong) continue;
-        const Chunk& chunk = chunks_[c];
-        int64_t place = rank[c];
-        for (int64_t at = 0; at < chunk.length; at += block_size) {
-          const int64_t n = std::min(block_size, chunk.length - at);
-          bool nan = false;
-          entries_[chunk.tensor].read(chunk.begin + at, n, keys.data(), &nan);
-          with_mask(masks, c, at, n, true, [&](uint8_t* mask) {
-            for (int64_t i = 0; i < n; ++i) {
-              if (keys[i] == threshold.key) mask[i] = place++ >= threshold.pruned ? 1 : 0;
+    at::parallel_for(
+        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
+          std::array<Key, block_size> keys;
+          for (int64_t c = from; c < to; ++c) {
+            const bool wrong =
+                keep_equal ? rank[c] < threshold.pruned : rank[c] + equal[c] > threshold.pruned;
+            if (equal[c] == 0 || !wrong) continue;
+            const Chunk& chunk = chunks_[c];
+            int64_t place = rank[c];
+            for (int64_t at = 0; at < chunk.length; at += block_size) {
+              const int64_t n = std::min(block_size, chunk.length - at);
+              bool nan = false;
+              entries_[chunk.tensor].read(chunk.begin + at, n, keys.data(), &nan);
+              with_mask(masks, c, at, n, true, [&](uint8_t* mask) {
+                for (int64_t i = 0; i < n; ++i) {
+                  if (keys[i] == threshold.key) mask[i] = place++ >= threshold.pruned ? 1 : 0;
+                }
+              });
             }
-          });
-        }
-      }
-    });
+          }
+        });
     return masks;
   }
 
@@ -350,8 +355,7 @@ std::vector<at::Tensor> select_global(
   const auto column_scales = column_scale_list.vec();
   const auto names = name_list.vec();
   const Score score = parse_score(score_name);
-  check_select_global(
-      weights, masks, references, row_scales, column_scales, names, count, score);
+  check_select_global(weights, masks, references, row_scales, column_scales, names, count, score);
   const auto run = [&](auto zero) {
     using Acc = decltype(zero);
     std::vector<Entries<Acc>> entries;

@@ -51,8 +51,7 @@ at::Tensor select_rows_as(
         entries.read(row * columns + at, n, keys.data() + at, &nan);
       }
       TORCH_CHECK_VALUE(!nan, "the scores of ", name, " should be numbers, got NaN");
-      const int64_t alive =
-          columns - std::count(keys.begin(), keys.end(), not_a_candidate<Key>);
+      const int64_t alive = columns - std::count(keys.begin(), keys.end(), not_a_candidate<Key>);
       TORCH_CHECK_VALUE(
           0 <= count[row] && count[row] <= alive, "row ", row, " of ", name, " has ", alive,
           " entries that are not pruned yet, so counts should be between 0 and that, got ",

@@ -31,8 +31,8 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
   auto* row_sum = row_sums.mutable_data_ptr<double>();
   auto* column_sum = column_sums.mutable_data_ptr<double>();
 
-  const Entries<Acc> entries{weight, std::nullopt, std::nullopt, row_scale, column_scale,
-                             Score::magnitude};
+  const Entries<Acc> entries{weight,    std::nullopt, std::nullopt,
+                             row_scale, column_scale, Score::magnitude};
   const int64_t row_size = weight.numel() / rows;
   const int64_t inner = row_size / columns_of(weight);
   const int64_t parts = std::min(
@@ -56,8 +56,7 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
                   return;
                 }
                 std::fill_n(squares.begin(), piece.n, 0.0);
-                row_sum[row] +=
-                    add(piece.weight, piece.column, piece.row, piece.n, squares.data());
+                row_sum[row] += add(piece.weight, piece.column, piece.row, piece.n, squares.data());
                 for (int64_t i = 0; i < piece.n && columns > 0; ++i) {
                   partial[part][(start + i) / inner] += squares[i];
                 }

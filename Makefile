@@ -1,0 +1,80 @@
+# Each target makes its own virtual environment in .venv, once, with the versions of
+# requirements.txt. They need nothing but Python, make and a C++ compiler.
+#
+#   make demo         prune a real pretrained encoder by every method and compare them
+#   make test         the tests
+#   make lint         style and types
+#   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
+#   make bench        the benchmarks
+#   make clean        remove everything that these made
+#
+# PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
+# instead of the pinned one, ARGS what to add to the command that a target runs.
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' requirements.txt)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is made anew when the pins or TORCH change, compiled again when the sources do.
+INSTALLED := $(VENV)/installed-$(subst /,_,$(TORCH))
+COMPILED := $(VENV)/compiled
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+
+.PHONY: demo test lint cuda-syntax bench clean
+
+demo: $(COMPILED)
+	$(BIN)/torchalignprune demo --out build/demo $(ARGS)
+
+test: $(COMPILED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(COMPILED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+bench: $(COMPILED)
+	set -e; for script in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) build dist torchalignprune.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f torchalignprune/_build.py torchalignprune/_C.*.so
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "Python 3.10 to 3.14 is needed, and $(PYTHON) is none of them." \
+	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@compiler=$${CXX:-c++}; command -v $${compiler%% *} > /dev/null || { \
+	  echo "A C++ compiler is needed, and $$compiler was not found." \
+	    "Debian, Ubuntu: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	grep -v '^torch==' requirements.txt > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install '$(TORCH)' -r $(VENV)/requirements.txt
+	touch '$@'
+
+$(COMPILED): $(INSTALLED) $(SOURCES) setup.py pyproject.toml
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+ifeq ($(shell command -v nvcc),)
+cuda-syntax:
+	@echo "nvcc was not found: the CUDA sources were not compiled"
+else
+cuda-syntax: $(patsubst csrc/cuda/%,$(VENV)/cuda/%.o,$(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp))
+endif
+
+NVCC := nvcc -c -O3 --fmad=false -std=c++20 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Werror
+
+$(VENV)/cuda/%.cu.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
+	@mkdir -p $(@D)
+	$(NVCC) $< -o $@
+
+# A torch without CUDA has the headers that this includes, all but the one of its own configuration.
+$(VENV)/cuda/%.cpp.o: csrc/cuda/%.cpp $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
+	@mkdir -p $(@D)
+	$(NVCC) -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE $$($(BIN)/python -c \
+	  'from torch.utils.cpp_extension import include_paths as i; print(*map("-isystem={}".format, i("cpu")))') \
+	  $< -o $@

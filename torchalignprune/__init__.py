@@ -1,0 +1,48 @@
+"""Pruning for pretrained transformers that keeps the units of a network aligned.
+
+See the README for what it is, :mod:`torchalignprune.methods` for the pruning methods and
+:mod:`torchalignprune.criteria` for importance scores.
+"""
+
+from torchalignprune import build_info as _build_info
+
+_build_info.check()
+
+from torchalignprune import criteria, methods, ops  # noqa: E402
+from torchalignprune.calibration import input_norms  # noqa: E402
+from torchalignprune.hooks import load_state_dict  # noqa: E402
+from torchalignprune.methods import (  # noqa: E402
+    AlignedMagnitude,
+    AlignedNM,
+    Magnitude,
+    Random,
+    aligned_magnitude,
+    aligned_nm,
+    magnitude,
+    random,
+)
+from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
+from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignedMagnitude",
+    "AlignedNM",
+    "Magnitude",
+    "PrunableParameters",
+    "PruningMethod",
+    "Random",
+    "__version__",
+    "aligned_magnitude",
+    "aligned_nm",
+    "criteria",
+    "global_unstructured",
+    "input_norms",
+    "load_state_dict",
+    "magnitude",
+    "methods",
+    "ops",
+    "prunable_parameters",
+    "random",
+]

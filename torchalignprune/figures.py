@@ -1,0 +1,224 @@
+"""The pictures: what pruning did to every layer, and how methods compare."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw_comparison", "draw_layers", "require_matplotlib"]
+
+_ROWS, _COLUMNS = 24, 64  # more than that is a list, not a grid
+
+
+def require_matplotlib() -> None:
+    """Fails at once, rather than after the work whose picture is to be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        # A first import would announce on standard error that it caches fonts.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'pictures need matplotlib: pip install "torchalignprune[transformers]"'
+        ) from error
+
+
+def draw_layers(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draws the mean unit alignment and the sparsity of each layer into a PNG.
+
+    Layers that are numbered, as in a transformer, make a grid with the depth on x and a row for
+    each kind of module; any others are listed one below the other.
+
+    Args:
+        layers: a :class:`torchalignprune.layer_report.LayerReport`, or its ``layers`` read back.
+        title: one line above.
+        path: where to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    panels = {
+        "mean unit alignment": [layer["mean_alignment"] for layer in layers],
+        "sparsity": [layer["sparsity"] for layer in layers],
+    }
+    cells = _grid([layer["name"] for layer in layers])
+    if cells:
+        rows = list(dict.fromkeys(row for row, _ in cells))
+        columns = sorted({column for _, column in cells})
+        size = (3.5 + 0.5 * min(len(columns), 30), 2.2 + 0.7 * len(rows))
+        figure = Figure(figsize=(max(size[0], 7.0), size[1]), layout="constrained")
+        for axes, (label, values) in zip(figure.subplots(2, 1), panels.items(), strict=True):
+            _draw_grid(figure, axes, label, values, cells, rows, columns)
+    else:
+        figure = Figure(figsize=(10, 1.6 + min(0.2 * len(layers), 40)), layout="constrained")
+        for axes, (label, values) in zip(
+            figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+        ):
+            _draw_list(axes, label, values, [_plain(layer["name"]) for layer in layers])
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def draw_comparison(
+    curves: Mapping[str, Mapping[float, tuple[float, float, float]]],
+    dashed: set[str],
+    ylabel: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Draws a quality against sparsity, with a line for each method, into a PNG.
+
+    Args:
+        curves: for each method ``{sparsity: (value, lower, upper)}``, the last two the bounds of
+            an interval.
+        dashed: the methods to set apart from the others, with broken lines.
+        ylabel: what the values are.
+        title: above the picture.
+        path: where to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplots()
+    colors = [*colormaps["tab10"].colors, "black", "gold", "navy", "lime"]  # type: ignore[attr-defined]
+    markers = "osD^v<>PX*"
+    # The legend is in the order in which the lines end.
+    order = sorted(curves, key=lambda method: -curves[method][max(curves[method])][0])
+    styles = {
+        method: (colors[i % len(colors)], markers[i % len(markers)])
+        for i, method in enumerate(curves)
+    }
+    for method in order:
+        points = sorted(curves[method].items())
+        color, marker = styles[method]
+        x = [100 * sparsity for sparsity, _ in points]
+        axes.plot(
+            x,
+            [value for _, (value, _, _) in points],
+            "--" if method in dashed else "-",
+            color=color,
+            marker=marker,
+            markersize=5,
+            linewidth=1.6,
+            label=method,
+        )
+        axes.fill_between(
+            x,
+            [lower for _, (_, lower, _) in points],
+            [upper for _, (_, _, upper) in points],
+            color=color,
+            alpha=0.1,
+            linewidth=0,
+        )
+    axes.set_xlabel("sparsity of the encoder's weight matrices (%)")
+    axes.set_xticks(sorted({100 * sparsity for curve in curves.values() for sparsity in curve}))
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, fontsize=11)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3)
+    figure.savefig(path, dpi=150)
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _grid(names: Sequence[str]) -> list[tuple[str, int]] | None:
+    """A row and a column for each layer, or None where a grid would not show them well.
+
+    The first number in a name is the depth; what follows it is the kind, with what precedes it
+    where that differs. Depth -1 is for layers without a number.
+    """
+    split = []
+    for name in map(_plain, names):
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is None:
+            split.append(("", name, -1))
+        else:
+            split.append((".".join(parts[:at]), ".".join(parts[at + 1 :]), int(parts[at])))
+    stems = {stem for stem, _, depth in split if depth >= 0}
+    cells = [
+        (kind if len(stems) == 1 or depth < 0 else f"{stem}: {kind}".removesuffix(": "), depth)
+        for stem, kind, depth in split
+    ]
+    cells = [(row or "weight", column) for row, column in cells]
+    rows, columns = len({row for row, _ in cells}), len({column for _, column in cells})
+    fits = rows <= _ROWS and 1 < columns <= _COLUMNS and len(set(cells)) == len(cells)
+    return cells if fits and 2 * len(cells) >= rows * columns else None
+
+
+def _draw_grid(
+    figure: Any,
+    axes: Any,
+    label: str,
+    values: Sequence[float | None],
+    cells: Sequence[tuple[str, int]],
+    rows: list[str],
+    columns: list[int],
+) -> None:
+    matrix = [[math.nan] * len(columns) for _ in rows]
+    for (row, column), value in zip(cells, values, strict=True):
+        matrix[rows.index(row)][columns.index(column)] = math.nan if value is None else value
+    low, high, decimals = _scale(label, values)
+    image = axes.imshow(
+        matrix, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), ["none" if depth < 0 else depth for depth in columns])
+    if len(columns) > 30:
+        axes.set_xticks(range(0, len(columns), 4), [str(depth) for depth in columns[::4]])
+    axes.set_xlabel("layer")
+    axes.set_title(label, fontsize=10)
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    if len(columns) > 30:
+        return
+    for y, line in enumerate(matrix):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                dark = (value - low) / (high - low) < 0.6
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.{decimals}f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                )
+
+
+def _draw_list(axes: Any, label: str, values: Sequence[float | None], names: Sequence[str]) -> None:
+    low, high, _ = _scale(label, values)
+    shown = [math.nan if value is None else value for value in values]
+    axes.plot(shown, range(len(names)), "o-", color="tab:blue", markersize=4, linewidth=0.6)
+    axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    step = math.ceil(len(names) / 200)
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(label, fontsize=10)
+
+
+def _scale(label: str, values: Sequence[float | None]) -> tuple[float, float, int]:
+    """Bounds of the values, and the decimals that tell them apart."""
+    present = [value for value in values if value is not None] or [0.0]
+    decimals = 3 if max(present) - min(present) < 0.05 else 2
+    if label == "sparsity":
+        return 0.0, 1.0, decimals
+    # Alignments are close to 1; a tenth less than the worst leaves room below it.
+    return min(math.floor(10 * min(present)) / 10, 0.9), 1.0, decimals

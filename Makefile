@@ -1,7 +1,8 @@
 # Each target makes its own virtual environment in .venv, once, with the versions of
 # requirements.txt. They need nothing but Python, make and a C++ compiler.
 #
-#   make demo         prune a real pretrained encoder by every method and compare them
+#   make demo         prune a real pretrained encoder by every method and compare them, then
+#                     prune it once more into a folder, which is loaded again and reported on
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
@@ -24,6 +25,8 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 demo: $(COMPILED)
 	$(BIN)/torchalignprune demo --out build/demo $(ARGS)
+	$(BIN)/torchalignprune prune "$$($(BIN)/python -c 'from torchalignprune.demo import \
+	  encoder_folder; print(encoder_folder())')" --sparsity 0.5 --out build/demo/pruned --overwrite
 
 test: $(COMPILED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -210,11 +210,15 @@ def _check_state(
     for name in pruned:
         if f"{name}_orig" not in shapes:
             shapes[f"{name}_orig"] = shapes[f"{name}_mask"] = shapes.pop(name)
-    problems = [
-        f"size mismatch for {key}: expected {tuple(shape)}, got {tuple(state[key].shape)}"
-        for key, shape in shapes.items()
-        if shape is not None and key in state and state[key].shape != shape
-    ]
+    problems = []
+    for key, shape in shapes.items():
+        if shape is None or key not in state:
+            continue
+        got = getattr(state[key], "shape", None)
+        if got is None:
+            problems.append(f"{key}: expected a tensor, got {type(state[key]).__name__}")
+        elif got != shape:
+            problems.append(f"size mismatch for {key}: expected {tuple(shape)}, got {tuple(got)}")
     if strict:
         missing = [key for key in shapes if key not in state]
         unexpected = [key for key in state if key not in shapes]

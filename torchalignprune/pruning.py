@@ -314,6 +314,8 @@ def _checked_score(score: Any, target: Target) -> Tensor:
             f"importance_scores should have the same shape as parameter {target.name}, got "
             f"{tuple(score.shape)} vs {tuple(target.weight.shape)}"
         )
+    if score.is_complex():
+        raise TypeError(f"the importance_scores of {target.name} should be real, got {score.dtype}")
     here: Tensor = score.detach().to(target.weight.device)
     return here if here.dtype in DTYPES else here.double()
 

@@ -125,6 +125,8 @@ def targets_of(parameters: Parameters) -> list[Target]:
 
 def _parameter(module: nn.Module, name: str, label: str) -> Tensor:
     """The stored parameter, if it is one that can be pruned."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{label} is in a ScriptModule, which a pruning hook cannot go on")
     if not hasattr(module, name):
         raise AttributeError(f"{label}: {type(module).__name__} has no attribute {name!r}")
     masked = mask_of(module, name) is not None and f"{name}_orig" in module._parameters
@@ -206,6 +208,11 @@ def _per_target(
     elif not isinstance(given, Mapping):
         found = list(given)
     else:
+        for key in given:
+            if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], nn.Module)):
+                raise TypeError(
+                    f"{what} should be keyed by (module, name) pairs, got {type(key).__name__}"
+                )
         by_weight = {id(stored(*pair)): value for pair, value in given.items()}
         for target in targets:
             own = [given[place] for place in target.places if place in given]

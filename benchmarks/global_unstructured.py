@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils import prune
 
 import torchalignprune as tap
-from common import Encoder, fresh_process, median, peak_memory, read_pass, save, size
+from common import Encoder, fresh_process, median, peak_memory, read_pass, save, size, start_memory
 
 AMOUNT = 0.5
 PEER = "torch: L1Unstructured"
@@ -49,7 +49,7 @@ def run(name: str, embeddings: bool, repeated: int) -> None:
     case["by"](small, case["method"], amount=AMOUNT, **case.get("options", {}))
     model = Encoder(embeddings)
     parameters = model.parameters_to_prune()
-    before = peak_memory()
+    before = start_memory()
     times, peaks = [], []
     for call in range(repeated):
         amount = AMOUNT if call == 0 else 0.05

@@ -282,15 +282,16 @@ def _leaf(node: Any) -> Tensor | None:
     """The parameter at the end of a chain of views, maybe multiplied by a mask."""
     views = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
     factor: Tensor | None = None
-    products = 0
-    while node is not None and (node.name() in views or node.name() == "MulBackward0"):
+    masked = False
+    products = ("MulBackward0", "_MaskedBackward")
+    while node is not None and node.name() in (*views, *products):
         inputs = [function for function, _ in node.next_functions if function is not None]
         if len(inputs) != 1:
             return None
-        if node.name() == "MulBackward0":
-            products += 1
-            if products > 1:
+        if node.name() in products:
+            if masked:
                 return None
+            masked = True
             factor = _factor(node)
         node = inputs[0]
     variable = getattr(node, "variable", None)
@@ -307,7 +308,10 @@ def _leaf(node: Any) -> Tensor | None:
 def _factor(product: Any) -> Tensor | None:
     """What a parameter was multiplied by; None once a backward has freed it."""
     try:
-        factors = (product._saved_self, product._saved_other)
+        if product.name() == "_MaskedBackward":
+            factors = product.saved_tensors
+        else:
+            factors = (product._saved_self, product._saved_other)
     except RuntimeError:
         return None
     return next((factor for factor in factors if factor is not None), None)

@@ -244,7 +244,8 @@ class Selection {
         continue;
       }
       low = low + (static_cast<Key>(bin) << shift);
-      high = std::min(high, static_cast<Key>(low + ((Key{1} << shift) - 1)));
+      const Key width = (Key{1} << shift) - 1;
+      if (high - low > width) high = low + width;
       if (shift == 0) return {low, in_bin, rank - below};
       if (!overflow) return pick(founds, rank - below, low, high);
     }

@@ -1,0 +1,371 @@
+"""The operators on a GPU, against what a user would take instead.
+
+    python benchmarks/gpu.py [--out FOLDER] [--tests JUNIT_XML]
+
+Every case is checked before it is timed. Prints a table and writes gpu.json after each case, into
+results/gpu unless told otherwise, together with the outcome of the tests if it is handed over.
+gpu.sh builds, tests and calls this. Times are medians, by CUDA events or, for whole calls, by the
+host's clock; the floor is the time in which the bytes that have to move would be copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import torchalignprune as tap
+from common import EMBEDDINGS, LAYER, RESULTS, machine, size
+from torchalignprune import ops
+
+AMOUNT = 0.5
+REPEATS = 11
+
+# XLM-R base, without and with its embeddings, and five layers of Llama 7B.
+ENCODER = LAYER * 12
+MODELS = {
+    "85 M": ENCODER,
+    "277 M": [EMBEDDINGS, *ENCODER],
+    "1 G": [*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008)] * 5,
+}
+
+Run = Callable[[], Any]
+Case = Callable[[], dict[str, Any]]
+
+
+def weights_of(
+    shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Random weights, whose rows differ in scale as those of trained ones do."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = []
+    for rows, columns in shapes:
+        scale = torch.randn(rows, 1, device="cuda", generator=generator).mul_(0.5).exp_()
+        weight = torch.randn(rows, columns, device="cuda", generator=generator)
+        weights.append(weight.mul_(scale).mul_(0.02).to(dtype))
+    return weights
+
+
+def on_device(run: Run) -> float:
+    """Milliseconds between two events around a run."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before.record()
+    result = run()
+    after.record()
+    torch.cuda.synchronize()
+    del result
+    return before.elapsed_time(after)
+
+
+def times(run: Run, clock: Callable[[Run], float] = on_device) -> dict[str, Any]:
+    """Several runs after a first one; what takes long is run less often."""
+    first = clock(run)
+    repeats = REPEATS if first < 500 else 3
+    all_ms = [clock(run) for _ in range(repeats)]
+    return {"ms": statistics.median(all_ms), "all_ms": all_ms}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a millisecond by a large copy."""
+    source = torch.ones(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / times(lambda: target.copy_(source))["ms"]
+
+
+def compared(ours: Run, peers: dict[str, Run], moved: int, bandwidth: float) -> dict[str, Any]:
+    """The times, how many times longer the peers take, and the floor."""
+    own = times(ours)
+    floor = moved / bandwidth
+    found: dict[str, Any] = {**own, "floor_ms": floor, "to_floor": own["ms"] / floor, "peers": {}}
+    for name, run in peers.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        other = times(run)
+        found["peers"][name] = {**other, "ratio": other["ms"] / own["ms"]}
+    return found
+
+
+def select_global(model: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    weights = weights_of(MODELS[model], dtype)
+    n = size(weights)
+    count = int(AMOUNT * n)
+    flat = torch.cat([weight.flatten() for weight in weights]).abs_()
+
+    masks = ops.select_global(weights, count)
+    kept = torch.cat([mask.flatten() for mask in masks])
+    order = torch.sort(flat, stable=True).indices
+    assert not bool(kept[order[:count]].any()), "an entry was kept that should go"
+    assert bool(kept[order[count:]].all()), "an entry went that should be kept"
+    del masks, kept, order
+
+    peers: dict[str, Run] = {
+        "torch.topk": lambda: torch.topk(flat, count, largest=False),
+        "torch.kthvalue": lambda: torch.kthvalue(flat, count),
+        "torch.sort": lambda: torch.sort(flat),
+    }
+    moved = n * (flat.element_size() + 1)
+    return {
+        "weights": n,
+        **compared(lambda: ops.select_global(weights, count), peers, moved, bandwidth),
+    }
+
+
+def gains_by_torch(weight: Tensor) -> Tensor:
+    """The gains for r = w, in torch's own operators."""
+    ordered = torch.sort(weight.abs(), dim=1, descending=True)
+    squares = ordered.values.double().square_()
+    roots = squares.cumsum(dim=1).sqrt_()
+    sums = roots.clone()
+    sums[:, 1:] += roots[:, :-1]
+    gains = squares.div_(sums).div_(roots[:, -1:])
+    return torch.empty_like(weight, dtype=torch.float32).scatter_(1, ordered.indices, gains.float())
+
+
+def cosine_gains(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    weights = weights_of(ENCODER, dtype)
+    for weight in weights[:6]:
+        gains, plain = ops.cosine_gains(weight), gains_by_torch(weight)
+        if dtype == torch.float32:
+            torch.testing.assert_close(gains, plain, rtol=1e-5, atol=1e-9)
+        else:  # many equals, which torch.sort puts in another order
+            sums = [g.double().sum(dim=1) for g in (gains, plain)]
+            torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-9)
+        assert torch.equal(gains.cpu(), ops.cosine_gains(weight.cpu())), "not as on the CPU"
+    peers: dict[str, Run] = {
+        "torch.sort and cumsum": lambda: [gains_by_torch(weight) for weight in weights]
+    }
+    moved = sum(weight.nbytes + 4 * weight.numel() for weight in weights)
+    ours = compared(
+        lambda: [ops.cosine_gains(weight) for weight in weights], peers, moved, bandwidth
+    )
+    references = [weight + 0.3 * weight.roll(1) for weight in weights]
+    both = list(zip(weights, references, strict=True))
+    weight, r = both[0]
+    expected = ops.cosine_gains(weight.cpu(), reference=r.cpu())
+    assert torch.equal(ops.cosine_gains(weight, reference=r).cpu(), expected), "not as on the CPU"
+    with_reference = times(lambda: [ops.cosine_gains(w, reference=r) for w, r in both])
+    return {"weights": size(weights), **ours, "with_reference": with_reference}
+
+
+def select_rows(columns: int, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    rows = 84_934_656 // columns
+    (scores,) = weights_of([(rows, columns)], dtype)
+    half = columns // 2
+    counts = torch.full((rows,), half, device="cuda")
+    kept = ops.select_rows(scores, counts)
+    order = torch.sort(scores, dim=1, stable=True).indices
+    assert not bool(kept.gather(1, order[:, :half]).any()), "an entry was kept that should go"
+    assert bool(kept.gather(1, order[:, half:]).all()), "an entry went that should be kept"
+    del kept, order
+    peers: dict[str, Run] = {"torch.topk": lambda: torch.topk(scores, half, dim=1, largest=False)}
+    moved = scores.nbytes + scores.numel() + counts.nbytes
+    return {
+        "weights": scores.numel(),
+        **compared(lambda: ops.select_rows(scores, counts), peers, moved, bandwidth),
+    }
+
+
+def square_sums(bandwidth: float) -> dict[str, Any]:
+    weights = weights_of(ENCODER)
+    for weight in weights[:6]:
+        for sums, cpu in zip(ops.square_sums(weight), ops.square_sums(weight.cpu()), strict=True):
+            assert torch.equal(sums.cpu(), cpu), "not as on the CPU"
+
+    def by_torch() -> list[Tensor]:
+        norms = torch.linalg.vector_norm
+        return [norms(w, dim=dim, dtype=torch.float64) for w in weights for dim in (0, 1)]
+
+    peers: dict[str, Run] = {"torch.linalg.vector_norm": by_torch}
+    moved = sum(weight.nbytes for weight in weights)
+    return {
+        "weights": size(weights),
+        **compared(lambda: [ops.square_sums(w) for w in weights], peers, moved, bandwidth),
+    }
+
+
+PEER = "torch: L1Unstructured"
+CALLS: dict[str, dict[str, Any]] = {
+    PEER: {"by": prune.global_unstructured, "method": prune.L1Unstructured},
+    "torch: AlignedMagnitude": {"by": prune.global_unstructured, "method": tap.AlignedMagnitude},
+    "tap: Magnitude": {"by": tap.global_unstructured, "method": tap.Magnitude},
+    "tap: AlignedMagnitude": {"by": tap.global_unstructured, "method": tap.AlignedMagnitude},
+    "tap: AlignedMagnitude, both": {
+        "by": tap.global_unstructured,
+        "method": tap.AlignedMagnitude,
+        "options": {"units": "both"},
+    },
+    "tap: AlignedMagnitude, frobenius": {
+        "by": tap.global_unstructured,
+        "method": tap.AlignedMagnitude,
+        "options": {"alignment": "frobenius"},
+    },
+}
+
+
+def whole_calls(model: str, repeats: int = 5) -> dict[str, Any]:
+    """torch's global_unstructured and ours, each time on a fresh model; the host's clock."""
+    weights = weights_of(MODELS[model])
+    n = size(weights)
+
+    def fresh() -> list[tuple[nn.Module, str]]:
+        layers = []
+        for weight in weights:
+            layer = nn.Linear(1, 1, bias=False)
+            layer.weight = nn.Parameter(weight.clone())
+            layers.append((layer, "weight"))
+        return layers
+
+    def masks(layers: list[tuple[nn.Module, str]]) -> list[Tensor]:
+        return [layer.weight_mask != 0 for layer, _ in layers]
+
+    pruned = {}
+    for name in (PEER, "tap: Magnitude"):
+        pruned[name] = fresh()
+        CALLS[name]["by"](pruned[name], CALLS[name]["method"], amount=AMOUNT)
+    left = [torch.cat([m.flatten() for m in masks(layers)]) for layers in pruned.values()]
+    flat = torch.cat([weight.flatten() for weight in weights]).abs_()
+    assert int(left[0].sum()) == int(left[1].sum()) == n - round(AMOUNT * n)
+    differ = flat[left[0] != left[1]]  # torch.topk may choose among equals as it likes
+    assert differ.numel() == 0 or bool((differ == differ[0]).all()), "other entries than torch's"
+    del pruned, left, flat, differ
+
+    found: dict[str, Any] = {}
+    for name, call in CALLS.items():
+        all_ms, extra = [], []
+        for _ in range(repeats + 1):
+            layers = fresh()
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            call["by"](layers, call["method"], amount=AMOUNT, **call.get("options", {}))
+            torch.cuda.synchronize()
+            all_ms.append(1e3 * (time.perf_counter() - start))
+            extra.append((torch.cuda.max_memory_allocated() - before) / (4 * n))
+            assert sum(int(m.sum()) for m in masks(layers)) == n - round(AMOUNT * n)
+            del layers
+        # The first run loads what a process loads once.
+        found[name] = {
+            "ms": statistics.median(all_ms[1:]),
+            "all_ms": all_ms,
+            "memory_on_top": max(extra),
+        }
+    for result in found.values():
+        result["ratio"] = found[PEER]["ms"] / result["ms"]
+    return {"weights": n, "calls": found}
+
+
+def read_tests(junit: Path) -> dict[str, Any]:
+    """How many tests did what, and the messages of those that failed."""
+    if not junit.exists():
+        return {"error": f"{junit.name} was not written"}
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": {}}
+    for case in xml.etree.ElementTree.parse(junit).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found["seconds"] += float(case.get("time", 0))
+        wrong = [part for part in case if part.tag in ("failure", "error")]
+        if wrong:
+            found["failed"] += 1
+            found["failures"][name] = (wrong[0].get("message") or "")[:500]
+        else:
+            found["passed" if case.find("skipped") is None else "skipped"] += 1
+    found["seconds"] = round(found["seconds"], 1)
+    return found
+
+
+def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
+    if "error" in result:
+        yield f"{name}: {result['error'].splitlines()[-1]}"
+        return
+    head = f"{name}, {result['weights'] / 1e6:.1f} M"
+    if "calls" in result:
+        yield head
+        for call, one in result["calls"].items():
+            yield (
+                f"  {call:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x  "
+                f"memory on top: {one['memory_on_top']:5.2f} x the weights"
+            )
+        return
+    yield f"{head}: {result['ms']:.3f} ms, {result['to_floor']:.2f} of the floor's time"
+    for peer, one in result["peers"].items():
+        yield f"  {peer:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x"
+    if "with_reference" in result:
+        yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"
+
+
+def gpu() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **machine(),
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / (1 << 30), 1),
+        "cuda": torch.version.cuda,
+        "built_for": tap.build_info.info()["cuda_architectures"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
+    parser.add_argument("--tests", type=Path, help="the tests' results, as pytest --junit-xml")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing to measure")
+        return 0
+
+    report: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": gpu()}
+    if options.tests is not None:
+        report["tests"] = read_tests(options.tests)
+    bandwidth = copy_bandwidth()
+    report["copy_gb_per_s"] = bandwidth / 1e6
+    report["amount"] = AMOUNT
+    report["cases"] = {}
+    cases: dict[str, Case] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for model in MODELS:
+            cases[f"select_global {str(dtype)[6:]} {model}"] = lambda m=model, d=dtype: (
+                select_global(m, d, bandwidth)
+            )
+        cases[f"cosine_gains {str(dtype)[6:]}"] = lambda d=dtype: cosine_gains(d, bandwidth)
+        for columns in (768, 4):
+            cases[f"select_rows {str(dtype)[6:]} rows of {columns}"] = lambda c=columns, d=dtype: (
+                select_rows(c, d, bandwidth)
+            )
+    cases["square_sums float32"] = lambda: square_sums(bandwidth)
+    cases["whole calls float32 85 M"] = lambda: whole_calls("85 M")
+
+    print(f"{report['machine']['gpu']}: copies {report['copy_gb_per_s']:.0f} GB/s")
+    failed = False
+    for name, case in cases.items():
+        try:
+            report["cases"][name] = case()
+        except Exception:
+            failed = True
+            report["cases"][name] = {"error": traceback.format_exc()}
+        gc.collect()
+        torch.cuda.empty_cache()
+        print("\n".join(describe(name, report["cases"][name])), flush=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Builds with CUDA, runs the tests marked `cuda` and benchmarks/gpu.py, in one go and in less than
+# nine minutes, without a network.
+#
+#   benchmarks/gpu.sh                     results go to benchmarks/results/gpu
+#   OUT=/some/folder benchmarks/gpu.sh    or elsewhere
+#
+# Needs a GPU, the CUDA toolkit, and a python3 (or PYTHON=...) with torch 2.11 or newer for CUDA,
+# setuptools, ninja, numpy, pytest, hypothesis and transformers. The package is built into a
+# temporary folder; the environment and the working tree stay as they are.
+#
+# Leaves gpu.json (machine, tests, benchmarks), tests.xml, tests.log, build.log and benchmarks.log.
+# The benchmarks run even if tests fail. The exit code is 0 only if everything was built, every test
+# passed and every benchmark found the right masks.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results/gpu}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf "$scratch"' EXIT
+
+capability=$("$python" -c '
+import torch
+print("%d.%d" % torch.cuda.get_device_capability())') || {
+  echo "gpu.sh: $python has no torch that sees a GPU" >&2
+  exit 1
+}
+
+echo "== build for compute capability $capability"
+begun=$SECONDS
+# From a copy, since building leaves files beside the sources.
+mkdir "$scratch/source"
+tar --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' \
+  --exclude=./benchmarks/results -cf - . | tar -xf - -C "$scratch/source"
+TORCHALIGNPRUNE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} \
+  timeout 200 "$python" -m pip install --verbose --no-index --no-build-isolation --no-deps \
+  --target "$scratch/site" "$scratch/source" > "$out/build.log" 2>&1 || {
+  tail -n 40 "$out/build.log"
+  echo "gpu.sh: the build failed; all of it is in $out/build.log" >&2
+  exit 1
+}
+echo "-- $((SECONDS - begun)) s"
+
+# -P keeps the package of the working tree, which has no extension, out of the way.
+export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
+"$python" -P -m torchalignprune info
+failed=0
+
+echo "== tests"
+begun=$SECONDS
+# What other packages warn of on this machine is no failure of this one: -W default.
+timeout -s INT -k 20 240 "$python" -P -m pytest tests -m cuda -q -W default -p no:cacheprovider \
+  --junit-xml="$out/tests.xml" 2>&1 | tee "$out/tests.log" | tail -n 40
+status=${PIPESTATUS[0]}
+echo "-- $((SECONDS - begun)) s, exit code $status"
+[ "$status" -eq 0 ] || failed=1
+
+echo "== benchmarks"
+begun=$SECONDS
+timeout -s INT -k 20 "$((520 - SECONDS > 30 ? 520 - SECONDS : 30))" \
+  "$python" -P -u benchmarks/gpu.py --out "$out" --tests "$out/tests.xml" 2>&1 |
+  tee "$out/benchmarks.log"
+status=${PIPESTATUS[0]}
+echo "-- $((SECONDS - begun)) s, exit code $status"
+[ "$status" -eq 0 ] || failed=1
+exit "$failed"

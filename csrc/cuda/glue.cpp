@@ -1,0 +1,340 @@
+// The operators on CUDA tensors: checks, outputs and workspaces, the device and its current stream.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "launchers.h"
+
+namespace torchalignprune {
+namespace {
+
+cuda::Element element_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return cuda::Element::f32;
+    case at::kDouble:
+      return cuda::Element::f64;
+    case at::kHalf:
+      return cuda::Element::f16;
+    default:
+      return cuda::Element::bf16;
+  }
+}
+
+// Dimensions that lie in memory as one are merged; a contiguous tensor has none left.
+cuda::View view_of(const at::Tensor& tensor) {
+  cuda::View view;
+  view.data = tensor.const_data_ptr();
+  view.element = element_of(tensor);
+  view.small = tensor.numel() < int64_t{1} << 32;
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  view.aligned = tensor.is_contiguous() && address % 16 == 0;
+  if (tensor.is_contiguous()) return view;
+  std::vector<int64_t> sizes, strides;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d);
+    const int64_t stride = tensor.stride(d);
+    if (size == 1) continue;
+    if (!sizes.empty() && strides.back() == size * stride) {
+      sizes.back() *= size;
+      strides.back() = stride;
+    } else {
+      sizes.push_back(size);
+      strides.push_back(stride);
+    }
+  }
+  view.dimensions = static_cast<int32_t>(sizes.size());
+  for (size_t d = 0; d < sizes.size() && d < cuda::most_dimensions; ++d) {
+    view.sizes[d] = sizes[d];
+    view.strides[d] = strides[d];
+  }
+  return view;
+}
+
+bool fits(const cuda::View& view) { return view.dimensions <= cuda::most_dimensions; }
+
+// The tensors that the views of a call point into.
+class Inputs {
+ public:
+  // A tensor with more dimensions than a view has is copied: there are none such in practice.
+  cuda::View view(const at::Tensor& tensor) {
+    const cuda::View view = view_of(tensor);
+    if (fits(view)) return view;
+    kept_.push_back(tensor.contiguous());
+    return view_of(kept_.back());
+  }
+  cuda::View view(const std::optional<at::Tensor>& tensor) {
+    return tensor ? view(*tensor) : cuda::View{};
+  }
+  const void* vector(const std::optional<at::Tensor>& scale) {
+    if (!scale) return nullptr;
+    kept_.push_back(scale->contiguous());
+    return kept_.back().const_data_ptr();
+  }
+
+ private:
+  std::vector<at::Tensor> kept_;
+};
+
+// An output with the strides of a tensor, and where the kernel writes it.
+struct Output {
+  Output(const at::Tensor& like, at::ScalarType dtype)
+      : tensor(at::empty_like(like, at::TensorOptions().dtype(dtype))), written(tensor) {
+    if (fits(view_of(tensor))) return;
+    written = at::empty(like.sizes(), tensor.options());
+  }
+  at::Tensor finish() {
+    if (!written.is_same(tensor)) tensor.copy_(written);
+    return tensor;
+  }
+  at::Tensor tensor, written;
+};
+
+int64_t row_size_of(const at::Tensor& weight) {
+  return weight.numel() == 0 ? 1 : weight.numel() / rows_of(weight);
+}
+int64_t inner_of(const at::Tensor& weight) {
+  return weight.numel() == 0 ? 1 : row_size_of(weight) / columns_of(weight);
+}
+int64_t step_of(const std::optional<at::Tensor>& scale) {
+  return scale && scale->numel() > 1 ? 1 : 0;
+}
+
+at::Tensor workspace(size_t bytes, const at::Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
+void set_layout(cuda::Tensor& tensor) {
+  const auto vectors = [](const cuda::View& view) { return view.data == nullptr || view.aligned; };
+  tensor.vectors = vectors(tensor.weight) && vectors(tensor.mask) && vectors(tensor.reference) &&
+                   vectors(tensor.out);
+  tensor.plain = tensor.vectors && tensor.reference.data == nullptr &&
+                 tensor.row_scale == nullptr && tensor.column_scale == nullptr;
+}
+
+// check(found) raises if there is NaN, or too few candidates.
+template <class Check>
+void select(
+    const std::vector<cuda::Tensor>& tensors, cuda::Score score, bool wide, int64_t count,
+    const at::Tensor& like, Check check) {
+  cuda::SelectGlobal call{};
+  call.tensors = tensors.data();
+  call.length = static_cast<int64_t>(tensors.size());
+  call.score = score;
+  call.wide = wide;
+  call.count = count;
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor memory = workspace(cuda::select_global_workspace(call), like);
+  cuda::Found found{};
+  C10_CUDA_CHECK(cuda::select_global_search(call, memory.data_ptr(), &found, stream));
+  check(found);
+  C10_CUDA_CHECK(cuda::select_global_write(call, memory.data_ptr(), found, stream));
+}
+
+std::vector<at::Tensor> select_global(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& mask_list,
+    const c10::List<std::optional<at::Tensor>>& reference_list,
+    const c10::List<std::optional<at::Tensor>>& row_scale_list,
+    const c10::List<std::optional<at::Tensor>>& column_scale_list, c10::List<std::string> name_list,
+    int64_t count, std::string score_name) {
+  const auto masks = mask_list.vec();
+  const auto references = reference_list.vec();
+  const auto row_scales = row_scale_list.vec();
+  const auto column_scales = column_scale_list.vec();
+  const auto names = name_list.vec();
+  const Score score = parse_score(score_name);
+  check_select_global(weights, masks, references, row_scales, column_scales, names, count, score);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  Inputs inputs;
+  std::vector<Output> outputs;
+  std::vector<cuda::Tensor> tensors;
+  int64_t entries = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const at::Tensor& weight = weights[i];
+    outputs.emplace_back(weight, at::kBool);
+    entries += weight.numel();
+    if (weight.numel() == 0) continue;
+    cuda::Tensor tensor;
+    tensor.weight = inputs.view(weight);
+    tensor.mask = inputs.view(masks[i]);
+    tensor.reference = inputs.view(references[i]);
+    tensor.out = view_of(outputs.back().written);
+    tensor.row_scale = inputs.vector(row_scales[i]);
+    tensor.column_scale = inputs.vector(column_scales[i]);
+    tensor.row_step = step_of(row_scales[i]);
+    tensor.column_step = step_of(column_scales[i]);
+    tensor.size = weight.numel();
+    tensor.row_size = row_size_of(weight);
+    tensor.inner = inner_of(weight);
+    set_layout(tensor);
+    tensors.push_back(tensor);
+  }
+  if (entries == 0) {
+    check_count(count, 0);
+  } else {
+    const auto check = [&](const cuda::Found& found) {
+      if (found.nan >= 0) {
+        // Empty tensors are not among those that the search saw.
+        size_t at = 0;
+        for (int64_t seen = found.nan; weights[at].numel() == 0 || seen-- > 0;) ++at;
+        TORCH_CHECK_VALUE(false, "the scores of ", names[at], " should be numbers, got NaN");
+      }
+      check_count(count, found.alive);
+    };
+    select(
+        tensors, static_cast<cuda::Score>(score), score_dtype(weights) == at::kDouble, count,
+        weights[0], check);
+  }
+  std::vector<at::Tensor> result;
+  for (Output& output : outputs) result.push_back(output.finish());
+  return result;
+}
+
+// A few long rows would leave most of the device idle with a block for each.
+bool are_few_long_rows(int64_t rows, int64_t columns) {
+  return rows <= 16 && columns >= int64_t{1} << 20;
+}
+
+at::Tensor select_rows(
+    const at::Tensor& weight, const std::optional<at::Tensor>& mask, const at::Tensor& counts,
+    std::string name) {
+  check_select_rows(weight, mask, counts, name);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
+  const int64_t rows = weight.size(0);
+  const int64_t columns = weight.size(1);
+  if (rows == 0) return out;
+  const auto check_row = [&](int64_t row, int64_t count, int64_t alive) {
+    TORCH_CHECK_VALUE(
+        0 <= count && count <= alive, "row ", row, " of ", name, " has ", alive,
+        " entries that are not pruned yet, so counts should be between 0 and that, got ", count);
+  };
+  const bool wide = weight.scalar_type() == at::kDouble;
+  if (columns == 0 || are_few_long_rows(rows, columns)) {
+    const at::Tensor host_counts = counts.to(at::kCPU).contiguous();
+    const auto* count = host_counts.const_data_ptr<int64_t>();
+    for (int64_t row = 0; row < rows; ++row) {
+      if (columns == 0) {
+        check_row(row, count[row], 0);
+        continue;
+      }
+      Inputs inputs;
+      cuda::Tensor tensor;
+      tensor.weight = inputs.view(weight.select(0, row));
+      if (mask) tensor.mask = inputs.view(mask->select(0, row));
+      tensor.out = view_of(out.select(0, row));
+      tensor.size = tensor.row_size = columns;
+      set_layout(tensor);
+      select(
+          {tensor}, cuda::Score::value, wide, std::max<int64_t>(0, count[row]), weight,
+          [&](const cuda::Found& found) {
+            TORCH_CHECK_VALUE(found.nan < 0, "the scores of ", name, " should be numbers, got NaN");
+            check_row(row, count[row], found.alive);
+          });
+    }
+    return out;
+  }
+  const at::Tensor own_counts = counts.contiguous();
+  cuda::SelectRows call{};
+  call.weight = weight.const_data_ptr();
+  call.mask = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+  call.counts = own_counts.const_data_ptr<int64_t>();
+  call.out = static_cast<uint8_t*>(out.data_ptr());
+  call.rows = rows;
+  call.columns = columns;
+  call.element = element_of(weight);
+  for (int d = 0; d < 2; ++d) {
+    call.weight_strides[d] = weight.stride(d);
+    call.mask_strides[d] = mask ? mask->stride(d) : 0;
+  }
+  const at::Tensor memory = workspace(cuda::select_rows_workspace(), weight);
+  cuda::Faults faults{};
+  C10_CUDA_CHECK(
+      cuda::select_rows(call, memory.data_ptr(), &faults, c10::cuda::getCurrentCUDAStream()));
+  TORCH_CHECK_VALUE(faults.nan == 0, "the scores of ", name, " should be numbers, got NaN");
+  if (faults.row != ~uint64_t{0}) {
+    const auto row = static_cast<int64_t>(faults.row);
+    check_row(
+        row, counts[row].item<int64_t>(),
+        mask ? mask->select(0, row).sum().item<int64_t>() : columns);
+  }
+  return out;
+}
+
+at::Tensor cosine_gains(
+    const at::Tensor& weight, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& reference, const std::optional<at::Tensor>& column_scale,
+    std::string name) {
+  check_cosine_gains(weight, mask, reference, column_scale, name);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const bool wide = weight.scalar_type() == at::kDouble;
+  Output output(weight, wide ? at::kDouble : at::kFloat);
+  if (weight.numel() == 0) return output.finish();
+  Inputs inputs;
+  cuda::CosineGains call{};
+  call.weight = inputs.view(weight);
+  call.mask = inputs.view(mask);
+  call.reference = inputs.view(reference);
+  call.out = view_of(output.written);
+  call.column_scale = inputs.vector(column_scale);
+  call.column_step = step_of(column_scale);
+  call.rows = rows_of(weight);
+  call.row_size = row_size_of(weight);
+  call.inner = inner_of(weight);
+  call.wide = wide;
+  const at::Tensor memory = workspace(cuda::cosine_gains_workspace(call), weight);
+  bool finite = true;
+  C10_CUDA_CHECK(
+      cuda::cosine_gains(call, memory.data_ptr(), &finite, c10::cuda::getCurrentCUDAStream()));
+  TORCH_CHECK_VALUE(
+      finite, "the scores of ", name, " should be finite numbers, got NaN or infinity");
+  return output.finish();
+}
+
+std::tuple<at::Tensor, at::Tensor> square_sums(
+    const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
+    const std::optional<at::Tensor>& column_scale, std::string name) {
+  check_square_sums(weight, row_scale, column_scale, name);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const auto options = weight.options().dtype(at::kDouble);
+  at::Tensor row_sums = at::zeros({rows_of(weight)}, options);
+  // The columns of a single row are its entries, and nobody's sums.
+  const bool has_columns = weight.dim() >= 2;
+  at::Tensor column_sums = at::zeros({has_columns ? columns_of(weight) : 0}, options);
+  if (weight.numel() == 0) return {row_sums, column_sums};
+  Inputs inputs;
+  cuda::SquareSums call{};
+  call.weight = inputs.view(weight);
+  call.row_scale = inputs.vector(row_scale);
+  call.column_scale = inputs.vector(column_scale);
+  call.row_step = step_of(row_scale);
+  call.column_step = step_of(column_scale);
+  call.rows = rows_of(weight);
+  call.columns = columns_of(weight);
+  call.inner = inner_of(weight);
+  call.wide = weight.scalar_type() == at::kDouble;
+  call.row_sums = row_sums.mutable_data_ptr<double>();
+  call.column_sums = has_columns ? column_sums.mutable_data_ptr<double>() : nullptr;
+  const at::Tensor memory = workspace(cuda::square_sums_workspace(call), weight);
+  C10_CUDA_CHECK(cuda::square_sums(call, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return {row_sums, column_sums};
+}
+
+TORCH_LIBRARY_IMPL(torchalignprune, CUDA, m) {
+  m.impl("select_global", &select_global);
+  m.impl("select_rows", &select_rows);
+  m.impl("cosine_gains", &cosine_gains);
+  m.impl("square_sums", &square_sums);
+}
+
+}  // namespace
+}  // namespace torchalignprune

@@ -1,0 +1,98 @@
+// How the kernels are started: raw pointers, sizes and a stream. What a launcher needs on the
+// device comes in as a workspace of the size it asks for. Every launcher returns the first error of
+// the CUDA runtime. Those that hand something back on the host wait for the stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "keys.cuh"
+
+namespace torchalignprune {
+namespace cuda {
+
+// Masks that prune exactly `count` entries of a list of tensors, those of the lowest scores.
+struct SelectGlobal {
+  const Tensor* tensors;  // on the host
+  int64_t length;
+  Score score;
+  bool wide;  // scores in float64
+  int64_t count;
+  // From so many entries on, a sample says where to look first.
+  int64_t sample_from = int64_t{1} << 24;
+};
+
+struct Found {
+  int64_t alive;       // how many candidates there are
+  int64_t nan;         // the first tensor with NaN among its candidates' scores, or -1
+  uint64_t low, high;  // for the masks: the threshold
+  int64_t pruned, inside;
+};
+
+size_t select_global_workspace(const SelectGlobal& call);
+
+// Finds the threshold.
+cudaError_t select_global_search(
+    const SelectGlobal& call, void* workspace, Found* found, cudaStream_t stream);
+
+// Writes the masks, once the search has found neither NaN nor too few candidates.
+cudaError_t select_global_write(
+    const SelectGlobal& call, void* workspace, const Found& found, cudaStream_t stream);
+
+// A mask that prunes exactly counts[i] entries of row i, those of the lowest scores.
+struct SelectRows {
+  const void* weight;
+  const uint8_t* mask;    // or null
+  const int64_t* counts;  // contiguous
+  uint8_t* out;           // contiguous
+  int64_t rows, columns;
+  int64_t weight_strides[2], mask_strides[2];
+  Element element;
+};
+
+struct Faults {
+  uint64_t nan;  // not 0: a candidate's score is NaN
+  uint64_t row;  // the first row with fewer candidates than are to be pruned, or ~0
+};
+
+size_t select_rows_workspace();
+
+// The mask counts for nothing if there is a fault.
+cudaError_t select_rows(
+    const SelectRows& call, void* workspace, Faults* faults, cudaStream_t stream);
+
+// What each entry adds to the alignment of its unit (row).
+struct CosineGains {
+  View weight, mask, reference, out;  // `out` in the accumulation type
+  const void* column_scale;
+  int64_t column_step;
+  int64_t rows, row_size, inner;
+  bool wide;
+};
+
+size_t cosine_gains_workspace(const CosineGains& call);
+
+// Not `finite`: a weight or a reference is NaN or infinite, and the gains count for nothing.
+cudaError_t cosine_gains(
+    const CosineGains& call, void* workspace, bool* finite, cudaStream_t stream);
+
+// The sums of squares of a tensor's rows and columns.
+struct SquareSums {
+  View weight;
+  const void* row_scale;
+  const void* column_scale;
+  int64_t row_step, column_step;
+  int64_t rows, columns, inner;
+  bool wide;  // the scales are float64
+  double* row_sums;
+  double* column_sums;  // or null
+};
+
+size_t square_sums_workspace(const SquareSums& call);
+
+cudaError_t square_sums(const SquareSums& call, void* workspace, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace torchalignprune

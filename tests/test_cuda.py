@@ -1,0 +1,654 @@
+"""The operators on a GPU: the same bits as on the CPU, whatever goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import reference
+import torchalignprune as tap
+from models import assert_same_masks, mixed, pairs
+from strategies import LAYOUTS, laid_out
+from torchalignprune import ops
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SAMPLED = (1 << 24) + 4099  # so many entries are sampled first
+INF = float("inf")
+NAN = float("nan")
+GIB = 1 << 30
+
+
+def why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a GPU"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchalignprune::select_rows", "CUDA"):
+        return "the extension was built without CUDA"
+    return None
+
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+
+def needs_memory(size: int) -> None:
+    if torch.cuda.mem_get_info()[0] < size:
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory")
+
+
+def on_gpu(given: Any) -> Any:
+    """The same tensors on the GPU, with their strides and their offset in memory."""
+    if isinstance(given, dict):
+        return {name: on_gpu(value) for name, value in given.items()}
+    if isinstance(given, list):
+        return [on_gpu(value) for value in given]
+    if not isinstance(given, Tensor):
+        return given
+    whole = given.untyped_storage().size() // given.element_size()
+    memory = given.as_strided((whole,), (1,), 0).to(DEVICE)
+    return memory.as_strided(given.shape, given.stride(), given.storage_offset())
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """On the GPU as on the CPU, bit for bit and stride for stride."""
+    assert found.device.type == torch.device(DEVICE).type
+    assert found.dtype == expected.dtype
+    assert found.stride() == expected.stride()
+    differ = int((found.cpu() != expected).sum())
+    assert differ == 0, f"{differ} of {expected.numel()} entries differ"
+
+
+class Draw:
+    """Chooses by a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def share(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+    def index(self, n: int) -> int:
+        return int(torch.randint(n, (), generator=self.generator))
+
+    def one(self, choices: Any) -> Any:
+        return choices[self.index(len(choices))]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Many ties or none, all equal, half zero, of any spread, in any layout."""
+        values = self.normal(*shape)
+        kind = self.index(6)
+        if kind == 0:
+            values = values.round()
+        elif kind == 1:
+            values = torch.full(shape, self.one([0.0, -0.0, -1.5]))
+        elif kind == 2:
+            values = values * (self.uniform(*shape) < 0.5)
+        elif kind == 3:
+            values = values * torch.exp(2 * self.normal(*shape))
+        return laid_out(values.to(dtype), self.one(LAYOUTS))
+
+    def mask(self, shape: tuple[int, ...]) -> Tensor:
+        share = self.one([0.5, 0.95, 0.02])
+        return laid_out(self.uniform(*shape) < share, self.one(LAYOUTS))
+
+    def scale(self, length: int, dtype: torch.dtype) -> Tensor:
+        return self.uniform(self.one([1, length])).to(dtype)
+
+    def shape(self) -> tuple[int, ...]:
+        sides = [1 + self.index(60) for _ in range(4)]
+        shapes = [
+            (),
+            (0,),
+            (3, 0),
+            (sides[0],),
+            (sides[0], 7 * sides[1]),
+            (sides[0] % 9, sides[1], 3, 3),
+            (2, 3, 2, sides[0], 2),
+            (sides[0] % 5, 8192),
+            (8192 * (1 + sides[0] % 4),),
+            (8192 + sides[0], 9),
+            (301, 257),
+        ]
+        return tuple(self.one(shapes))
+
+
+def rows_and_columns(weight: Tensor) -> tuple[int, int]:
+    return (1, weight.numel()) if weight.dim() < 2 else (weight.size(0), weight.size(1))
+
+
+def outcome(run: Callable[[], Any]) -> Any:
+    """What a call returns, or its error."""
+    try:
+        return run()
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+# select_global
+
+
+def random_selection(seed: int) -> tuple[list[Tensor], int, dict[str, Any]]:
+    draw = Draw(seed)
+    dtypes = draw.one([[dtype] for dtype in DTYPES] + [DTYPES, DTYPES[::3], DTYPES[2:]])
+    score = draw.one(["value", "magnitude", "worth"])
+    weights = [draw.tensor(draw.shape(), draw.one(dtypes)) for _ in range(1 + draw.index(5))]
+    wide = any(weight.dtype == torch.float64 for weight in weights)
+    dtype = torch.float64 if wide else torch.float32
+
+    def some(make: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+        return [make(weight) if draw.share() < 0.4 else None for weight in weights]
+
+    options: dict[str, Any] = {
+        "score": score,
+        "masks": some(lambda weight: draw.mask(tuple(weight.shape))),
+    }
+    if score == "worth":
+        # A reference in float64 beside weights in float32 is rounded to it.
+        options["references"] = some(lambda w: draw.tensor(tuple(w.shape), draw.one(DTYPES)))
+    if score != "value":
+        options["row_scales"] = some(lambda w: draw.scale(rows_and_columns(w)[0], dtype))
+        options["column_scales"] = some(lambda w: draw.scale(rows_and_columns(w)[1], dtype))
+    alive = sum(
+        weight.numel() if mask is None else int(mask.sum())
+        for weight, mask in zip(weights, options["masks"], strict=True)
+    )
+    amounts = [0, 1, alive // 2, round(draw.share() * alive), alive - 1, alive]
+    return weights, min(max(0, draw.one(amounts)), alive), options
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_select_global_equals_the_cpu_and_the_plain_form(seed: int) -> None:
+    weights, count, options = random_selection(seed)
+    expected = ops.select_global(weights, count, **options)
+    found = ops.select_global(on_gpu(weights), count, **on_gpu(options))
+    plain = reference.select_global(weights, count, **options)
+    for mask, cpu, slow in zip(found, expected, plain, strict=True):
+        assert_same(mask, cpu)
+        assert torch.equal(cpu, slow)
+
+
+def sampled_positions(size: int) -> Tensor:
+    """Where csrc/cuda/select_global.cu looks first."""
+    run = torch.arange(1 << 14, dtype=torch.float64)
+    scattered = run + (run * 0.6180339887498949).frac()
+    starts = (scattered * (size / (1 << 14))).long()
+    return (starts[:, None] + torch.arange(4)).clamp(max=size - 1).flatten()
+
+
+def misled(values: float) -> Tensor:
+    """All that the sample sees is one value."""
+    weight = torch.randn(SAMPLED)
+    weight[sampled_positions(SAMPLED)] = values
+    return weight
+
+
+def neighbours(size: int) -> Tensor:
+    """Neighbouring floats only, so that the bins hold many keys each."""
+    steps = torch.randint(0, 2000, (size,), dtype=torch.int32)
+    return (torch.ones(size).view(torch.int32) + steps).view(torch.float32)
+
+
+LARGE: dict[str, Callable[[], Tensor]] = {
+    "normal": lambda: torch.randn(SAMPLED),
+    "normal rows": lambda: torch.randn(4099, 4100) * torch.exp(torch.randn(4099, 1)),
+    "float64": lambda: torch.randn(SAMPLED, dtype=torch.float64),
+    "float16": lambda: torch.randn(SAMPLED).half(),
+    "bfloat16": lambda: torch.randn(SAMPLED).bfloat16(),
+    "unaligned": lambda: torch.randn(SAMPLED + 1)[1:],
+    "unaligned bfloat16": lambda: torch.randn(SAMPLED + 1).bfloat16()[1:],
+    "transposed": lambda: torch.randn(4100, 4099).t(),
+    "channels last": lambda: torch.randn(512, 3700, 3, 3).to(memory_format=torch.channels_last),
+    "expanded": lambda: torch.randn(1, 5000).expand(3400, 5000),
+    "half zero": lambda: torch.randn(SAMPLED) * (torch.rand(SAMPLED) < 0.5),
+    "three values": lambda: torch.randn(SAMPLED).clamp(-1, 1).round(),
+    "coarse": lambda: (torch.randn(SAMPLED) * 8).round() / 8,
+    "all equal": lambda: torch.full((SAMPLED,), -2.0),
+    "neighbours": lambda: neighbours(SAMPLED),
+    "wide": lambda: torch.randn(SAMPLED) * torch.exp(10 * torch.randn(SAMPLED)),
+    "sample too low": lambda: misled(1e-30),
+    "sample too high": lambda: misled(1e30),
+    "sample of one value": lambda: misled(0.5),
+    "sample of infinities": lambda: misled(INF),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_select_global_of_many_entries_equals_the_cpu(case: str) -> None:
+    weight = LARGE[case]()
+    moved = on_gpu(weight)
+    for share in (0.0, 1e-6, 0.01, 0.3, 0.5, 0.9, 1 - 1e-6, 1.0):
+        count = round(share * weight.numel())
+        (expected,) = ops.select_global([weight], count)
+        (found,) = ops.select_global([moved], count)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.5, 0.999])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_global_of_many_tensors_with_all_that_goes_with_them(
+    dtype: torch.dtype, share: float
+) -> None:
+    shapes = [(3000, 2050), (77,), (1500, 30, 3, 3), (0, 5), (1,), (2111, 2999), (513, 8192)]
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sizes = [rows_and_columns(weight) for weight in weights]
+    options: dict[str, Any] = {
+        "masks": [torch.rand(w.shape) < 0.7 if i % 2 else None for i, w in enumerate(weights)],
+        "row_scales": [torch.rand(n, dtype=wide) + 0.5 for n, _ in sizes],
+        "column_scales": [torch.rand(n, dtype=wide) + 0.5 for _, n in sizes],
+    }
+    alive = sum(
+        w.numel() if mask is None else int(mask.sum())
+        for w, mask in zip(weights, options["masks"], strict=True)
+    )
+    count = round(share * alive)
+    for score in ("magnitude", "worth"):
+        if score == "worth":
+            options["references"] = [w + torch.randn(w.shape).to(dtype) for w in weights]
+        expected = ops.select_global(weights, count, score=score, **options)  # type: ignore[arg-type]
+        found = ops.select_global(on_gpu(weights), count, score=score, **on_gpu(options))  # type: ignore[arg-type]
+        for mask, cpu in zip(found, expected, strict=True):
+            assert_same(mask, cpu)
+
+
+@pytest.mark.slow
+def test_select_global_of_more_than_two_to_the_31_entries() -> None:
+    needs_memory(24 * GIB)
+    size = (1 << 31) + 12_345
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weight = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
+    weight.normal_(generator=generator)
+    count = int(0.6 * size)
+    (kept,) = ops.select_global([weight], count)
+    assert int(kept.sum()) == size - count
+    largest, smallest, last, first = -1.0, INF, -1, size
+    step = 1 << 28
+    for begin in range(0, size, step):  # the threshold
+        part, own = weight[begin : begin + step].abs(), kept[begin : begin + step]
+        largest = max(largest, float(part[~own].max()))
+        smallest = min(smallest, float(part[own].min()))
+    assert largest == smallest  # bfloat16 has equals there
+    for begin in range(0, size, step):  # their order
+        part, own = weight[begin : begin + step].abs() == largest, kept[begin : begin + step]
+        gone, stayed = (part & ~own).nonzero(), (part & own).nonzero()
+        last = max(last, begin + int(gone[-1])) if gone.numel() else last
+        first = min(first, begin + int(stayed[0])) if stayed.numel() else first
+    assert -1 < last < first < size
+
+
+@pytest.mark.slow
+def test_select_global_of_an_expanded_tensor_of_more_than_two_to_the_31_entries() -> None:
+    needs_memory(8 * GIB)
+    columns, rows = 30_000, (1 << 31) // 30_000 + 5
+    row = torch.arange(1, columns + 1, device=DEVICE).short().view(torch.bfloat16)
+    row = row[torch.randperm(columns, device=DEVICE)]  # positive numbers, no two of them equal
+    weight = row.expand(rows, columns)
+    assert weight.numel() > 1 << 31
+    (kept,) = ops.select_global([weight], 1234 * rows + 567)
+    order = row.float().argsort()
+    assert not bool(kept[:, order[:1234]].any())
+    assert kept[:, order[1234]].tolist() == [False] * 567 + [True] * (rows - 567)
+    assert bool(kept[:, order[1235:]].all())
+
+
+def test_select_global_needs_little_memory() -> None:
+    weights = [torch.randn(5000, 4000, device=DEVICE) for _ in range(5)]
+    ops.select_global(weights[:1], 10)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masks = ops.select_global(weights, 50_000_000)
+    extra = torch.cuda.max_memory_allocated() - before - sum(mask.numel() for mask in masks)
+    assert extra < 0.02 * sum(weight.nbytes for weight in weights)
+
+
+# select_rows
+
+COLUMNS = [1, 2, 4, 5, 31, 32, 33, 63, 100, 512, 513, 768, 4097, 8192, 8193, 70_001, (1 << 20) + 3]
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_rows_equals_the_cpu(columns: int, dtype: torch.dtype) -> None:
+    for seed in range(6):
+        draw = Draw(seed)
+        rows = 1 + draw.index(max(2, 200_000 // columns))
+        scores = draw.tensor((rows, columns), dtype)
+        mask = draw.mask((rows, columns)) if seed % 2 else None
+        alive = torch.full((rows,), columns) if mask is None else mask.sum(dim=1)
+        counts = (alive * draw.uniform(rows)).round().long()
+        counts[0] = draw.one([0, int(alive[0])])
+        given = {"counts": laid_out(counts, draw.one(["contiguous", "strided"])), "mask": mask}
+        expected = ops.select_rows(scores, **given)
+        assert_same(ops.select_rows(on_gpu(scores), **on_gpu(given)), expected)
+        if rows * columns < 20_000:
+            assert torch.equal(expected, reference.select_rows(scores, counts, mask=mask))
+
+
+def test_two_of_every_four() -> None:
+    groups = torch.randn(1_000_003, 4)
+    counts = torch.full((groups.size(0),), 2)
+    expected = ops.select_rows(groups, counts)
+    assert_same(ops.select_rows(groups.to(DEVICE), counts.to(DEVICE)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [16, 700, 1 << 15])
+def test_select_rows_of_more_than_two_to_the_31_entries(columns: int) -> None:
+    needs_memory(12 * GIB)
+    rows = (1 << 31) // columns + 7
+    scores = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE).normal_()
+    counts = torch.arange(rows, device=DEVICE) % (columns + 1)
+    kept = ops.select_rows(scores, counts)
+    step = max(1, (1 << 28) // columns)
+    for begin in range(0, rows, step):
+        own = kept[begin : begin + step].sum(dim=1)
+        assert torch.equal(own, columns - counts[begin : begin + step])
+    some = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1])
+    expected = ops.select_rows(scores[some].cpu(), counts[some].cpu())
+    assert torch.equal(kept[some].cpu(), expected)
+
+
+# cosine_gains
+
+UNITS = [1, 7, 32, 33, 512, 513, 768, 1024, 1025, 2048, 2049, 3072, 4096, 4097, 11_008, 70_001]
+
+
+@pytest.mark.parametrize("size", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_cosine_gains_equal_the_cpu(size: int, dtype: torch.dtype, with_reference: bool) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for seed in range(6):
+        draw = Draw(seed)
+        rows = 1 + draw.index(max(2, 40_000 // size))
+        weight = draw.tensor((rows, size), dtype)
+        options: dict[str, Any] = {
+            "mask": draw.mask((rows, size)) if seed % 2 else None,
+            "column_scale": draw.scale(size, wide) if seed % 3 == 2 else None,
+        }
+        if with_reference:
+            other = draw.tensor((rows, size), draw.one(DTYPES))
+            near = (weight.double() + 0.3 * draw.normal(rows, size)).to(dtype)
+            options["reference"] = draw.one([other, near, weight])
+        expected = ops.cosine_gains(weight, **options)
+        assert_same(ops.cosine_gains(on_gpu(weight), **on_gpu(options)), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (3, 0), (7, 5, 3, 3), (2, 3, 2, 5, 2)])
+def test_cosine_gains_of_any_shape(shape: tuple[int, ...], layout: str) -> None:
+    weight = laid_out(torch.randn(shape), layout)
+    r = laid_out(torch.randn(shape), layout)
+    mask = laid_out(torch.rand(shape) < 0.7, layout)
+    scale = torch.rand(rows_and_columns(weight)[1])
+    for options in ({}, {"mask": mask}, {"reference": r}, {"reference": r, "column_scale": scale}):
+        expected = ops.cosine_gains(weight, **options)
+        assert_same(ops.cosine_gains(on_gpu(weight), **on_gpu(options)), expected)
+        plain = reference.cosine_gains(weight, **options)
+        torch.testing.assert_close(expected, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [768, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cosine_gains_of_many_units_equal_the_cpu(size: int, dtype: torch.dtype) -> None:
+    weight = torch.randn((1 << 24) // size + 1500, size).to(dtype)  # more than is sorted at a time
+    expected = ops.cosine_gains(weight)
+    assert_same(ops.cosine_gains(weight.to(DEVICE)), expected)
+
+
+def test_cosine_gains_of_a_zero_unit_are_zero() -> None:
+    weight = torch.randn(40, 100)
+    weight[::3] = 0
+    expected = ops.cosine_gains(weight)
+    found = ops.cosine_gains(weight.to(DEVICE))
+    assert_same(found, expected)
+    assert not bool(found[::3].any())
+    # A reference that is zero, of weights that are not.
+    assert not bool(ops.cosine_gains(weight.to(DEVICE) + 1, reference=weight.to(DEVICE))[::3].any())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_cosine_gains_do_not_overflow_in_float64(scale: float) -> None:
+    weight = torch.randn(20, 300, dtype=torch.float64) * scale
+    assert_same(ops.cosine_gains(weight.to(DEVICE)), ops.cosine_gains(weight))
+    r = weight.flip(0)
+    expected = ops.cosine_gains(weight, reference=r)
+    assert_same(ops.cosine_gains(weight.to(DEVICE), reference=r.to(DEVICE)), expected)
+
+
+# square_sums
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_square_sums_equal_the_cpu(seed: int) -> None:
+    draw = Draw(seed)
+    weight = draw.tensor(draw.one([draw.shape(), (700, 900), (3, 100_001)]), draw.one(DTYPES))
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows, columns = rows_and_columns(weight)
+    options = {
+        "row_scale": draw.one([None, draw.scale(rows, wide)]),
+        "column_scale": draw.one([None, draw.scale(columns, wide)]),
+    }
+    expected = ops.square_sums(weight, **options)
+    found = ops.square_sums(on_gpu(weight), **on_gpu(options))
+    for sums, cpu in zip(found, expected, strict=True):
+        assert_same(sums, cpu)
+
+
+# What every operator has to take
+
+
+@pytest.mark.parametrize("place", [0, 5000, 19_999])
+def test_nan_and_infinity_are_errors_like_those_of_the_cpu(place: int) -> None:
+    wrong = torch.randn(20_000)
+    wrong[place] = NAN
+    fine = torch.randn(30, 30)
+    for count in (0, 5, 20_000):
+        names = ["fine", "empty", "wrong"]
+        weights = [fine, torch.empty(0), wrong]
+        with pytest.raises(ValueError, match="scores of wrong should be numbers, got NaN"):
+            ops.select_global(on_gpu(weights), count, names=names)
+    mask = torch.arange(20_000) != place  # what is pruned may be anything
+    expected = ops.select_global([wrong], 7, masks=[mask])
+    assert_same(ops.select_global(on_gpu([wrong]), 7, masks=on_gpu([mask]))[0], expected[0])
+    for columns in (4, 100, 1000, 20_000):
+        rows = wrong.reshape(-1, columns)
+        counts = torch.ones(rows.size(0), dtype=torch.long)
+        calls = [lambda w, c=counts: ops.select_rows(w, c.to(w.device)), ops.cosine_gains]
+        for call in calls:
+            message = outcome(lambda call=call, rows=rows: call(rows))
+            assert "got NaN" in message
+            assert outcome(lambda call=call, rows=rows: call(rows.to(DEVICE))) == message
+        infinite = rows.nan_to_num(INF)
+        message = outcome(lambda rows=infinite: ops.cosine_gains(rows))
+        assert outcome(lambda rows=infinite: ops.cosine_gains(rows.to(DEVICE))) == message
+
+
+def test_nan_of_a_large_tensor_is_found() -> None:
+    weight = torch.randn(SAMPLED, device=DEVICE)
+    for place in (0, SAMPLED // 3, SAMPLED - 1):
+        weight[place] = NAN
+        for count in (0, 5, SAMPLED):
+            with pytest.raises(ValueError, match=r"scores of weights\[0\] should be .*NaN"):
+                ops.select_global([weight], count)
+        weight[place] = 0
+
+
+@pytest.mark.parametrize("columns", [4, 100, 1000, 9000, 1 << 20])
+def test_counts_out_of_range_are_errors_like_those_of_the_cpu(columns: int) -> None:
+    scores = torch.randn(3, columns)
+    mask = torch.rand(3, columns) < 0.5
+    for count in (columns + 1, -1, columns):
+        counts = torch.tensor([1, count, 1])
+        given = {"counts": counts, "mask": mask}
+        message = outcome(lambda given=given: ops.select_rows(scores, **given))
+        assert message.startswith("ValueError: row 1 of scores has ")
+        found = outcome(lambda given=given: ops.select_rows(on_gpu(scores), **on_gpu(given)))
+        assert found == message
+    for count in (3 * columns, -1):
+        message = outcome(lambda count=count: ops.select_global([scores], count, masks=[mask]))
+        found = outcome(
+            lambda count=count: ops.select_global(on_gpu([scores]), count, masks=on_gpu([mask]))
+        )
+        assert found == message
+
+
+def test_what_is_given_does_not_change() -> None:
+    w, r, mask = torch.randn(50, 90), torch.randn(50, 90), torch.rand(50, 90) < 0.7
+    rows, columns = torch.rand(50), torch.rand(90)
+    given = on_gpu([w, r, mask, rows, columns])
+    before = [tensor.clone() for tensor in given]
+    w, r, mask, rows, columns = given
+    scales = {"row_scales": [rows], "column_scales": [columns]}
+    ops.select_global([w], 100, score="worth", masks=[mask], references=[r], **scales)
+    ops.select_rows(w, mask.sum(dim=1) // 2, mask=mask)
+    ops.cosine_gains(w, mask=mask, reference=r, column_scale=columns)
+    ops.square_sums(w, row_scale=rows, column_scale=columns)
+    for tensor, copy in zip(given, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@contextmanager
+def busy_stream() -> Iterator[None]:
+    """A stream of its own, whose work comes late."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def test_work_goes_to_the_current_stream() -> None:
+    host = torch.randn(300, 900)
+    expected_mask = ops.select_global([host], 100_000)[0]
+    expected_rows = ops.select_rows(host, torch.full((300,), 450))
+    expected_gains = ops.cosine_gains(host)
+    expected_sums = ops.square_sums(host)
+    source = host.to(DEVICE)
+    counts = torch.full((300,), 450, device=DEVICE)
+    for check in range(4):
+        late = torch.full_like(source, NAN if check in (0, 1, 2) else 0)
+        with busy_stream():
+            late.copy_(source)
+            if check == 0:
+                found = [ops.select_global([late], 100_000)[0]]
+                expected = [expected_mask]
+            elif check == 1:
+                found, expected = [ops.select_rows(late, counts)], [expected_rows]
+            elif check == 2:
+                found, expected = [ops.cosine_gains(late)], [expected_gains]
+            else:
+                found, expected = list(ops.square_sums(late)), list(expected_sums)
+        torch.cuda.synchronize()
+        for tensor, cpu in zip(found, expected, strict=True):
+            assert_same(tensor, cpu)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_goes_to_the_device_of_the_tensors() -> None:
+    host = torch.randn(300, 900)
+    with torch.cuda.device(0):
+        found = ops.select_global([host.to("cuda:1")], 100_000)[0]
+        gains = ops.cosine_gains(host.to("cuda:1"))
+    assert found.device == gains.device == torch.device("cuda:1")
+    assert_same(found, ops.select_global([host], 100_000)[0])
+    assert_same(gains, ops.cosine_gains(host))
+
+
+def test_opcheck() -> None:
+    operators = torch.ops.torchalignprune
+    w = torch.randn(4, 300, device=DEVICE).t()
+    mask, scale = w > -1, torch.rand(4, device=DEVICE)
+    counts = torch.ones(300, dtype=torch.long, device=DEVICE)
+    none = [None, None]
+    lists = ([w, w.bfloat16()], [mask, None], none, none, [scale, None], ["a", "b"], 20)
+    torch.library.opcheck(operators.select_global.default, (*lists, "magnitude"))
+    torch.library.opcheck(operators.select_rows.default, (w, None, counts, "w"))
+    torch.library.opcheck(operators.cosine_gains.default, (w, mask, w * w, scale, "w"))
+    torch.library.opcheck(operators.square_sums.default, (w, None, scale, "w"))
+
+
+# The methods
+
+
+def network(seed: int, dtype: torch.dtype) -> nn.ModuleList:
+    """Every kind of layer, and some larger ones."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(300, 200), nn.Conv2d(30, 40, 3), nn.Linear(64, 1000, bias=False)]
+    layers[1].to(memory_format=torch.channels_last)
+    return nn.ModuleList([*mixed(), *layers]).to(dtype)
+
+
+METHODS: dict[str, tuple[type[tap.PruningMethod], dict[str, Any]]] = {
+    "magnitude": (tap.Magnitude, {"amount": 0.5}),
+    "magnitude, each layer": (tap.Magnitude, {"amount": 0.5, "budget": "layer"}),
+    "magnitude, each unit": (tap.Magnitude, {"amount": 0.5, "budget": "unit"}),
+    "cosine": (tap.AlignedMagnitude, {"amount": 0.5}),
+    "cosine, in": (tap.AlignedMagnitude, {"amount": 0.5, "units": "in"}),
+    "cosine, both": (tap.AlignedMagnitude, {"amount": 0.5, "units": "both"}),
+    "frobenius": (tap.AlignedMagnitude, {"amount": 0.5, "alignment": "frobenius"}),
+    "random": (tap.Random, {"amount": 0.5}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", METHODS)
+def test_methods_choose_what_they_choose_on_the_cpu(case: str, dtype: torch.dtype) -> None:
+    method, options = METHODS[case]
+    cpu, gpu = network(1, dtype), network(1, dtype).to(DEVICE)
+    for _ in range(2):  # the second time there are masks
+        for model in (cpu, gpu):
+            torch.manual_seed(2)
+            tap.global_unstructured(pairs(model), method, **options)
+        assert_same_masks(pairs(cpu), [(layer.cpu(), name) for layer, name in pairs(gpu)])
+        gpu.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"units": "in"}, {"units": "both"}, {"alignment": "frobenius"}], ids=str
+)
+def test_references_and_input_norms_choose_what_they_choose_on_the_cpu(
+    options: dict[str, Any],
+) -> None:
+    cpu, gpu = network(1, torch.float32), network(1, torch.float32).to(DEVICE)
+    references = [layer.weight.detach() + 0.1 for layer in cpu]
+    for model in (cpu, gpu):
+        own = [r.to(next(model.parameters()).device) for r in references]
+        tap.global_unstructured(
+            pairs(model), tap.AlignedMagnitude, amount=0.6, reference=own, **options
+        )
+    assert_same_masks(pairs(cpu), [(layer.cpu(), name) for layer, name in pairs(gpu)])
+
+
+def test_two_of_four_chooses_what_it_chooses_on_the_cpu() -> None:
+    torch.manual_seed(3)
+    cpu, gpu = nn.Linear(512, 300), nn.Linear(512, 300)
+    gpu.load_state_dict(cpu.state_dict())
+    gpu.to(DEVICE)
+    for layer in (cpu, gpu):
+        tap.AlignedNM.apply(layer, "weight", n=2, m=4)
+    assert_same_masks([(cpu, "weight")], [(gpu.cpu(), "weight")])
+
+
+def test_torchs_own_global_unstructured_chooses_what_it_chooses_on_the_cpu() -> None:
+    cpu, gpu = network(1, torch.float32), network(1, torch.float32).to(DEVICE)
+    for model in (cpu, gpu):
+        for _ in range(2):
+            prune.global_unstructured(pairs(model), pruning_method=tap.AlignedMagnitude, amount=0.3)
+    assert_same_masks(pairs(cpu), [(layer.cpu(), name) for layer, name in pairs(gpu)])

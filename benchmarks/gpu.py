@@ -93,7 +93,11 @@ def compared(ours: Run, peers: dict[str, Run], moved: int, bandwidth: float) -> 
     for name, run in peers.items():
         gc.collect()
         torch.cuda.empty_cache()
-        other = times(run)
+        try:
+            other = times(run)
+        except RuntimeError as error:  # what a peer cannot do is no failure of ours
+            found["peers"][name] = {"error": str(error)}
+            continue
         found["peers"][name] = {**other, "ratio": other["ms"] / own["ms"]}
     return found
 
@@ -300,8 +304,11 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
                 f"memory on top: {one['memory_on_top']:5.2f} x the weights"
             )
         return
-    yield f"{head}: {result['ms']:.3f} ms, {result['to_floor']:.2f} of the floor's time"
+    yield f"{head}: {result['ms']:.3f} ms, {result['to_floor']:.2f} times the floor"
     for peer, one in result["peers"].items():
+        if "error" in one:
+            yield f"  {peer:34} {one['error'].splitlines()[0]}"
+            continue
         yield f"  {peer:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x"
     if "with_reference" in result:
         yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"

@@ -42,16 +42,24 @@ TORCHALIGNPRUNE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 }
 echo "-- $((SECONDS - begun)) s"
 
-# -P keeps the package of the working tree, which has no extension, out of the way.
+# -P keeps the package of the working tree, which has no extension for here, out of the way.
 export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 "$python" -P -m torchalignprune info
+"$python" -P -c '
+import sys, torch, torchalignprune
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+sys.exit(not has_kernel("torchalignprune::select_global", "CUDA"))' || {
+  echo "gpu.sh: the extension has no CUDA kernels" >&2
+  exit 1
+}
 failed=0
 
 echo "== tests"
 begun=$SECONDS
 # What other packages warn of on this machine is no failure of this one: -W default.
 timeout -s INT -k 20 240 "$python" -P -m pytest tests -m cuda -q -W default -p no:cacheprovider \
-  --junit-xml="$out/tests.xml" 2>&1 | tee "$out/tests.log" | tail -n 40
+  --continue-on-collection-errors --durations=10 --junit-xml="$out/tests.xml" 2>&1 |
+  tee "$out/tests.log" | tail -n 60
 status=${PIPESTATUS[0]}
 echo "-- $((SECONDS - begun)) s, exit code $status"
 [ "$status" -eq 0 ] || failed=1
@@ -59,7 +67,7 @@ echo "-- $((SECONDS - begun)) s, exit code $status"
 echo "== benchmarks"
 begun=$SECONDS
 timeout -s INT -k 20 "$((520 - SECONDS > 30 ? 520 - SECONDS : 30))" \
-  "$python" -P -u benchmarks/gpu.py --out "$out" --tests "$out/tests.xml" 2>&1 |
+  "$python" -u benchmarks/gpu.py --out "$out" --tests "$out/tests.xml" 2>&1 |
   tee "$out/benchmarks.log"
 status=${PIPESTATUS[0]}
 echo "-- $((SECONDS - begun)) s, exit code $status"

@@ -1,5 +1,5 @@
-// The functions that the CUDA kernels share, on the CPU: what the kernels do in parallel is done here
-// one after the other. test_cuda_host.py compiles and calls it.
+// The functions that the CUDA kernels share, on the CPU: what the kernels do in parallel is done
+// here one after the other. test_cuda_host.py compiles and calls it.
 #include <algorithm>
 #include <vector>
 
@@ -56,12 +56,11 @@ bool keys_of(const cuda::Tensor& tensor, int kind, void* out) {
   return keys_of<Acc, cuda::Score::worth>(tensor, out);
 }
 
-cuda::View view_of(const void* data, int element, int dims, const int64_t* layout, int64_t size) {
+cuda::View view_of(const void* data, int element, int dims, const int64_t* layout) {
   cuda::View view;
   view.data = data;
   view.element = static_cast<cuda::Element>(element);
   view.dimensions = dims;
-  view.small = size < int64_t{1} << 32;
   std::copy_n(layout, dims, view.sizes);
   std::copy_n(layout + dims, dims, view.strides);
   return view;
@@ -79,10 +78,10 @@ bool tensor_keys(
     int64_t column_step, int64_t size, int64_t row_size, int64_t inner, int kind, bool wide,
     void* out) {
   cuda::Tensor tensor;
-  tensor.weight = view_of(weight, element, dims, layout, size);
-  if (mask != nullptr) tensor.mask = view_of(mask, 0, dims, mask_layout, size);
+  tensor.weight = view_of(weight, element, dims, layout);
+  if (mask != nullptr) tensor.mask = view_of(mask, 0, dims, mask_layout);
   if (reference != nullptr) {
-    tensor.reference = view_of(reference, reference_element, dims, reference_layout, size);
+    tensor.reference = view_of(reference, reference_element, dims, reference_layout);
   }
   tensor.row_scale = rows;
   tensor.row_step = row_step;
@@ -94,14 +93,12 @@ bool tensor_keys(
   return wide ? keys_of<double>(tensor, kind, out) : keys_of<float>(tensor, kind, out);
 }
 
-int64_t view_offset(int dims, const int64_t* layout, bool small, int64_t index) {
-  cuda::View view = view_of(nullptr, 0, dims, layout, 0);
-  view.small = small;
-  return cuda::offset_of(view, index);
+int64_t view_offset(int dims, const int64_t* layout, int64_t index) {
+  return cuda::offset_of(view_of(nullptr, 0, dims, layout), index);
 }
 
-// Writes a mask, in chunks, and returns the number of passes of the search. A `sample` is sorted and
-// may be null.
+// Writes a mask, in chunks, and returns the number of passes of the search. A `sample` is sorted
+// and may be null.
 int64_t prune(
     const Key* keys, int64_t n, int64_t count, int64_t fine_bins, int grain, const Key* sample,
     int64_t sampled, int64_t chunk_size, uint8_t* mask) {

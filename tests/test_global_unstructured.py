@@ -66,11 +66,14 @@ def test_one_hook_and_one_bool_mask_however_often_it_is_pruned(
     model = mlp(dtype).to(device)
     params = pairs(model)
     originals = [getattr(*pair) for pair in params]
-    for _ in range(4):
-        tap.global_unstructured(params, method[0], **method[1])
+    tap.global_unstructured(params, method[0], **method[1])
+    first = [hooks_of(module, name) for module, name in params]
+    for _ in range(3):
         model(torch.randn(2, 12, dtype=dtype, device=device))
-    for (module, name), original in zip(params, originals, strict=True):
+        tap.global_unstructured(params, method[0], **method[1])
+    for (module, name), original, hooks in zip(params, originals, first, strict=True):
         (hook,) = hooks_of(module, name)
+        assert [hook] == hooks
         assert type(hook) is MaskHook
         assert len(module._forward_pre_hooks) == 1
         assert module.weight_orig is original
@@ -115,6 +118,29 @@ def test_pruned_entries_get_no_gradient_and_the_others_do() -> None:
         grad = module.weight_orig.grad
         assert bool((grad[~module.weight_mask] == 0).all())
         assert bool((grad[module.weight_mask] != 0).any())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "channels_last"])
+def test_the_weight_is_there_and_differentiable_before_the_first_forward(
+    layout: str, dtype: torch.dtype
+) -> None:
+    params = pairs(holder(laid_out(torch.randn(8, 6, 3, 2).to(dtype), layout), torch.ones(())))
+    tap.global_unstructured(params, tap.Magnitude, amount=0.5)
+    (module, _), (mask, _) = params[0], mask_list(params)
+    assert torch.equal(module.weight0, module.weight0_orig * mask)
+    first = module.weight0
+    (grad,) = torch.autograd.grad((first**3).sum(), module.weight0_orig, create_graph=True)
+    torch.testing.assert_close(grad, 3 * module.weight0_orig**2 * mask)
+    (second,) = torch.autograd.grad(grad.sum(), module.weight0_orig)
+    torch.testing.assert_close(second, 6 * module.weight0_orig * mask)
+
+
+def test_the_weight_of_a_big_parameter_is_the_product() -> None:
+    params = pairs(holder(torch.randn(1500, 1501), torch.randn(1501, 1500).t()))
+    tap.global_unstructured(params, tap.Magnitude, amount=0.5)
+    module = params[0][0]
+    assert torch.equal(module.weight0, module.weight0_orig * module.weight0_mask)
+    assert torch.equal(module.weight1, module.weight1_orig * module.weight1_mask)
 
 
 def test_methods_and_references_are_not_kept_alive() -> None:

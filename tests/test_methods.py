@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import reference
@@ -249,6 +250,16 @@ def test_a_vector_is_one_unit(form: str) -> None:
     assert mask_list(params)[0][1]
 
 
+def test_vectors_have_no_input_norms() -> None:
+    layer, plain = nn.Linear(6, 4), nn.Linear(6, 4)
+    plain.load_state_dict(layer.state_dict())
+    for module, norms in ((layer, [torch.ones(6), torch.ones(1)]), (plain, None)):
+        params = [(module, "weight"), (module, "bias")]
+        tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, input_norms=norms)
+    assert torch.equal(layer.weight_mask, plain.weight_mask)
+    assert torch.equal(layer.bias_mask, plain.bias_mask)
+
+
 def test_order_and_mapping_give_the_same_reference_and_norms() -> None:
     found = []
     for form in ("list", "mapping", "tuple"):
@@ -437,6 +448,23 @@ def test_n_of_m_on_top_of_other_masks_leaves_what_is_sparse_enough() -> None:
     assert layer.weight_mask.tolist() == [[False, True, False, False, True, False, True, False]]
     tap.aligned_nm(layer, "weight")
     assert int(layer.weight_mask.sum()) == 3
+
+
+def test_n_of_m_with_a_reference_on_top_of_other_masks() -> None:
+    """rho is that of what is left, as the entries are ranked among those."""
+    layer = nn.Linear(8, 6).double()
+    w = layer.weight.detach().clone()
+    (r,) = departed([w])
+    alive = torch.ones(6, 2, 4).scatter_(2, torch.randint(4, (6, 2, 1)), 0).reshape(6, 8)
+    w[alive == 0] = 9.0
+    layer.weight.data.copy_(w)
+    prune.custom_from_mask(layer, "weight", alive)
+    left = w * alive
+    rho = (left * r).sum(dim=1, keepdim=True) / (left * left).sum(dim=1, keepdim=True)
+    worth = (w * (r - rho * w / 2)).masked_fill(alive == 0, -math.inf)
+    tap.AlignedNM.apply(layer, "weight", reference=r)
+    for group, mask in zip(worth.reshape(-1, 4), layer.weight_mask.reshape(-1, 4), strict=True):
+        assert set(mask.nonzero().flatten().tolist()) == set(group.topk(2).indices.tolist())
 
 
 def test_n_of_m_goes_by_scores_if_there_are_some() -> None:

@@ -160,6 +160,7 @@ def highest(scores: Tensor, kept: int) -> Tensor:
 
 
 def test_cosine_masks_are_never_below_magnitude_lamp_or_an_exchange() -> None:
+    torch.set_num_threads(1)  # nothing here is worth waking up others for
     shapes = ((12, 10), (6, 12), (4, 6))
     unit = torch.repeat_interleave(torch.arange(22), torch.tensor([10] * 12 + [12] * 6 + [6] * 4))
     of_unit = torch.nn.functional.one_hot(unit).double()

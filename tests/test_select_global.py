@@ -323,7 +323,7 @@ N = 1_400_003  # no multiple of any block
 @dataclass
 class Big:
     make: Callable[[], list[Tensor]]
-    amount: float = 0.5
+    amount: float = 0.5  # a share, or how many
     options: Callable[[list[Tensor]], dict[str, Any]] = lambda weights: {}
 
 
@@ -386,6 +386,10 @@ BIG: dict[str, Big] = {
     "crowded below the sample": Big(lambda: [misled(crowded(3 * N), torch.tensor([2.0, 3.0]))]),
     "crowded above the sample": Big(lambda: [misled(crowded(3 * N), torch.tensor([0.1, 0.5]))]),
     "sample all too high": Big(lambda: [misled(normal(N), torch.tensor([1e3, 1e4]))]),
+    "sample all too high, all below it go": Big(
+        lambda: [misled(normal(N), torch.tensor([1e3, 1e4]))],
+        N - len(sampled_positions(N).unique()),
+    ),
     "sample all too low": Big(lambda: [misled(normal(N), torch.tensor([1e-9, 1e-8]))]),
     "sample of one value": Big(lambda: [misled(normal(N), torch.tensor([0.1]))]),
     "sample of infinities": Big(lambda: [misled(normal(N), torch.tensor([INF]))]),
@@ -398,6 +402,10 @@ BIG: dict[str, Big] = {
     ),
     "float64, sample too high": Big(
         lambda: [misled(normal(N, dtype=torch.float64), torch.tensor([1e300]).double())]
+    ),
+    "float64, infinities above the sample": Big(
+        lambda: [misled(torch.full((N,), INF).double(), torch.tensor([-2.0 + 2**-52]).double())],
+        options=lambda w: {"score": "value"},
     ),
     "float64, ties, transposed": Big(
         lambda: [laid_out(tied(N - 3, 0.6).double().view(1000, 1400), "transposed")], 0.6
@@ -429,7 +437,7 @@ def test_big_equals_sort_and_cut_with_any_number_of_threads(case: str, device: s
     alive = sum(w.numel() for w in weights)
     if "masks" in options:
         alive = sum(int(mask.sum()) for mask in options["masks"])
-    count = round(big.amount * alive)
+    count = big.amount if isinstance(big.amount, int) else round(big.amount * alive)
     expected = reference.select_global(weights, count, **options)
     on_device = {name: to(device, given) for name, given in options.items()}
     for threads in (1, 2, 3) if device == "cpu" else (1,):

@@ -38,9 +38,7 @@ __device__ __forceinline__ double read_entry(
     const CosineGains& call, const View& view, int64_t row, int64_t position) {
   Acc value = read<Acc>(view, row * call.row_size + position);
   if (call.column_scale != nullptr) {
-    const int64_t column =
-        call.inner == 1 ? position
-                        : static_cast<uint32_t>(position) / static_cast<uint32_t>(call.inner);
+    const int64_t column = call.inner == 1 ? position : quotient(position, call.inner);
     value = multiply(value, factor<Acc>(call.column_scale, column * call.column_step));
   }
   return static_cast<double>(value);
@@ -210,7 +208,7 @@ __global__ void __launch_bounds__(block_threads) key_kernel(
   const int64_t threads = static_cast<int64_t>(gridDim.x) * block_threads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x; i < n;
        i += threads) {
-    const int64_t r = i / call.row_size;
+    const int64_t r = quotient(i, call.row_size);
     keys[i] = magnitude_key<Acc>(call, units[r], slab.first + r, i - r * call.row_size);
     entries[i] = static_cast<uint32_t>(i);
   }

@@ -35,7 +35,6 @@ cuda::View view_of(const at::Tensor& tensor) {
   cuda::View view;
   view.data = tensor.const_data_ptr();
   view.element = element_of(tensor);
-  view.small = tensor.numel() < int64_t{1} << 32;
   const auto address = reinterpret_cast<uintptr_t>(view.data);
   view.aligned = tensor.is_contiguous() && address % 16 == 0;
   if (tensor.is_contiguous()) return view;

@@ -129,30 +129,24 @@ struct View {
   int32_t dimensions = 0;
   Element element = Element::f32;
   bool aligned = false;  // contiguous, and data is a multiple of 16 bytes
-  bool small = true;     // fewer than 2^32 entries
 };
+
+// a / b for numbers that are not negative. Divisions of 64 bits take several times as long as those
+// of 32.
+TAP_BOTH int64_t quotient(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
 
 TAP_BOTH int64_t offset_of(const View& view, int64_t index) {
   if (view.dimensions == 0) return index;
   int64_t offset = 0;
-  if (view.small) {
-    // Divisions of 64 bits take several times as long.
-    auto rest = static_cast<uint32_t>(index);
-    for (int d = view.dimensions - 1; d > 0; --d) {
-      const auto size = static_cast<uint32_t>(view.sizes[d]);
-      const uint32_t above = rest / size;
-      offset += static_cast<int64_t>(rest - above * size) * view.strides[d];
-      rest = above;
-    }
-    return offset + static_cast<int64_t>(rest) * view.strides[0];
-  }
-  int64_t rest = index;
   for (int d = view.dimensions - 1; d > 0; --d) {
-    const int64_t above = rest / view.sizes[d];
-    offset += (rest - above * view.sizes[d]) * view.strides[d];
-    rest = above;
+    const int64_t above = quotient(index, view.sizes[d]);
+    offset += (index - above * view.sizes[d]) * view.strides[d];
+    index = above;
   }
-  return offset + rest * view.strides[0];
+  return offset + index * view.strides[0];
 }
 
 template <class Acc>
@@ -204,10 +198,14 @@ TAP_BOTH KeyFor<Acc> key_at(const Tensor& tensor, int64_t index, bool& nan) {
   const Acc weight = read<Acc>(tensor.weight, index);
   const Acc reference =
       tensor.reference.data != nullptr ? read<Acc>(tensor.reference, index) : weight;
-  const int64_t row = index / tensor.row_size;
-  const int64_t column = (index - row * tensor.row_size) / tensor.inner;
-  const Acc row_factor = factor<Acc>(tensor.row_scale, row * tensor.row_step);
-  const Acc column_factor = factor<Acc>(tensor.column_scale, column * tensor.column_step);
+  Acc row_factor = 1;
+  Acc column_factor = 1;
+  if (tensor.row_scale != nullptr || tensor.column_scale != nullptr) {
+    const int64_t row = quotient(index, tensor.row_size);
+    const int64_t column = quotient(index - row * tensor.row_size, tensor.inner);
+    row_factor = factor<Acc>(tensor.row_scale, row * tensor.row_step);
+    column_factor = factor<Acc>(tensor.column_scale, column * tensor.column_step);
+  }
   const Acc score = score_of<kind>(
       multiply(multiply(weight, row_factor), column_factor),
       multiply(multiply(reference, row_factor), column_factor));

@@ -94,17 +94,14 @@ __device__ __forceinline__ bool group_keys(
   int64_t place = 0;
   const bool has_scales = tensor.row_scale != nullptr || tensor.column_scale != nullptr;
   if (has_scales) {
-    // Divisions of 64 bits take several times as long.
-    const bool small = index >> 32 == 0 && tensor.row_size >> 32 == 0;
-    row = small ? static_cast<uint32_t>(index) / static_cast<uint32_t>(tensor.row_size)
-                : index / tensor.row_size;
+    row = quotient(index, tensor.row_size);
     place = index - row * tensor.row_size;
   }
   bool nan = false;
 #pragma unroll
   for (int i = 0; i < group_size; ++i) {
     if (has_scales) {
-      const int64_t column = tensor.inner == 1 ? place : place / tensor.inner;
+      const int64_t column = tensor.inner == 1 ? place : quotient(place, tensor.inner);
       const Acc row_factor = factor<Acc>(tensor.row_scale, row * tensor.row_step);
       const Acc column_factor = factor<Acc>(tensor.column_scale, column * tensor.column_step);
       weights[i] = multiply(multiply(weights[i], row_factor), column_factor);

@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(block_threads)
     const int64_t b = base + threadIdx.x % warp_size / lanes;
     double sum = 0;
     if (b < all) {
-      const int64_t row = b / blocks_each;
+      const int64_t row = quotient(b, blocks_each);
       const int64_t start = (b - row * blocks_each) * row_block;
       const int64_t end = min(start + row_block, row_size);
       for (int64_t i = start + lane; i < end; i += lanes) {
-        const int64_t column = call.inner == 1 ? i : i / call.inner;
+        const int64_t column = call.inner == 1 ? i : quotient(i, call.inner);
         sum = add(sum, square_at<Acc>(call, row, column, i));
       }
     }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(block_threads)
   const int64_t threads = static_cast<int64_t>(gridDim.x) * block_threads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * block_threads + threadIdx.x;
        i < parts * call.columns; i += threads) {
-    const int64_t part = i / call.columns;
+    const int64_t part = quotient(i, call.columns);
     const int64_t column = i - part * call.columns;
     double sum = 0;
     for (int64_t row = call.rows * part / parts; row < call.rows * (part + 1) / parts; ++row) {

@@ -4,8 +4,8 @@
     python benchmarks/global_unstructured.py --all      # with the embeddings, 276.9 M
 
 Each case runs in a process of its own, twice or more, on a fresh model each time; a case is the
-time of the call and the memory on top of the model. Prints a table and writes
-results/global_unstructured[_all].json.
+time of the call and its highest memory on top of what there was before it. Prints a table and
+writes results/global_unstructured[_all].json.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def run(name: str, embeddings: bool, repeated: int) -> None:
     case["by"](small, case["method"], amount=AMOUNT, **case.get("options", {}))
     model = Encoder(embeddings)
     parameters = model.parameters_to_prune()
-    before = start_memory()
     times, peaks = [], []
     for call in range(repeated):
         amount = AMOUNT if call == 0 else 0.05
+        before = start_memory()
         start = time.perf_counter()
         case["by"](parameters, case["method"], amount=amount, **case.get("options", {}))
         times.append(time.perf_counter() - start)

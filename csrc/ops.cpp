@@ -16,6 +16,7 @@ TORCH_LIBRARY(torchalignprune, m) {
   m.def(
       "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name) "
       "-> (Tensor, Tensor)");
+  m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torchalignprune import ops
 from torchalignprune.parameters import mask_of, stored
 
 __all__ = ["MaskHook", "load_state_dict", "put_masks"]
@@ -93,31 +94,18 @@ def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
     return [_put(*entry) for entry in ready]
 
 
-_PIECE = 1 << 20
-
-
 def _product(original: Tensor, mask: Tensor) -> Tensor:
     pruned: Tensor = _Masked.apply(original, mask)  # type: ignore[no-untyped-call]
     return pruned
 
 
 class _Masked(torch.autograd.Function):
-    """``original * mask`` for many in a row, without leaving holes in the memory.
-
-    A product converts the whole bool mask to the dtype of the weights first, and what that took
-    is seldom used again. So the result is made first, and in pieces.
-    """
+    """``original * mask``, without a mask in the dtype of the weights."""
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        result = torch.empty_like(original)
-        if not (original.is_contiguous() and mask.is_contiguous()):
-            return torch.mul(original, mask, out=result)
-        flat = (tensor.view(-1).split(_PIECE) for tensor in (original, mask, result))
-        for weights, kept, out in zip(*flat, strict=True):
-            torch.mul(weights, kept, out=out)
-        return result
+        return ops.apply_mask(original, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -16,7 +16,7 @@ from torchalignprune import _C  # noqa: F401  (loading it registers the operator
 
 Score = Literal["value", "magnitude", "worth"]
 
-__all__ = ["cosine_gains", "select_global", "select_rows", "square_sums"]
+__all__ = ["apply_mask", "cosine_gains", "select_global", "select_rows", "square_sums"]
 
 
 def select_global(
@@ -179,6 +179,38 @@ def cosine_gains(
         name,
     )
     return gains
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """``weight * mask`` without a mask in the dtype of the weights; no gradient.
+
+    Args:
+        weight: any shape, float32, float64, float16 or bfloat16.
+        mask: bool, shaped like the weight.
+
+    Returns:
+        The product, with the dtype and shape of the weight.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> apply_mask(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    weight = weight.detach()
+    # Other devices convert the mask on the fly, and other layouts are to be kept.
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return weight * mask
+    product: Tensor = torch.ops.torchalignprune.apply_mask(weight, mask)
+    return product
+
+
+@torch.library.register_fake("torchalignprune::apply_mask")
+def _(weight: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def square_sums(

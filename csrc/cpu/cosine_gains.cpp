@@ -14,14 +14,23 @@ namespace {
 // Sorts positions by rising scores; among equals the lower position comes first.
 class RowSort {
  public:
-  explicit RowSort(int64_t row_size) : items_(row_size), spare_(row_size) {}
+  explicit RowSort(int64_t row_size) : items_(row_size + 1), spare_(row_size + 1) {}
 
+  // Takes the place of what was there. A score is not negative, so that its bits order as it does.
   void clear() { size_ = 0; }
-  void push(float score, uint32_t position) {
+  void push(float score, uint32_t position, bool wanted) {
     uint32_t key;
     std::memcpy(&key, &score, sizeof(key));
-    key ^= static_cast<uint32_t>(static_cast<int32_t>(key) >> 31) | 0x80000000u;
-    items_[size_++] = static_cast<uint64_t>(key) << 32 | position;
+    items_[size_] = static_cast<uint64_t>(key) << 32 | position;
+    size_ += wanted ? 1 : 0;
+  }
+  int64_t size() const { return size_; }
+
+  static float score(uint64_t item) {
+    const auto key = static_cast<uint32_t>(item >> 32);
+    float score;
+    std::memcpy(&score, &key, sizeof(score));
+    return score;
   }
 
   // The positions are the low halves of the items.
@@ -30,31 +39,65 @@ class RowSort {
       std::sort(items_.begin(), items_.begin() + size_);
       return items_.data();
     }
-    constexpr int digits = 4;
-    std::array<std::array<uint32_t, 256>, digits> counts{};
-    for (int64_t i = 0; i < size_; ++i) {
-      const uint64_t item = items_[i];
-      for (int d = 0; d < digits; ++d) ++counts[d][item >> (32 + 8 * d) & 255];
-    }
-    for (int d = 0; d < digits; ++d) {
-      auto& starts = counts[d];
-      if (starts[items_[0] >> (32 + 8 * d) & 255] == size_) continue;  // all have this digit
-      uint32_t start = 0;
-      for (uint32_t& count : starts) {
-        const uint32_t own = count;
-        count = start;
-        start += own;
-      }
-      for (int64_t i = 0; i < size_; ++i) {
-        const uint64_t item = items_[i];
-        spare_[starts[item >> (32 + 8 * d) & 255]++] = item;
-      }
-      items_.swap(spare_);
-    }
+    // The lowest digit seldom decides, and the few that it does are put right one by one.
+    sort_digits(1);
+    if (!insert()) sort_digits(0);
     return items_.data();
   }
 
  private:
+  static constexpr int digits = 4;
+
+  // The two halves of the items are counted and moved side by side: most have one of few leading
+  // digits, and the next item would have to wait for the counter of the last one.
+  void sort_digits(int lowest) {
+    const int64_t half = size_ / 2;
+    for (int d = lowest; d < digits; ++d) {
+      const auto digit = [d](uint64_t item) { return item >> (32 + 8 * d) & 255; };
+      std::array<uint32_t, 256> first{}, second{};
+      const uint64_t* from = items_.data();
+      for (int64_t i = 0; i < half; ++i) {
+        ++first[digit(from[i])];
+        ++second[digit(from[half + i])];
+      }
+      if (size_ % 2 != 0) ++second[digit(from[size_ - 1])];
+      const uint64_t any = digit(from[0]);
+      if (first[any] + second[any] == size_) continue;  // all have this digit
+      uint32_t start = 0;
+      for (size_t value = 0; value < 256; ++value) {
+        const uint32_t in_first = first[value];
+        const uint32_t in_both = in_first + second[value];
+        first[value] = start;
+        second[value] = start + in_first;
+        start += in_both;
+      }
+      uint64_t* to = spare_.data();
+      for (int64_t i = 0; i < half; ++i) {
+        const uint64_t one = from[i];
+        const uint64_t other = from[half + i];
+        to[first[digit(one)]++] = one;
+        to[second[digit(other)]++] = other;
+      }
+      if (size_ % 2 != 0) to[second[digit(from[size_ - 1])]++] = from[size_ - 1];
+      items_.swap(spare_);
+    }
+  }
+
+  // Insertion sort of what is almost sorted; gives up where it is not.
+  bool insert() {
+    int64_t moves = 0;
+    for (int64_t i = 1; i < size_; ++i) {
+      const uint64_t item = items_[i];
+      int64_t at = i;
+      for (; at > 0 && item < items_[at - 1] && moves <= size_; --at, ++moves) {
+        items_[at] = items_[at - 1];
+      }
+      items_[at] = item;
+      if (moves > size_) return false;
+    }
+    return true;
+  }
+
   std::vector<uint64_t> items_, spare_;
   int64_t size_ = 0;
 };
@@ -80,6 +123,9 @@ class Unit {
   // What each entry that is alive adds; the others get 0.
   void rank(const uint8_t* alive, bool has_reference, Acc* out) {
     std::fill_n(out, size_, Acc{0});
+    if constexpr (sizeof(Acc) == 4) {
+      if (!has_reference) return rank_magnitudes(alive, out);
+    }
     const double norm = norm_of(has_reference ? reference : weight);
     if (norm == 0) return;
     order_.clear();
@@ -91,7 +137,8 @@ class Unit {
       reference_gains(norm);
     } else {
       order_by_magnitude();
-      own_gains(norm);
+      const auto value = [&](int64_t k) { return weight[order_[k]]; };
+      own_gains(norm, static_cast<int64_t>(order_.size()), value);
     }
     for (size_t k = 0; k < order_.size(); ++k) out[order_[k]] = static_cast<Acc>(gains_[k]);
   }
@@ -103,22 +150,32 @@ class Unit {
     return std::sqrt(square);
   }
 
+  // The way that most go: magnitudes travel with their positions in the items that are sorted.
+  void rank_magnitudes(const uint8_t* alive, Acc* out) {
+    double square = 0;
+    sort_.clear();
+    for (int64_t i = 0; i < size_; ++i) {
+      const double value = weight[i];
+      square += value * value;
+      sort_.push(static_cast<float>(std::abs(value)), static_cast<uint32_t>(i), alive[i] != 0);
+    }
+    const double norm = std::sqrt(square);
+    const int64_t count = sort_.size();
+    if (norm == 0 || count == 0) return;
+    const uint64_t* last = sort_.sort() + count - 1;
+    const auto value = [&](int64_t k) { return static_cast<double>(RowSort::score(last[-k])); };
+    own_gains(norm, count, value);
+    for (int64_t k = 0; k < count; ++k) {
+      out[static_cast<uint32_t>(last[-k])] = static_cast<Acc>(gains_[k]);
+    }
+  }
+
   // Among equals the higher position comes first: the lower one is pruned first.
   void order_by_magnitude() {
-    if constexpr (sizeof(Acc) == 4) {
-      sort_.clear();
-      for (const uint32_t at : order_) {
-        sort_.push(static_cast<float>(std::abs(weight[at])), at);
-      }
-      const uint64_t* items = sort_.sort();
-      const auto last = static_cast<int64_t>(order_.size()) - 1;
-      for (int64_t k = 0; k <= last; ++k) order_[k] = static_cast<uint32_t>(items[last - k]);
-    } else {
-      std::sort(order_.begin(), order_.end(), [&](uint32_t a, uint32_t b) {
-        const double x = std::abs(weight[a]), y = std::abs(weight[b]);
-        return x != y ? x > y : a > b;
-      });
-    }
+    std::sort(order_.begin(), order_.end(), [&](uint32_t a, uint32_t b) {
+      const double x = std::abs(weight[a]), y = std::abs(weight[b]);
+      return x != y ? x > y : a > b;
+    });
   }
 
   // Always next the entry with which the chosen ones are aligned best, (d + w r) / sqrt(q + w^2)
@@ -149,13 +206,14 @@ class Unit {
 
   // The k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of the
   // k largest squares (marginal analysis, Fox 1966).
-  void own_gains(double norm) {
+  template <class Value>
+  void own_gains(double norm, int64_t alive, Value value) {
     sums_[0] = 0;
-    const auto alive = static_cast<int64_t>(order_.size());
+    double sum = 0;
     for (int64_t k = 0; k < alive; ++k) {
-      const double w = weight[order_[k]];
+      const double w = value(k);
       squares_[k] = w * w;
-      sums_[k + 1] = sums_[k] + squares_[k];
+      sums_[k + 1] = sum += squares_[k];
     }
     kernels().gains(squares_.data(), sums_.data() + 1, norm, alive, gains_.data());
   }
@@ -242,18 +300,18 @@ at::Tensor cosine_gains_as(
         }
       }
     }
-    double peak = 0;
-    bool finite = true;
+    uint64_t infinite = 0;
     for (int64_t i = 0; i < row_size; ++i) {
-      const double magnitude = std::abs(to[i]);
-      finite &= magnitude <= std::numeric_limits<double>::max();
-      peak = std::max(peak, magnitude);
+      infinite |= std::abs(to[i]) <= std::numeric_limits<double>::max() ? 0 : 1;
     }
     TORCH_CHECK_VALUE(
-        finite, "the scores of ", name, " should be finite numbers, got NaN or infinity");
+        infinite == 0, "the scores of ", name, " should be finite numbers, got NaN or infinity");
     // Alignment does not see a unit's scale, and squares of float64 may overflow or vanish.
-    if (sizeof(Acc) == 8 && peak > 0) {
-      for (int64_t i = 0; i < row_size; ++i) to[i] /= peak;
+    if constexpr (sizeof(Acc) == 8) {
+      double peak = 0;
+      for (const double value : to) peak = std::max(peak, std::abs(value));
+      if (peak == 0) return;
+      for (double& value : to) value /= peak;
     }
   };
 

@@ -33,7 +33,7 @@ struct Chunk {
   int64_t tensor, begin, length;
 };
 
-// Fresh memory comes in pages that the kernel has to clear; large pages make that cheap.
+// Fresh memory comes in pages that the system has to clear one by one; large pages make that cheap.
 void advise_huge_pages(const at::Tensor& tensor) {
 #ifdef __linux__
   constexpr uintptr_t page = uintptr_t{1} << 21;

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "entries.h"
@@ -16,13 +17,15 @@ class RowSort {
  public:
   explicit RowSort(int64_t row_size) : items_(row_size + 1), spare_(row_size + 1) {}
 
-  // Takes the place of what was there. A score is not negative, so that its bits order as it does.
-  void clear() { size_ = 0; }
-  void push(float score, uint32_t position, bool wanted) {
-    uint32_t key;
-    std::memcpy(&key, &score, sizeof(key));
-    items_[size_] = static_cast<uint64_t>(key) << 32 | position;
-    size_ += wanted ? 1 : 0;
+  // Takes the magnitudes of the candidates, whose bits order as they do. `alive` may be null.
+  void fill(const float* values, int64_t n, const uint8_t* alive) {
+    size_ = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t key;
+      std::memcpy(&key, values + i, sizeof(key));
+      items_[size_] = static_cast<uint64_t>(key & 0x7fffffffU) << 32 | static_cast<uint64_t>(i);
+      size_ += alive == nullptr || alive[i] != 0 ? 1 : 0;
+    }
   }
   int64_t size() const { return size_; }
 
@@ -39,48 +42,35 @@ class RowSort {
       std::sort(items_.begin(), items_.begin() + size_);
       return items_.data();
     }
-    // The lowest digit seldom decides, and the few that it does are put right one by one.
-    sort_digits(1);
-    if (!insert()) sort_digits(0);
+    uint64_t last = 0;
+    for (int64_t i = 0; i < size_; ++i) last = std::max(last, items_[i]);
+    // As numbers of sixteen bits almost all scores are apart: the few that share one are put right
+    // one by one. It fails in rows with an entry thousands of times larger than most.
+    const float scale = 65535.0F / score(last);
+    if (std::isnormal(scale)) sort_digits(scale);
+    if (!insert()) std::sort(items_.begin(), items_.begin() + size_);
     return items_.data();
   }
 
  private:
-  static constexpr int digits = 4;
-
-  // The two halves of the items are counted and moved side by side: most have one of few leading
-  // digits, and the next item would have to wait for the counter of the last one.
-  void sort_digits(int lowest) {
-    const int64_t half = size_ / 2;
-    for (int d = lowest; d < digits; ++d) {
-      const auto digit = [d](uint64_t item) { return item >> (32 + 8 * d) & 255; };
-      std::array<uint32_t, 256> first{}, second{};
-      const uint64_t* from = items_.data();
-      for (int64_t i = 0; i < half; ++i) {
-        ++first[digit(from[i])];
-        ++second[digit(from[half + i])];
-      }
-      if (size_ % 2 != 0) ++second[digit(from[size_ - 1])];
-      const uint64_t any = digit(from[0]);
-      if (first[any] + second[any] == size_) continue;  // all have this digit
-      uint32_t start = 0;
-      for (size_t value = 0; value < 256; ++value) {
-        const uint32_t in_first = first[value];
-        const uint32_t in_both = in_first + second[value];
-        first[value] = start;
-        second[value] = start + in_first;
-        start += in_both;
-      }
-      uint64_t* to = spare_.data();
-      for (int64_t i = 0; i < half; ++i) {
-        const uint64_t one = from[i];
-        const uint64_t other = from[half + i];
-        to[first[digit(one)]++] = one;
-        to[second[digit(other)]++] = other;
-      }
-      if (size_ % 2 != 0) to[second[digit(from[size_ - 1])]++] = from[size_ - 1];
-      items_.swap(spare_);
+  // By the lower of two digits first, each time stably.
+  void sort_digits(float scale) {
+    const auto digits = [scale](uint64_t item) {
+      return static_cast<uint32_t>(static_cast<int32_t>(score(item) * scale));
+    };
+    std::array<uint32_t, 256> low{}, high{};
+    for (int64_t i = 0; i < size_; ++i) {
+      const uint32_t both = digits(items_[i]);
+      ++low[both & 255];
+      ++high[both >> 8];
     }
+    uint32_t in_low = 0, in_high = 0;
+    for (size_t value = 0; value < 256; ++value) {
+      low[value] = std::exchange(in_low, in_low + low[value]);
+      high[value] = std::exchange(in_high, in_high + high[value]);
+    }
+    for (int64_t i = 0; i < size_; ++i) spare_[low[digits(items_[i]) & 255]++] = items_[i];
+    for (int64_t i = 0; i < size_; ++i) items_[high[digits(spare_[i]) >> 8]++] = spare_[i];
   }
 
   // Insertion sort of what is almost sorted; gives up where it is not.
@@ -120,17 +110,14 @@ class Unit {
     rest_.reserve(size);
   }
 
-  // What each entry that is alive adds; the others get 0.
+  // What each entry that is alive adds; the others get 0. `alive` may be null.
   void rank(const uint8_t* alive, bool has_reference, Acc* out) {
     std::fill_n(out, size_, Acc{0});
-    if constexpr (sizeof(Acc) == 4) {
-      if (!has_reference) return rank_magnitudes(alive, out);
-    }
     const double norm = norm_of(has_reference ? reference : weight);
     if (norm == 0) return;
     order_.clear();
     for (int64_t i = 0; i < size_; ++i) {
-      if (alive[i] != 0) order_.push_back(static_cast<uint32_t>(i));
+      if (alive == nullptr || alive[i] != 0) order_.push_back(static_cast<uint32_t>(i));
     }
     if (has_reference) {
       order_by_alignment();
@@ -143,31 +130,26 @@ class Unit {
     for (size_t k = 0; k < order_.size(); ++k) out[order_[k]] = static_cast<Acc>(gains_[k]);
   }
 
+  // The same for r = w, the way that most go: magnitudes travel with their positions in the items
+  // that are sorted. `alive` may be null, and `norm` is that of the whole unit.
+  void rank_magnitudes(const float* values, const uint8_t* alive, double norm, float* out) {
+    sort_.fill(values, size_, alive);
+    const int64_t count = sort_.size();
+    if (count < size_ || norm == 0) std::fill_n(out, size_, 0.0F);
+    if (count == 0 || norm == 0) return;
+    const uint64_t* last = sort_.sort() + count - 1;
+    const auto value = [&](int64_t k) { return static_cast<double>(RowSort::score(last[-k])); };
+    own_gains(norm, count, value);
+    for (int64_t k = 0; k < count; ++k) {
+      out[static_cast<uint32_t>(last[-k])] = static_cast<float>(gains_[k]);
+    }
+  }
+
  private:
   static double norm_of(const std::vector<double>& values) {
     double square = 0;
     for (const double value : values) square += value * value;
     return std::sqrt(square);
-  }
-
-  // The way that most go: magnitudes travel with their positions in the items that are sorted.
-  void rank_magnitudes(const uint8_t* alive, Acc* out) {
-    double square = 0;
-    sort_.clear();
-    for (int64_t i = 0; i < size_; ++i) {
-      const double value = weight[i];
-      square += value * value;
-      sort_.push(static_cast<float>(std::abs(value)), static_cast<uint32_t>(i), alive[i] != 0);
-    }
-    const double norm = std::sqrt(square);
-    const int64_t count = sort_.size();
-    if (norm == 0 || count == 0) return;
-    const uint64_t* last = sort_.sort() + count - 1;
-    const auto value = [&](int64_t k) { return static_cast<double>(RowSort::score(last[-k])); };
-    own_gains(norm, count, value);
-    for (int64_t k = 0; k < count; ++k) {
-      out[static_cast<uint32_t>(last[-k])] = static_cast<Acc>(gains_[k]);
-    }
   }
 
   // Among equals the higher position comes first: the lower one is pruned first.
@@ -287,7 +269,7 @@ at::Tensor cosine_gains_as(
   const int64_t factor_step = column_scale && scale.numel() > 1 ? 1 : 0;
   auto* result = static_cast<Acc*>(out.data_ptr());
 
-  const auto load = [&](const at::Tensor& from, int64_t row, std::vector<double>& to) {
+  const auto load = [&](const at::Tensor& from, int64_t row, auto& to) {
     std::array<Acc, block_size> buffer;
     for (int64_t at = 0; at < row_size; at += block_size) {
       const int64_t n = std::min(block_size, row_size - at);
@@ -300,12 +282,16 @@ at::Tensor cosine_gains_as(
         }
       }
     }
+    using Value = typename std::decay_t<decltype(to)>::value_type;
     uint64_t infinite = 0;
     for (int64_t i = 0; i < row_size; ++i) {
-      infinite |= std::abs(to[i]) <= std::numeric_limits<double>::max() ? 0 : 1;
+      infinite |= std::abs(to[i]) <= std::numeric_limits<Value>::max() ? 0 : 1;
     }
     TORCH_CHECK_VALUE(
         infinite == 0, "the scores of ", name, " should be finite numbers, got NaN or infinity");
+  };
+  const auto load_wide = [&](const at::Tensor& from, int64_t row, std::vector<double>& to) {
+    load(from, row, to);
     // Alignment does not see a unit's scale, and squares of float64 may overflow or vanish.
     if constexpr (sizeof(Acc) == 8) {
       double peak = 0;
@@ -318,23 +304,50 @@ at::Tensor cosine_gains_as(
   const int64_t grain = std::max<int64_t>(1, 16384 / row_size);
   at::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
     Unit<Acc> unit(row_size);
-    std::vector<uint8_t> mask_buffer(row_size, 1);
+    std::vector<uint8_t> mask_buffer(row_size);
     std::vector<Acc> row_gains(out.is_contiguous() ? 0 : row_size);
-    for (int64_t row = from; row < to; ++row) {
-      load(weight, row, unit.weight);
-      if (reference) load(*reference, row, unit.reference);
-      const uint8_t* alive = mask_buffer.data();
+    // Calls rank(alive, gains) and sees that the gains of the row get where they belong.
+    const auto rank_row = [&](int64_t row, auto rank) {
+      const uint8_t* alive = nullptr;
       if (mask) alive = read_mask(*mask, row * row_size, row_size, mask_buffer.data());
-      if (out.is_contiguous()) {
-        unit.rank(alive, reference.has_value(), result + row * row_size);
-        continue;
-      }
-      unit.rank(alive, reference.has_value(), row_gains.data());
+      if (out.is_contiguous()) return rank(alive, result + row * row_size);
+      rank(alive, row_gains.data());
       for_each_run(
           out, row * row_size, row_size,
           [&](int64_t at, int64_t offset, int64_t stride, int64_t length) {
             for (int64_t i = 0; i < length; ++i) result[offset + i * stride] = row_gains[at + i];
           });
+    };
+    if constexpr (sizeof(Acc) == 4) {
+      if (!reference) {
+        // The norms of several rows at once: each sum has to wait for its last addition.
+        std::array<std::vector<float>, 4> values;
+        for (auto& row : values) row.resize(row_size);
+        for (int64_t row = from; row < to; row += 4) {
+          const int64_t n = std::min<int64_t>(4, to - row);
+          for (int64_t j = 0; j < n; ++j) load(weight, row + j, values[j]);
+          std::array<double, 4> squares{};
+          for (int64_t i = 0; i < row_size; ++i) {
+            for (size_t j = 0; j < 4; ++j) {
+              const double value = values[j][i];
+              squares[j] += value * value;
+            }
+          }
+          for (int64_t j = 0; j < n; ++j) {
+            rank_row(row + j, [&](const uint8_t* alive, float* gains) {
+              unit.rank_magnitudes(values[j].data(), alive, std::sqrt(squares[j]), gains);
+            });
+          }
+        }
+        return;
+      }
+    }
+    for (int64_t row = from; row < to; ++row) {
+      load_wide(weight, row, unit.weight);
+      if (reference) load_wide(*reference, row, unit.reference);
+      rank_row(row, [&](const uint8_t* alive, Acc* gains) {
+        unit.rank(alive, reference.has_value(), gains);
+      });
     }
   });
   return out;

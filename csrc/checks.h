@@ -164,6 +164,96 @@ inline void check_square_sums(
   check_scale(weight, column_scale, columns_of(weight), dtype, "column scale", name);
 }
 
+// Units lie along dim 0 or 1; a tensor of at most one dimension is a single unit, along dim 0.
+inline int64_t units_of(const at::Tensor& weight, int64_t dim) {
+  return dim == 0 ? rows_of(weight) : columns_of(weight);
+}
+
+// What belongs to one of the weights whose units are looked at.
+struct UnitArguments {
+  at::Tensor weight;
+  std::optional<at::Tensor> mask, reference, index;
+  int64_t dim;
+  std::string name;
+  int64_t first;  // the number of units before its own
+};
+
+inline void check_units(const UnitArguments& call) {
+  const auto& [weight, mask, reference, index, dim, name, first] = call;
+  check_weight(weight, name);
+  check_mask(weight, mask, name);
+  if (reference) {
+    // It may stay on the CPU, so that it takes no memory of the device between calls.
+    check_weight(*reference, "the reference of " + name);
+    TORCH_CHECK_VALUE(
+        reference->sizes() == weight.sizes(), "the reference of ", name, " should have shape ",
+        weight.sizes(), ", got ", reference->sizes());
+    TORCH_CHECK_VALUE(
+        reference->device() == weight.device() || reference->is_cpu(), "the reference of ", name,
+        " should be on ", weight.device(), " or on the CPU, got ", reference->device());
+  }
+  TORCH_CHECK_VALUE(
+      dim == 0 || (dim == 1 && weight.dim() >= 2), "the dim of ", name, " should be 0, or 1 for a ",
+      "tensor of two or more dimensions, got ", dim, " for ", weight.dim(), " dimensions");
+  if (!index) return;
+  TORCH_CHECK_VALUE(
+      index->dim() == 1 && index->numel() == units_of(weight, dim), "the index of ", name,
+      " should have shape [", units_of(weight, dim), "], one for each unit, got ", index->sizes());
+  TORCH_CHECK_TYPE(
+      index->scalar_type() == at::kLong, "the index of ", name, " should be int64, got ",
+      index->scalar_type());
+  TORCH_CHECK_VALUE(
+      index->device() == weight.device(), "the index of ", name, " should be on ", weight.device(),
+      ", got ", index->device());
+}
+
+inline std::vector<UnitArguments> check_unit_arguments(
+    at::ArrayRef<at::Tensor> weights, const std::vector<std::optional<at::Tensor>>& masks,
+    const std::vector<std::optional<at::Tensor>>& references,
+    const std::vector<std::optional<at::Tensor>>& indices, at::IntArrayRef dims,
+    at::ArrayRef<std::string> names) {
+  const auto check_length = [&](size_t length, const char* what) {
+    TORCH_CHECK_VALUE(
+        length == weights.size(), what, " should have one entry for each of the ", weights.size(),
+        " weights, got ", length);
+  };
+  TORCH_CHECK_VALUE(!weights.empty(), "weights should have at least one tensor, got none");
+  check_length(masks.size(), "masks");
+  check_length(references.size(), "references");
+  check_length(indices.size(), "indices");
+  check_length(dims.size(), "dims");
+  check_length(names.size(), "names");
+  std::vector<UnitArguments> calls;
+  int64_t first = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    calls.push_back({weights[i], masks[i], references[i], indices[i], dims[i], names[i], first});
+    check_units(calls.back());
+    TORCH_CHECK_VALUE(
+        weights[i].device() == weights[0].device(), "all weights should be on one device, got ",
+        names[0], " on ", weights[0].device(), " and ", names[i], " on ", weights[i].device());
+    first += units_of(weights[i], dims[i]);
+  }
+  return calls;
+}
+
+inline int64_t total_units(const std::vector<UnitArguments>& calls) {
+  return calls.back().first + units_of(calls.back().weight, calls.back().dim);
+}
+
+inline void check_coefficients(
+    const std::vector<UnitArguments>& calls, const at::Tensor& coefficients) {
+  const int64_t units = total_units(calls);
+  TORCH_CHECK_VALUE(
+      coefficients.dim() == 2 && coefficients.size(0) == 2 && coefficients.size(1) == units,
+      "coefficients should have shape [2, ", units, "], got ", coefficients.sizes());
+  TORCH_CHECK_TYPE(
+      coefficients.scalar_type() == at::kDouble, "coefficients should be float64, got ",
+      coefficients.scalar_type());
+  TORCH_CHECK_VALUE(
+      coefficients.device() == calls[0].weight.device(), "coefficients should be on ",
+      calls[0].weight.device(), ", got ", coefficients.device());
+}
+
 inline void check_cosine_gains(
     const at::Tensor& weight, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& reference, const std::optional<at::Tensor>& column_scale,

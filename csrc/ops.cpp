@@ -17,6 +17,12 @@ TORCH_LIBRARY(torchalignprune, m) {
       "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name) "
       "-> (Tensor, Tensor)");
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");
+  m.def(
+      "unit_products(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] indices, "
+      "int[] dims, str[] names) -> Tensor");
+  m.def(
+      "unit_combination(Tensor[] weights, Tensor?[] masks, Tensor?[] references, "
+      "Tensor?[] indices, Tensor coefficients, int[] dims, str[] names) -> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, m) {

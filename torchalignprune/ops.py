@@ -1,13 +1,15 @@
 """The operators of the C++/CUDA extension, as Python functions.
 
 They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so that they work under
-``torch.compile``. None of them has a gradient: masks have none, and the gains only serve to rank.
+``torch.compile``. Those that choose masks have no gradient; :func:`unit_products` and
+:func:`unit_combination`, which the regularizers are made of, can be differentiated any number of
+times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +18,15 @@ from torchalignprune import _C  # noqa: F401  (loading it registers the operator
 
 Score = Literal["value", "magnitude", "worth"]
 
-__all__ = ["apply_mask", "cosine_gains", "select_global", "select_rows", "square_sums"]
+__all__ = [
+    "apply_mask",
+    "cosine_gains",
+    "select_global",
+    "select_rows",
+    "square_sums",
+    "unit_combination",
+    "unit_products",
+]
 
 
 def select_global(
@@ -263,6 +273,232 @@ def _(
     columns = 0 if weight.dim() < 2 else weight.size(1)
     sums = weight.new_empty(rows + columns, dtype=torch.float64)
     return sums[:rows].clone(), sums[rows:].clone()
+
+
+def unit_products(
+    weights: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    indices: Sequence[Tensor | None] | None = None,
+    dims: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    r"""Of every unit of every tensor :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
+    :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference weights.
+
+    Alignment and distortion are made of these. One pass over the tensors, with sums in float64 and
+    in an order that does not depend on the number of threads. The gradient reaches the weights, by
+    :func:`unit_combination`; nothing but the inputs is kept for it.
+
+    Equivalent to, for each tensor::
+
+        p = torch.where(mask, weight, 0).double().movedim(dim, 0).flatten(1)
+        r = reference.double().movedim(dim, 0).flatten(1)[index]
+        torch.stack([(p * p).sum(1), (p * r).sum(1), (r * r).sum(1)])
+
+    Args:
+        weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
+            one device.
+        masks: bool, shaped like the weights. Default: nothing is pruned.
+        references: shaped like the weights, any of the dtypes, on the device of the weights or on
+            the CPU; constants. Default: the weights without the masks.
+        indices: int64, shape ``(units,)`` each: unit ``i`` of a weight goes with unit ``index[i]``
+            of its reference. Default: with its own.
+        dims: the dimension of each tensor's units, 0 or 1; 0 for a tensor of at most one dimension,
+            which is one unit. Default: 0.
+        names: what to call the tensors in an error. Default: ``weights[i]``.
+
+    Returns:
+        float64, shape ``(3, units)``, the units of one tensor after those of another.
+
+    Raises:
+        ValueError: a shape, device or dim that does not fit; an index out of range; no weights.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+        >>> unit_products([weight], masks=[weight > 1.5])
+        tensor([[25.,  4.],
+                [25.,  4.],
+                [25.,  5.]], dtype=torch.float64)
+    """
+    none = [None] * len(weights)
+    products: Tensor = torch.ops.torchalignprune.unit_products(
+        list(weights),
+        none if masks is None else list(masks),
+        none if references is None else _constants(references),
+        none if indices is None else list(indices),
+        [0] * len(weights) if dims is None else list(dims),
+        [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
+    )
+    return products
+
+
+def unit_combination(
+    weights: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    indices: Sequence[Tensor | None] | None = None,
+    dims: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """``mask * (a * reference + b * weight)`` with a pair ``(a, b)`` for each unit, in one pass.
+
+    The gradient of whatever is made of :func:`unit_products` has this form.
+
+    Args:
+        weights: as in :func:`unit_products`.
+        coefficients: float64, shape ``(2, units)``: ``a`` and ``b``.
+        masks: as in :func:`unit_products`.
+        references: as in :func:`unit_products`.
+        indices: as in :func:`unit_products`.
+        dims: as in :func:`unit_products`.
+        names: as in :func:`unit_products`.
+
+    Returns:
+        The combinations, with the shapes, strides and dtypes of the weights; 0 where a mask is
+        False.
+
+    Raises:
+        ValueError: a shape, device or dim that does not fit; an index out of range; no weights.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[3.0, 4.0], [1.0, 2.0]])
+        >>> coefficients = torch.tensor([[0.0, 1.0], [2.0, 1.0]], dtype=torch.float64)
+        >>> unit_combination([weight], coefficients, masks=[weight > 1.5])
+        [tensor([[6., 8.],
+                [0., 4.]])]
+    """
+    none = [None] * len(weights)
+    return list(
+        torch.ops.torchalignprune.unit_combination(
+            list(weights),
+            none if masks is None else list(masks),
+            none if references is None else _constants(references),
+            none if indices is None else list(indices),
+            coefficients,
+            [0] * len(weights) if dims is None else list(dims),
+            [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
+        )
+    )
+
+
+def _constants(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
+
+
+def _units(weight: Tensor, dim: int) -> int:
+    return 1 if weight.dim() < 2 else weight.size(dim)
+
+
+@torch.library.register_fake("torchalignprune::unit_products")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    indices: list[Tensor | None],
+    dims: list[int],
+    names: list[str],
+) -> Tensor:
+    units = sum(_units(weight, dim) for weight, dim in zip(weights, dims, strict=True))
+    return weights[0].new_empty((3, units), dtype=torch.float64)
+
+
+@torch.library.register_fake("torchalignprune::unit_combination")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    indices: list[Tensor | None],
+    coefficients: Tensor,
+    dims: list[int],
+    names: list[str],
+) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *lists, ctx.dims, ctx.names = inputs
+    ctx.lengths = [len(entry) if isinstance(entry, list | tuple) else None for entry in lists]
+    flat = [
+        tensor
+        for entry in lists
+        for tensor in (entry if isinstance(entry, list | tuple) else [entry])
+    ]
+    ctx.save_for_backward(*flat)
+
+
+def _kept(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [
+        next(tensors) if length is None else [next(tensors) for _ in range(length)]
+        for length in ctx.lengths
+    ]
+
+
+def _no_gradient(entries: list[Tensor | None]) -> list[None] | None:
+    # torch takes a list for one of tensors only if it has no None in it.
+    return None if any(entry is None for entry in entries) else [None] * len(entries)
+
+
+def _products_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weights, masks, references, indices = _kept(ctx)
+    to_pp, to_pr, _ = grad
+    grads = torch.ops.torchalignprune.unit_combination(
+        weights,
+        masks,
+        references,
+        indices,
+        torch.stack([to_pr, 2 * to_pp]),
+        ctx.dims,
+        ctx.names,
+    )
+    return grads, *map(_no_gradient, (masks, references, indices)), None, None
+
+
+def _combination_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    weights, masks, references, indices, coefficients = _kept(ctx)
+    # The gradient takes the place of the weight, so that the same two operators serve again.
+    partners = [
+        weight.detach() if reference is None else reference
+        for weight, reference in zip(weights, references, strict=True)
+    ]
+    products = torch.ops.torchalignprune.unit_products(
+        grads, masks, partners, indices, ctx.dims, ctx.names
+    )
+    with_weights = []
+    for grad, mask, weight, dim in zip(grads, masks, weights, ctx.dims, strict=True):
+        passed = grad if mask is None else torch.where(mask, grad, 0)
+        product = passed.double() * weight.double()
+        product = product.reshape(1, -1) if weight.dim() < 2 else product
+        with_weights.append(product.movedim(dim, 0).flatten(1).sum(dim=1))
+    none = [None] * len(weights)
+    weight_grads = torch.ops.torchalignprune.unit_combination(
+        grads,
+        masks,
+        none,
+        none,
+        torch.stack([torch.zeros_like(coefficients[1]), coefficients[1]]),
+        ctx.dims,
+        ctx.names,
+    )
+    coefficients_grad = torch.stack([products[1], torch.cat(with_weights)])
+    constant = map(_no_gradient, (masks, references, indices))
+    return weight_grads, *constant, coefficients_grad, None, None
+
+
+torch.library.register_autograd(
+    "torchalignprune::unit_products", _products_backward, setup_context=_keep
+)
+torch.library.register_autograd(
+    "torchalignprune::unit_combination", _combination_backward, setup_context=_keep
+)
 
 
 @torch.library.register_fake("torchalignprune::select_global")

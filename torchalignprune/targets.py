@@ -28,6 +28,7 @@ from torchalignprune.parameters import (
 __all__ = [
     "PerParameter",
     "Target",
+    "references_of",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -159,16 +160,26 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
         ValueError: too few or too many, none for a target, or another shape than the weight's.
         TypeError: not tensors.
     """
-    results = []
+    if reference is None:
+        return list(targets)
+    return [
+        replace(target, reference=own.to(target.weight.device))
+        for target, own in zip(targets, references_of(targets, reference), strict=True)
+    ]
+
+
+def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Tensor]:
+    """The reference that belongs to each target, where it is; raises as with_references."""
+    references = []
     for target, own in _per_target(targets, reference, "reference"):
-        if own is not None and own.shape != target.weight.shape:
+        assert own is not None
+        if own.shape != target.weight.shape:
             raise ValueError(
                 f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
                 f"got {tuple(own.shape)}"
             )
-        own = own if own is None else own.to(target.weight.device)
-        results.append(replace(target, reference=own))
-    return results
+        references.append(own)
+    return references
 
 
 def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> list[Target]:

@@ -70,6 +70,21 @@ const Acc* read_values(const at::Tensor& tensor, int64_t begin, int64_t n, Acc* 
   return buffer;
 }
 
+// Writes n entries in the dtype of the tensor.
+template <class Acc>
+void write_values(const at::Tensor& tensor, int64_t begin, int64_t n, const Acc* values) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, tensor.scalar_type(), "write_values", [&] {
+        auto* data = static_cast<scalar_t*>(tensor.data_ptr());
+        for_each_run(
+            tensor, begin, n, [&](int64_t at, int64_t offset, int64_t stride, int64_t length) {
+              for (int64_t i = 0; i < length; ++i) {
+                data[offset + i * stride] = static_cast<scalar_t>(values[at + i]);
+              }
+            });
+      });
+}
+
 inline const uint8_t* read_mask(const at::Tensor& mask, int64_t begin, int64_t n, uint8_t* buffer) {
   const auto* data = static_cast<const uint8_t*>(mask.const_data_ptr());
   if (mask.is_contiguous()) return data + begin;

@@ -63,6 +63,22 @@ struct ScoreKernels {
   // Adds the squares of values[i] * row * column[i] to columns[i], and returns their sum. `column`
   // may be null.
   double (*add_squares)(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
+
+  // With p = mask * weight (`mask` may be null), adds the sums of p p, p r and r r to products[0],
+  // [1] and [2].
+  void (*add_products)(
+      const Acc* weight, const uint8_t* mask, const Acc* reference, int64_t n, double* products);
+
+  // The same for each entry by itself: to pp[i], pr[i] and rr[i].
+  void (*add_each_product)(
+      const Acc* weight, const uint8_t* mask, const Acc* reference, int64_t n, double* pp,
+      double* pr, double* rr);
+
+  // out[i] = mask[i] * (of_reference[i * step] * reference[i] + of_weight[i * step] * weight[i])
+  // where the step is 0 or 1.
+  void (*combine)(
+      const Acc* weight, const uint8_t* mask, const Acc* reference, const double* of_reference,
+      const double* of_weight, int64_t step, int64_t n, Acc* out);
 };
 
 struct Kernels {

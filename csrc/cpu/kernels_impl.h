@@ -294,6 +294,106 @@ double add_squares(const Acc* values, const Acc* column, Acc row, int64_t n, dou
   return total;
 }
 
+// Calls use(p, start, n) with p = mask * weight for one tile after another; without a mask p is the
+// weight itself. A separate loop for the mask is what lets the compiler vectorise both.
+template <class Acc, class Use>
+inline void for_each_masked_tile(const Acc* weight, const uint8_t* mask, int64_t n, Use use) {
+  using Bits = typename KeyOf<Acc>::type;
+  if (mask == nullptr) return use(weight, int64_t{0}, n);
+  constexpr int64_t tile = 256;
+  alignas(64) Acc buffer[tile];
+  for (int64_t start = 0; start < n; start += tile) {
+    const int64_t length = n - start < tile ? n - start : tile;
+    const Acc* __restrict from = weight + start;
+    const uint8_t* __restrict kept = mask + start;
+    for (int64_t i = 0; i < length; ++i) {
+      const Bits all = static_cast<Bits>(Bits{0} - static_cast<Bits>(kept[i] != 0));
+      buffer[i] = bits_as<Acc>(static_cast<Bits>(bits_as<Bits>(from[i]) & all));
+    }
+    use(static_cast<const Acc*>(buffer), start, length);
+  }
+}
+
+// Eight sums side by side for each product, so that the result does not depend on the width of the
+// SIMD.
+template <class Acc>
+void add_products(
+    const Acc* weight, const uint8_t* mask, const Acc* reference, int64_t n, double* products) {
+  double pp[8] = {}, pr[8] = {}, rr[8] = {};
+  for_each_masked_tile(
+      weight, mask, n, [&](const Acc* __restrict masked, int64_t start, int64_t length) {
+        const Acc* __restrict other = reference + start;
+        int64_t i = 0;
+        for (; i + 8 <= length; i += 8) {
+          for (int j = 0; j < 8; ++j) {
+            const double p = static_cast<double>(masked[i + j]);
+            const double r = static_cast<double>(other[i + j]);
+            pp[j] += p * p;
+            pr[j] += p * r;
+            rr[j] += r * r;
+          }
+        }
+        for (; i < length; ++i) {
+          const double p = static_cast<double>(masked[i]);
+          const double r = static_cast<double>(other[i]);
+          pp[i % 8] += p * p;
+          pr[i % 8] += p * r;
+          rr[i % 8] += r * r;
+        }
+      });
+  for (int j = 0; j < 8; ++j) {
+    products[0] += pp[j];
+    products[1] += pr[j];
+    products[2] += rr[j];
+  }
+}
+
+template <class Acc>
+void add_each_product(
+    const Acc* weight, const uint8_t* mask, const Acc* reference, int64_t n, double* pp, double* pr,
+    double* rr) {
+  for_each_masked_tile(
+      weight, mask, n, [&](const Acc* __restrict masked, int64_t start, int64_t length) {
+        const Acc* __restrict other = reference + start;
+        double* __restrict to_pp = pp + start;
+        double* __restrict to_pr = pr + start;
+        double* __restrict to_rr = rr + start;
+        for (int64_t i = 0; i < length; ++i) {
+          const double p = static_cast<double>(masked[i]);
+          const double r = static_cast<double>(other[i]);
+          to_pp[i] += p * p;
+          to_pr[i] += p * r;
+          to_rr[i] += r * r;
+        }
+      });
+}
+
+template <class Acc, int step>
+inline void combine_as(
+    const Acc* __restrict weight, const uint8_t* __restrict mask, const Acc* __restrict reference,
+    const double* __restrict of_reference, const double* __restrict of_weight, int64_t n,
+    Acc* __restrict out) {
+  using Bits = typename KeyOf<Acc>::type;
+  for (int64_t i = 0; i < n; ++i) {
+    const double sum = of_reference[i * step] * static_cast<double>(reference[i]) +
+                       of_weight[i * step] * static_cast<double>(weight[i]);
+    out[i] = static_cast<Acc>(sum);
+  }
+  if (mask == nullptr) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits all = static_cast<Bits>(Bits{0} - static_cast<Bits>(mask[i] != 0));
+    out[i] = bits_as<Acc>(static_cast<Bits>(bits_as<Bits>(out[i]) & all));
+  }
+}
+
+template <class Acc>
+void combine(
+    const Acc* weight, const uint8_t* mask, const Acc* reference, const double* of_reference,
+    const double* of_weight, int64_t step, int64_t n, Acc* out) {
+  return step == 0 ? combine_as<Acc, 0>(weight, mask, reference, of_reference, of_weight, n, out)
+                   : combine_as<Acc, 1>(weight, mask, reference, of_reference, of_weight, n, out);
+}
+
 inline void gains(const double* squares, double* sums, double norm, int64_t n, double* out) {
   // The roots replace the sums; sums[-1] is there and is zero.
   for (int64_t k = 0; k < n; ++k) sums[k] = __builtin_sqrt(sums[k]);
@@ -310,7 +410,10 @@ constexpr ScoreKernels<Acc> score_kernels() {
       {to_keys<Acc, 0>, to_keys<Acc, 1>, to_keys<Acc, 2>},
       {scan<Acc, 0>, scan<Acc, 1>, scan<Acc, 2>},
       {keep<Acc, 0>, keep<Acc, 1>, keep<Acc, 2>},
-      add_squares<Acc>};
+      add_squares<Acc>,
+      add_products<Acc>,
+      add_each_product<Acc>,
+      combine<Acc>};
 }
 
 extern const Kernels table;

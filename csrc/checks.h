@@ -217,7 +217,6 @@ inline std::vector<UnitArguments> check_unit_arguments(
         length == weights.size(), what, " should have one entry for each of the ", weights.size(),
         " weights, got ", length);
   };
-  TORCH_CHECK_VALUE(!weights.empty(), "weights should have at least one tensor, got none");
   check_length(masks.size(), "masks");
   check_length(references.size(), "references");
   check_length(indices.size(), "indices");

@@ -162,3 +162,70 @@ def concave(gains: list[float]) -> list[float]:
     ):
         steps += [step - (step - after) / 1000 * j / length for j in range(length)]
     return steps
+
+
+def units_first(tensor: Tensor, dim: int) -> Tensor:
+    """A row for each unit; a tensor of at most one dimension is one."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.movedim(dim, 0).flatten(1)
+
+
+def unit_products(
+    weight: Tensor,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    index: Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    """<p, p>, <p, r> and <r, r> of one tensor's units, where p = mask * weight."""
+    kept = weight if mask is None else torch.where(mask, weight, 0)
+    p = units_first(kept.double(), dim)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    r = weight.detach() if reference is None else reference.to(wide)
+    r = units_first(r.double(), dim)
+    r = r if index is None else r[index]
+    return torch.stack([(p * p).sum(dim=1), (p * r).sum(dim=1), (r * r).sum(dim=1)])
+
+
+def unit_combination(
+    weight: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    index: Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    """mask * (a r + b w), units first, in float64."""
+    w = units_first(weight.double(), dim)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    r = units_first((weight if reference is None else reference.to(wide)).double(), dim)
+    r = r if index is None else r[index]
+    kept = torch.ones_like(w) if mask is None else units_first(mask, dim)
+    return (coefficients[0].unsqueeze(1) * r + coefficients[1].unsqueeze(1) * w) * kept
+
+
+def cosine_alignment(
+    pairs: list[tuple[Tensor, Tensor]], weights: list[float] | None = None
+) -> Tensor:
+    """Of (pruned, reference) matrices with a row for each unit: three lines for each."""
+    total, whole = torch.zeros((), dtype=torch.float64), 0.0
+    for (p, r), weight in zip(pairs, weights or [1.0] * len(pairs), strict=True):
+        counted = r.double().norm(dim=1) > 0
+        if counted.any():
+            cosine = torch.nn.functional.cosine_similarity(p.double(), r.double(), dim=1, eps=0)
+            cosine = torch.where(p.double().norm(dim=1) > 0, cosine, 0)
+            total = total + weight * (1 - cosine[counted]).mean()
+            whole += weight
+    return total / whole if whole else total
+
+
+def frobenius_alignment(
+    pairs: list[tuple[Tensor, Tensor]], normalize: bool = True, weights: list[float] | None = None
+) -> Tensor:
+    """|P - R|^2 / |R|^2, averaged."""
+    total, whole = torch.zeros((), dtype=torch.float64), 0.0
+    for (p, r), weight in zip(pairs, weights or [1.0] * len(pairs), strict=True):
+        size = float((r.double() ** 2).sum()) if normalize else 1.0
+        if size > 0:
+            total = total + weight * ((p.double() - r.double()) ** 2).sum() / size
+            whole += weight
+    return total / whole if whole else total

@@ -284,12 +284,15 @@ def unit_products(
     dims: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    r"""Of every unit of every tensor :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
-    :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference weights.
+    r"""The inner products of the units of all tensors: what alignment and distortion are made of.
 
-    Alignment and distortion are made of these. One pass over the tensors, with sums in float64 and
-    in an order that does not depend on the number of threads. The gradient reaches the weights, by
-    :func:`unit_combination`; nothing but the inputs is kept for it.
+    Of each unit :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
+    :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference
+    weights.
+
+    One pass over the tensors, with sums in float64 and in an order that does not depend on the
+    number of threads. The gradient reaches the weights, by :func:`unit_combination`; nothing but
+    the inputs is kept for it.
 
     Equivalent to, for each tensor::
 
@@ -301,8 +304,9 @@ def unit_products(
         weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
             one device.
         masks: bool, shaped like the weights. Default: nothing is pruned.
-        references: shaped like the weights, any of the dtypes, on the device of the weights or on
-            the CPU; constants. Default: the weights without the masks.
+        references: shaped like the weights, any of the dtypes (read as float32 unless the weight is
+            float64), on the device of the weights or on the CPU; constants. Default: the weights
+            without the masks.
         indices: int64, shape ``(units,)`` each: unit ``i`` of a weight goes with unit ``index[i]``
             of its reference. Default: with its own.
         dims: the dimension of each tensor's units, 0 or 1; 0 for a tensor of at most one dimension,
@@ -324,15 +328,8 @@ def unit_products(
                 [25.,  4.],
                 [25.,  5.]], dtype=torch.float64)
     """
-    none = [None] * len(weights)
-    products: Tensor = torch.ops.torchalignprune.unit_products(
-        list(weights),
-        none if masks is None else list(masks),
-        none if references is None else _constants(references),
-        none if indices is None else list(indices),
-        [0] * len(weights) if dims is None else list(dims),
-        [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
-    )
+    *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
+    products: Tensor = torch.ops.torchalignprune.unit_products(*lists, dims, names)
     return products
 
 
@@ -375,22 +372,31 @@ def unit_combination(
         [tensor([[6., 8.],
                 [0., 4.]])]
     """
-    none = [None] * len(weights)
-    return list(
-        torch.ops.torchalignprune.unit_combination(
-            list(weights),
-            none if masks is None else list(masks),
-            none if references is None else _constants(references),
-            none if indices is None else list(indices),
-            coefficients,
-            [0] * len(weights) if dims is None else list(dims),
-            [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
-        )
+    *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
+    return list(torch.ops.torchalignprune.unit_combination(*lists, coefficients, dims, names))
+
+
+def _unit_arguments(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None] | None,
+    references: Sequence[Tensor | None] | None,
+    indices: Sequence[Tensor | None] | None,
+    dims: Sequence[int] | None,
+    names: Sequence[str] | None,
+) -> tuple[Any, ...]:
+    """The same with the defaults filled in."""
+    count = len(weights)
+    if count == 0:
+        raise ValueError("weights should have at least one tensor, got none")
+    none = [None] * count
+    return (
+        list(weights),
+        none if masks is None else list(masks),
+        none if references is None else [r if r is None else r.detach() for r in references],
+        none if indices is None else list(indices),
+        [0] * count if dims is None else list(dims),
+        [f"weights[{i}]" for i in range(count)] if names is None else list(names),
     )
-
-
-def _constants(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def _units(weight: Tensor, dim: int) -> int:

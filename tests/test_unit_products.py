@@ -193,7 +193,7 @@ W = torch.ones(2, 3)
     [
         ({"weights": []}, ValueError, "weights should have at least one tensor, got none"),
         ({"weights": [W.long()]}, TypeError, r"weights\[0\] should be float32, float64"),
-        ({"masks": [W]}, TypeError, r"the mask of weights\[0\] should be bool, got float"),
+        ({"masks": [W]}, TypeError, r"the mask of weights\[0\] should be bool, got Float"),
         ({"masks": [W[:1] > 0]}, ValueError, r"should have shape \[2, 3\], got \[1, 3\]"),
         ({"masks": []}, ValueError, "masks should have one entry for each of the 1 weights, got 0"),
         (
@@ -206,7 +206,7 @@ W = torch.ones(2, 3)
         ({"indices": [torch.arange(3)]}, ValueError, r"should have shape \[2\], one for each unit"),
         ({"indices": [torch.tensor([0, 2])]}, ValueError, r"should be in \[0, 2\), got 2"),
         ({"indices": [torch.tensor([-1, 0])]}, ValueError, r"should be in \[0, 2\), got -1"),
-        ({"indices": [W[:, 0]]}, TypeError, "should be int64, got float"),
+        ({"indices": [W[:, 0]]}, TypeError, "should be int64, got Float"),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -221,7 +221,7 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: s
     ("coefficients", "error", "message"),
     [
         (torch.ones(2, 3).double(), ValueError, r"should have shape \[2, 2\], got \[2, 3\]"),
-        (torch.ones(2, 2), TypeError, "coefficients should be float64, got float"),
+        (torch.ones(2, 2), TypeError, "coefficients should be float64, got Float"),
     ],
 )
 def test_bad_coefficients(coefficients: Tensor, error: type[Exception], message: str) -> None:

@@ -63,6 +63,12 @@ struct ScoreKernels {
   // Adds the squares of values[i] * row * column[i] to columns[i], and returns their sum. `column`
   // may be null.
   double (*add_squares)(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
+
+  // Writes the places of the values > bound, with above[1] of those >= bound, to `places`; returns
+  // how many there are. Sets `nan` if a value is NaN. They should be few.
+  using Above =
+      int64_t (*)(const Acc* values, int64_t n, Acc bound, uint32_t* places, bool* nan);
+  Above above[2];
 };
 
 struct Kernels {

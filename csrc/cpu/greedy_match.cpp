@@ -2,8 +2,9 @@
 //
 // The entries are taken in bands, from the largest ones down: every round collects those above a
 // bound that a sample chose, sorts them, and goes through them one after the other. A bound decides
-// how many entries a round has, and nothing else. With a few times as many entries as there are free
-// rows or columns most of those find their match, and the next round has only the rest to look at.
+// how many entries a round has, and nothing else. With a few times as many entries as there are
+// free rows or columns most of those find their match, and the next round has only the rest to look
+// at.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -118,8 +119,8 @@ class Matcher {
       const auto row = std::min(static_cast<int64_t>(at), rows - 1);
       double within = (at - std::floor(at)) * 7919.0;
       within -= std::floor(within);
-      const auto start = std::min(
-          static_cast<int64_t>(within * static_cast<double>(columns)), columns - 1);
+      const auto start =
+          std::min(static_cast<int64_t>(within * static_cast<double>(columns)), columns - 1);
       const int64_t end = std::min(start + sampled_run, columns);
       for (int64_t column = start; column < end; ++column) {
         const Acc value = value_at(free_rows_[row], free_columns_[column]);
@@ -130,8 +131,8 @@ class Matcher {
     std::nth_element(
         sample.begin(), sample.begin() + (above - 1), sample.end(), std::greater<Acc>());
     const Acc value = sample[above - 1];
-    const auto reached = std::count_if(
-        sample.begin(), sample.end(), [&](Acc other) { return other >= value; });
+    const auto reached =
+        std::count_if(sample.begin(), sample.end(), [&](Acc other) { return other >= value; });
     // So many equals would make the band too large, and need no sorting.
     return {value, value > -infinity && reached <= 2 * above + 8};
   }

@@ -66,8 +66,7 @@ struct ScoreKernels {
 
   // Writes the places of the values > bound, with above[1] of those >= bound, to `places`; returns
   // how many there are. Sets `nan` if a value is NaN. They should be few.
-  using Above =
-      int64_t (*)(const Acc* values, int64_t n, Acc bound, uint32_t* places, bool* nan);
+  using Above = int64_t (*)(const Acc* values, int64_t n, Acc bound, uint32_t* places, bool* nan);
   Above above[2];
 };
 

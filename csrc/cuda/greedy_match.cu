@@ -1,10 +1,10 @@
 // The greedy matching of rows and columns: the largest entry first, its row and its column struck.
 //
-// Rows propose and columns hold on to the best proposal (Gale and Shapley, 1962). As both sides rank
-// by one order of the entries (by falling value, then row, then column), the stable matching is
-// unique, and it is the greedy one: the largest entry is the first choice of its row and of its
-// column, and without these two the same goes for the rest. So it does not matter in which order the
-// rows have their turn, and no thread waits for those of other rows.
+// Rows propose and columns hold on to the best proposal (Gale and Shapley, 1962). As both sides
+// rank by one order of the entries (by falling value, then row, then column), the stable matching
+// is unique, and it is the greedy one: the largest entry is the first choice of its row and of its
+// column, and without these two the same goes for the rest. So it does not matter in which order
+// the rows have their turn, and no thread waits for those of other rows.
 #include "device.cuh"
 #include "launchers.h"
 
@@ -36,8 +36,8 @@ struct Market {
   volatile uint32_t* holders;
   uint32_t* nan;
 
-  __device__ __forceinline__ Key key_of(int64_t matrix, int64_t row, int64_t column, bool& is_nan)
-      const {
+  __device__ __forceinline__ Key
+  key_of(int64_t matrix, int64_t row, int64_t column, bool& is_nan) const {
     const int64_t at = (matrix * rows + row) * columns + column;
     const Acc value = add(read<Acc>(similarity, element, at), Acc{0});  // -0 becomes +0
     is_nan |= value != value;
@@ -212,11 +212,12 @@ cudaError_t greedy_match_as(
   TAP_CHECK(cudaMemsetAsync(own_nan, 0, sizeof(uint32_t), stream));
   TAP_CHECK(cudaMemsetAsync(
       call.index, 0xFF, static_cast<size_t>(all_rows) * sizeof(int64_t), stream));  // -1
-  const Market<Acc> market{
-      call.similarity, call.element, call.rows, call.columns, bars, holders, own_nan};
+  const Market<Acc> market{call.similarity, call.element, call.rows, call.columns, bars,
+                           holders,         own_nan};
+  const bool is_long = call.columns > 1024;
   TAP_CHECK(
-      call.columns > 1024 ? propose_all<Acc, 256>(market, all_rows, stream)
-                          : propose_all<Acc, warp_size>(market, all_rows, stream));
+      (is_long ? propose_all<Acc, 256>(market, all_rows, stream)
+               : propose_all<Acc, warp_size>(market, all_rows, stream)));
   int blocks = 0;
   TAP_CHECK(resident_blocks(
       write_kernel, least_threads, (all_columns + least_threads - 1) / least_threads, &blocks));

@@ -229,3 +229,29 @@ def frobenius_alignment(
             total = total + weight * ((p.double() - r.double()) ** 2).sum() / size
             whole += weight
     return total / whole if whole else total
+
+
+def greedy_match(similarity: Tensor) -> Tensor:
+    """Sort the entries, and go through them one after the other."""
+    rows, columns = similarity.shape[-2:]
+    matrices = similarity.reshape(math.prod(similarity.shape[:-2]), rows * columns)
+    found = []
+    for matrix in matrices:
+        # The sort is stable, so that equals stay in the order of rows, then columns.
+        order = torch.sort(matrix, descending=True, stable=True).indices
+        index, taken = [-1] * rows, set()
+        for place in order[matrix[order] > -math.inf].tolist():
+            row, column = divmod(place, columns)
+            if index[row] < 0 and column not in taken:
+                index[row] = column
+                taken.add(column)
+        found.append(index)
+    return torch.tensor(found, dtype=torch.int64).reshape(similarity.shape[:-1])
+
+
+def match_in_order(rows: list[int], columns: list[int]) -> list[bool]:
+    kept: list[bool] = []
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        before = [j for j in range(i) if kept[j]]
+        kept.append(all(rows[j] != row and columns[j] != column for j in before))
+    return kept

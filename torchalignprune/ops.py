@@ -21,6 +21,8 @@ Score = Literal["value", "magnitude", "worth"]
 __all__ = [
     "apply_mask",
     "cosine_gains",
+    "greedy_match",
+    "match_in_order",
     "select_global",
     "select_rows",
     "square_sums",
@@ -189,6 +191,83 @@ def cosine_gains(
         name,
     )
     return gains
+
+
+def greedy_match(similarity: Tensor, *, name: str = "similarity") -> Tensor:
+    """Match rows with columns: the largest entry first, then the largest of what is left.
+
+    The row and the column of an entry that is taken are struck. Among equal entries the lowest row
+    goes first, then the lowest column; -0 and 0 are equal. The result is that of the sequential
+    definition, and the same on every device and with any number of threads. For entries that are
+    not negative the sum over the matched ones is at least half of the largest possible one.
+
+    Equivalent to::
+
+        index = torch.full((U,), -1)
+        while similarity.numel() and similarity.max() > -inf:
+            i, j = divmod(int(similarity.argmax()), V)
+            index[i] = j
+            similarity[i, :] = similarity[:, j] = -inf
+
+    Args:
+        similarity: shape ``(..., U, V)``, float32, float64, float16 or bfloat16; copied if it is
+            not contiguous. -inf forbids a pair, inf is larger than every number.
+        name: what to call the tensor in an error.
+
+    Returns:
+        int64, shape ``(..., U)``: the column that each row is matched with, -1 for none.
+
+    Raises:
+        ValueError: NaN; fewer than two dimensions.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> greedy_match(torch.tensor([[0.9, 0.8, 0.1], [1.0, 0.2, 0.3]]))
+        tensor([1, 0])
+    """
+    index: Tensor = torch.ops.torchalignprune.greedy_match(similarity.detach(), name)
+    return index
+
+
+@torch.library.register_fake("torchalignprune::greedy_match")
+def _(similarity: Tensor, name: str) -> Tensor:
+    return similarity.new_empty(similarity.shape[:-1], dtype=torch.int64)
+
+
+def match_in_order(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tensor:
+    """Go through pairs and keep each whose row and column no pair before it has.
+
+    Of pairs by falling similarity these are the ones that :func:`greedy_match` matches. One pass on
+    the CPU, where pairs on another device are copied to.
+
+    Args:
+        rows: shape ``(n,)``, int64, in ``[0, row_count)``.
+        columns: shape ``(n,)``, int64, in ``[0, column_count)``.
+        row_count: how many rows there are.
+        column_count: how many columns there are.
+
+    Returns:
+        bool, shape ``(n,)``, on the device of the pairs.
+
+    Raises:
+        ValueError: a shape that does not fit, or a row or column out of range.
+        TypeError: not int64.
+
+    Example:
+        >>> import torch
+        >>> match_in_order(torch.tensor([0, 1, 1]), torch.tensor([2, 2, 0]), 2, 3)
+        tensor([ True, False,  True])
+    """
+    kept: Tensor = torch.ops.torchalignprune.match_in_order(
+        rows.cpu(), columns.cpu(), row_count, column_count
+    )
+    return kept.to(rows.device)
+
+
+@torch.library.register_fake("torchalignprune::match_in_order")
+def _(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tensor:
+    return torch.empty_like(rows, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torchalignprune.methods import (  # noqa: E402
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
+from torchalignprune.reference import Reference  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "PrunableParameters",
     "PruningMethod",
     "Random",
+    "Reference",
     "__version__",
     "aligned_magnitude",
     "aligned_nm",

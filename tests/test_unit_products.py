@@ -92,7 +92,9 @@ def test_combination_equals_the_plain_form(
     several: list[dict[str, Any]], seed: int, device: str
 ) -> None:
     weights = [one["weight"].to(device) for one in several]
-    units = [1 if w.dim() < 2 else w.size(one["dim"]) for w, one in zip(weights, several, strict=True)]
+    units = [
+        1 if w.dim() < 2 else w.size(one["dim"]) for w, one in zip(weights, several, strict=True)
+    ]
     generator = torch.Generator().manual_seed(seed)
     coefficients = torch.randn(2, sum(units), dtype=torch.float64, generator=generator)
     found = ops.unit_combination(weights, coefficients.to(device), **lists(several, device))

@@ -8,7 +8,7 @@ from torchalignprune import build_info as _build_info
 
 _build_info.check()
 
-from torchalignprune import criteria, methods, ops  # noqa: E402
+from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
 from torchalignprune.calibration import input_norms  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
@@ -24,12 +24,15 @@ from torchalignprune.methods import (  # noqa: E402
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
+from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlignedMagnitude",
     "AlignedNM",
+    "CosineAlignment",
+    "FrobeniusAlignment",
     "Magnitude",
     "PrunableParameters",
     "PruningMethod",
@@ -47,4 +50,5 @@ __all__ = [
     "ops",
     "prunable_parameters",
     "random",
+    "schedules",
 ]

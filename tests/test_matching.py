@@ -417,7 +417,8 @@ def test_a_matching_that_cannot_be(
 def test_a_failed_match_leaves_the_layer() -> None:
     layer = nn.Linear(3, 3)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    with pytest.raises(ValueError, match=r"weight.* \(a\) cannot be matched with its reference \(b\): b should be finite"):
+    message = r"weight\) \(a\) cannot be matched with its reference \(b\): b should be finite"
+    with pytest.raises(ValueError, match=message):
         tap.aligned_magnitude(
             layer, "weight", 0.5, reference=torch.full((3, 3), math.nan), matching="greedy"
         )

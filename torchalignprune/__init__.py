@@ -11,6 +11,7 @@ _build_info.check()
 from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
 from torchalignprune.calibration import input_norms  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
+from torchalignprune.matching import Matching, match_units  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
     AlignedMagnitude,
     AlignedNM,
@@ -34,6 +35,7 @@ __all__ = [
     "CosineAlignment",
     "FrobeniusAlignment",
     "Magnitude",
+    "Matching",
     "PrunableParameters",
     "PruningMethod",
     "Random",
@@ -46,6 +48,7 @@ __all__ = [
     "input_norms",
     "load_state_dict",
     "magnitude",
+    "match_units",
     "methods",
     "ops",
     "prunable_parameters",

@@ -62,10 +62,11 @@ def match_units(
     possible, by ``scipy.optimize.linear_sum_assignment``. The shorter side is matched completely.
 
     Similarities are computed in float32, in float64 if a tensor is float64, by matrix products in
-    tiles of 2048 x 2048. With ``block=`` only a few of them are there at a time, and each is made
-    two or three times. The matching is the same as without, near ties included, because the tiles
-    are: on the same device, with the same number of threads, a product of one shape gives the same
-    bits each time.
+    tiles of 2048 x 2048. With ``block=`` only a few of them are there at a time, and all are made
+    several times: two or three times for random units, more often where all units are similar to
+    the same few. The matching is the same as without, near ties included, because the tiles are: on
+    the same device, with the same number of threads, a product of one shape gives the same bits
+    each time.
 
     Args:
         a: shape ``(U, *d)``, the units in rows; float32, float64, float16 or bfloat16.
@@ -346,8 +347,7 @@ def _match_rest(similarity: _Similarity, free: _Free, block: int) -> None:
         rest[rows, columns] = values
     index = ops.greedy_match(rest)
     is_matched = index >= 0
-    rows, columns = free.rows[is_matched], free.columns[index[is_matched]]
-    free.match(rows, columns, _at(rest, index)[is_matched])
+    free.match(free.rows[is_matched], free.columns[index[is_matched]], _at(rest, index)[is_matched])
 
 
 def _match_band(similarity: _Similarity, free: _Free, block: int, room: int) -> tuple[float, int]:
@@ -395,7 +395,7 @@ def _match_band(similarity: _Similarity, free: _Free, block: int, room: int) -> 
 
 def _upper_bound(values: Tensor, room: int) -> float:
     """A value that at most ``room`` of the values are above."""
-    return float(torch.kthvalue(values, len(values) - room).values)
+    return float(torch.topk(values, room + 1, sorted=False).values.min())
 
 
 def _match_equals(similarity: _Similarity, free: _Free, block: int, value: float) -> None:

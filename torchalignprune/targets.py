@@ -28,6 +28,7 @@ from torchalignprune.parameters import (
 __all__ = [
     "PerParameter",
     "Target",
+    "references_of",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -153,7 +154,19 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each.
+    """The targets with the reference that belongs to each, on the weight's device.
+
+    Raises:
+        ValueError, TypeError: as :func:`references_of`.
+    """
+    return [
+        replace(target, reference=own if own is None else own.to(target.weight.device))
+        for target, own in zip(targets, references_of(targets, reference), strict=True)
+    ]
+
+
+def references_of(targets: Sequence[Target], reference: PerParameter | None) -> list[Tensor | None]:
+    """The reference that belongs to each target, wherever it is; None for all without any.
 
     Raises:
         ValueError: too few or too many, none for a target, or another shape than the weight's.
@@ -166,8 +179,7 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
                 f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
                 f"got {tuple(own.shape)}"
             )
-        own = own if own is None else own.to(target.weight.device)
-        results.append(replace(target, reference=own))
+        results.append(own)
     return results
 
 

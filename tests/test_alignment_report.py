@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -316,11 +317,14 @@ def test_table(report: tap.AlignmentReport) -> None:
     assert first[1] == f"{report[0]['sparsity']:.1%}"
     assert first[2] == f"{report[0]['mean_alignment']:.3f}"
     assert repr(report) == f"AlignmentReport(4 parameters: {report._summary()})"
-    console_of = pytest.importorskip("rich.console")
-    file = io.StringIO()
-    console_of.Console(file=file, width=140).print(report)
-    for row in lines:
-        assert all(cell in file.getvalue() for cell in row.split())
+    for width in (140, 80):
+        file = io.StringIO()
+        Console(file=file, width=width).print(report)
+        shown = file.getvalue()
+        assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+        for line in lines:
+            assert all(cell in shown for cell in line.split()[1:])
+        assert "layer.0.weight" in shown and "moved" in shown
 
 
 @pytest.mark.parametrize("kind", ["grid", "list", "undefined"])

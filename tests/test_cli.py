@@ -910,7 +910,7 @@ def test_unexpected_errors_show_where_they_come_from(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a bug")
 
     monkeypatch.setattr(cli, "alignment_report", fail)

@@ -113,15 +113,14 @@ class AlignmentReport(list[dict[str, Any]]):
         from rich.table import Table
 
         header, *rows = self._cells()
-        table = Table()
-        for i, column in enumerate(header):
-            if i == 0:
-                table.add_column(column, overflow="fold")
-            else:
-                table.add_column(column, justify="right", no_wrap=True)
-        for row in rows[:-1]:
-            table.add_row(*row, end_section=row is rows[-2])
-        table.add_row(*rows[-1])
+        table = Table(box=None, pad_edge=False, collapse_padding=True)
+        table.add_column(header[0], overflow="fold", min_width=16)
+        for column, *cells in list(zip(header, *rows, strict=True))[1:]:
+            # Figures are never cut, however narrow the terminal is.
+            width = max(map(len, (*column.split(), *cells)))
+            table.add_column(column.replace(" ", "\n"), justify="right", min_width=width)
+        for row in (*rows[:-1], [], rows[-1]):
+            table.add_row(*row)
         return table
 
     def __repr__(self) -> str:

@@ -243,7 +243,7 @@ def _draw_spread(axes: Any, alignments: Sequence[Any]) -> None:
         axes.axvline(
             value, color="black", linestyle=style, linewidth=1, label=f"{label} {value:.3f}"
         )
-    axes.legend(fontsize=8, loc="upper left", frameon=False)
+    axes.legend(fontsize=8, loc="best")
     axes.grid(axis="y", alpha=0.3)
 
 

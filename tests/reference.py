@@ -86,6 +86,43 @@ def alignment(p: Tensor, r: Tensor) -> float:
     return float(p.double().flatten() @ r.double().flatten()) / norms if norms > 0 else 0.0
 
 
+def alignment_report(p: Tensor, r: Tensor) -> dict[str, float | int | None]:
+    """The figures of a matrix outputs x inputs (x kernel), unit by unit."""
+    p, r = p.double(), r.double()
+    figures: dict[str, float | int | None] = {
+        "entries": p.numel(),
+        "zeros": int((p == 0).sum()),
+        "sparsity": float((p == 0).double().mean()),
+        "distortion": float(((p - r) ** 2).sum() / (r**2).sum()) if r.any() else None,
+    }
+    for suffix, dim in (("", 0), ("_in", 1)):
+        units = [(p.select(dim, i), r.select(dim, i)) for i in range(p.shape[dim])]
+        aligned = sorted(alignment(*unit) for unit in units if unit[1].any())
+        spread: dict[str, float | None] = dict.fromkeys(("mean", "median", "p5", "worst"))
+        if aligned:
+            spread["mean"] = math.fsum(aligned) / len(aligned)
+            spread["median"], spread["p5"] = (percentile(aligned, q) for q in (0.5, 0.05))
+            spread["worst"] = aligned[0]
+        figures |= {f"{what}_alignment{suffix}": value for what, value in spread.items()}
+        dead = sum(bool(unit[1].any() and not unit[0].any()) for unit in units)
+        figures[f"dead_units_{'in' if suffix else 'out'}"] = dead
+    moved = []
+    for own, itself in zip(p, r, strict=True):
+        if own.any() and itself.any():
+            best = max(alignment(own, other) for other in r if other.any())
+            moved.append(best > alignment(own, itself) + 1e-9)
+    figures["moved_share"] = sum(moved) / len(moved) if moved else None
+    return figures
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """Linear between the two nearest."""
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
 def cosine_gains(
     weight: Tensor,
     *,

@@ -881,7 +881,13 @@ def test_transformers_is_as_loud_as_before(bert: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["prune", "--help"], ["demo", "--help"], ["info", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["prune", "--help"],
+        ["report", "--help"],
+        ["demo", "--help"],
+        ["info", "--help"],
+    ):
         assert main(arguments) == 0
         printed = capsys.readouterr().out
         assert re.search(r"exit codes:\n  0 .*\n  1 .*\n  2 .*\n  130 ", printed)
@@ -904,10 +910,10 @@ def test_unexpected_errors_show_where_they_come_from(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(cli, "layer_report", fail)
+    monkeypatch.setattr(cli, "alignment_report", fail)
     assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "AssertionError: a bug" in err

@@ -9,6 +9,7 @@ from torchalignprune import build_info as _build_info
 _build_info.check()
 
 from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
+from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
 from torchalignprune.calibration import input_norms  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
 from torchalignprune.matching import Matching, match_units  # noqa: E402
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignedMagnitude",
     "AlignedNM",
+    "AlignmentReport",
     "CosineAlignment",
     "FrobeniusAlignment",
     "Magnitude",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "aligned_magnitude",
     "aligned_nm",
+    "alignment_report",
     "criteria",
     "global_unstructured",
     "input_norms",

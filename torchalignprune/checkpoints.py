@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "check_output",
     "copy_other_files",
+    "empty_model",
     "load_checkpoint",
     "new_folder",
     "quiet_transformers",
@@ -79,10 +80,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers or safetensors is not installed.
     """
-    transformers = _transformers()
-    config = _json(folder, "config.json")
-    if "quantization_config" in config:
-        raise ValueError(f"{folder} is quantized: only float weights can be pruned")
+    kind = _architecture(folder)
     stored = WeightFiles(folder)
     kinds = {kind for kind in map(stored.dtype, stored) if kind.is_floating_point}
     if not kinds or not kinds <= set(DTYPES):
@@ -92,8 +90,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{got or 'no floating-point tensors'}"
         )
     dtype = functools.reduce(torch.promote_types, kinds)
-    names = config.get("architectures") or [None]
-    kind = getattr(transformers, str(names[0]), transformers.AutoModel)
     try:
         model, found = kind.from_pretrained(
             folder,
@@ -103,8 +99,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"transformers cannot load {folder}: {reason}") from error
+        raise _cannot_load(folder, error) from error
     if found["mismatched_keys"]:
         name, *shapes = min(found["mismatched_keys"])
         there, expected = (tuple(shape) for shape in shapes)
@@ -113,6 +108,25 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     unused, lost = _unused(model, stored.keys(), found["unexpected_keys"])
     return Checkpoint(folder, model, frozenset(found["missing_keys"]), unused, lost)
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a checkpoint folder on the meta device: modules, names and shapes, no weights.
+
+    Args:
+        folder: with ``config.json``; the class is found as in :func:`load_checkpoint`.
+
+    Raises:
+        ValueError: the folder is not such a checkpoint, or quantized.
+        ImportError: transformers is not installed.
+    """
+    kind = _architecture(folder)
+    try:
+        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _cannot_load(folder, error) from error
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -250,6 +264,21 @@ def _transformers() -> Any:
             'checkpoints need transformers: pip install "torchalignprune[transformers]"'
         ) from error
     return transformers
+
+
+def _architecture(folder: Path) -> Any:
+    """The class of the model, which has ``from_pretrained``."""
+    transformers = _transformers()
+    config = _json(folder, "config.json")
+    if "quantization_config" in config:
+        raise ValueError(f"{folder} is quantized: only float weights can be pruned")
+    names = config.get("architectures") or [None]
+    return getattr(transformers, str(names[0]), transformers.AutoModel)
+
+
+def _cannot_load(folder: Path, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"transformers cannot load {folder}: {reason}")
 
 
 def _json(folder: Path, name: str) -> Any:

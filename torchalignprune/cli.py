@@ -1,4 +1,4 @@
-"""The command line: ``torchalignprune prune``, ``demo`` and ``info``."""
+"""The command line: ``torchalignprune prune``, ``report``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch.nn.utils.prune import remove
 
 import torchalignprune
 from torchalignprune import criteria, methods
-from torchalignprune.layer_report import layer_report
+from torchalignprune.alignment_report import AlignmentReport, alignment_report, checkpoint_report
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
 from torchalignprune.pruning import PruningMethod, global_unstructured
 
@@ -38,6 +38,7 @@ exit codes:
   130  interrupted (143: terminated): the output folder is as it was
 """
 _BATCH = 32
+_SUFFIXES = (".json", ".png", ".pdf", ".svg")
 _Norms = dict[tuple[nn.Module, str], Tensor]
 
 
@@ -173,6 +174,40 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--json", action="store_true", help="print the report as JSON, nothing else")
     prune.set_defaults(run=_prune)
 
+    report = commands.add_parser(
+        "report",
+        help="compare a pruned Transformers checkpoint folder with the dense one",
+        description=(
+            "Compare the weight matrices of a pruned Transformers checkpoint folder with those of\n"
+            "the dense one: sparsity, alignment of the units, distortion, dead units. The weights\n"
+            "are read from the files one matrix at a time; the models are not loaded."
+        ),
+        **shared,
+    )
+    report.add_argument("dense", metavar="DENSE", type=Path, help="the folder of the dense model")
+    report.add_argument("pruned", metavar="PRUNED", type=Path, help="that of the pruned model")
+    report.add_argument(
+        "--include", action="append", metavar="PATTERN", help="exactly what matches; repeat"
+    )
+    report.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="leave out what matches; repeat"
+    )
+    report.add_argument(
+        "--no-matching",
+        action="store_true",
+        help="do not look for moved units, which takes most of the time",
+    )
+    report.add_argument(
+        "--out",
+        nargs="+",
+        type=_report_file,
+        default=[],
+        metavar="FILE",
+        help=f"write the report to files, by their suffix: {', '.join(_SUFFIXES)}",
+    )
+    report.add_argument("--json", action="store_true", help="print the report as JSON")
+    report.set_defaults(run=_report)
+
     demo = commands.add_parser(
         "demo",
         help="compare the methods on a real sentence encoder",
@@ -206,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
-    from torchalignprune.figures import draw_layers, require_matplotlib
+    from torchalignprune.figures import require_matplotlib
 
     plan = _Plan(options)
     sentences = _sentences(options.calibration) if options.calibration else []
@@ -235,7 +270,7 @@ def _prune(options: argparse.Namespace) -> None:
         with stages("prune"), _input():
             plan.prune(params, norms, options.seed)
         with stages("report"):
-            report = layer_report(params)
+            report = alignment_report(params, matching=False)
             for module, name in params:
                 remove(module, name)
         with checkpoints.new_folder(options.out, overwrite=options.overwrite) as folder:
@@ -262,7 +297,7 @@ def _prune(options: argparse.Namespace) -> None:
             }
             _write_json(folder / "report.json", written)
             title = _title(options.checkpoint, plan, report.totals)
-            draw_layers(report, title, folder / "report.png")
+            report.plot(folder / "report.png", title)
     if options.json:
         _print_json(written)
     else:
@@ -274,6 +309,51 @@ def _prune(options: argparse.Namespace) -> None:
             f"{_figure(totals['worst_alignment'])}; dead units: {totals['dead_units_out']} "
             f"outputs, {totals['dead_units_in']} inputs. See report.json and report.png there."
         )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from torchalignprune import checkpoints
+    from torchalignprune.figures import require_matplotlib
+
+    if any(file.suffix != ".json" for file in options.out):
+        require_matplotlib()
+    started = time.perf_counter()
+    with checkpoints.quiet_transformers(), _input():
+        report, params = checkpoint_report(
+            options.dense,
+            options.pruned,
+            options.include,
+            options.exclude,
+            matching=not options.no_matching,
+            progress=sys.stderr.isatty(),
+        )
+    written = {
+        "dense": str(options.dense),
+        "pruned": str(options.pruned),
+        "totals": report.totals,
+        "layers": list(report),
+        "left_out": params.left_out,
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": _versions(),
+        "command": options.command_line,
+    }
+    for file in options.out:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            _write_json(file, written)
+        else:
+            report.plot(file, _report_title(options, report))
+    if options.json:
+        _print_json(written)
+        return
+    _print_report(report)
+    print(
+        "mean, median, p5 (5th percentile) and worst: cosine between an output unit's pruned and "
+        "its dense weights;\ndead: units that are all zero"
+        + ("" if options.no_matching else "; moved: units that fit another unit better")
+    )
+    if options.out:
+        print(f"written: {', '.join(map(str, options.out))}")
 
 
 class _Plan:
@@ -515,6 +595,26 @@ def _norms(
         return input_norms(model, batches, params, progress=visible)
 
 
+def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:
+    return (
+        f"{options.pruned.resolve().name} against {options.dense.resolve().name}\n"
+        f"{report.totals['sparsity']:.1%} sparse, mean unit alignment "
+        f"{_figure(report.totals['mean_alignment'])}"
+    )
+
+
+def _print_report(report: AlignmentReport) -> None:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ImportError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report)
+
+
 def _title(checkpoint: Path, plan: _Plan, totals: Mapping[str, Any]) -> str:
     return (
         f"{checkpoint.resolve().name}: {plan}\n{totals['sparsity']:.1%} sparse, "
@@ -577,6 +677,15 @@ def _tqdm() -> Any:
     from tqdm import tqdm
 
     return tqdm
+
+
+def _report_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in _SUFFIXES:
+        raise argparse.ArgumentTypeError(f"should end in {', '.join(_SUFFIXES)}, got {text}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return path
 
 
 def _share(text: str) -> float:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune import criteria, methods
+from torchalignprune.alignment_report import alignment_report
 from torchalignprune.calibration import input_norms
 from torchalignprune.checkpoints import load_checkpoint, quiet_transformers
-from torchalignprune.layer_report import layer_report
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
 from torchalignprune.pruning import PruningMethod, global_unstructured
 
@@ -185,7 +185,7 @@ def run_demo(
         seconds = time.perf_counter() - started
         cosines = (_embed(model, batches) * embeddings).sum(dim=1)
         low, high = bootstrap_interval(cosines)
-        totals = layer_report(own).totals
+        totals = alignment_report(own, matching=False).totals
         results.append(
             {
                 "method": run.label,

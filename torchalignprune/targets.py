@@ -154,11 +154,10 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each.
+    """The targets with the reference that belongs to each, on the weight's device.
 
     Raises:
-        ValueError: too few or too many, none for a target, or another shape than the weight's.
-        TypeError: not tensors.
+        ValueError, TypeError: as :func:`references_of`.
     """
     if reference is None:
         return list(targets)
@@ -169,7 +168,12 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
 
 
 def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Tensor]:
-    """The reference that belongs to each target, where it is; raises as with_references."""
+    """The reference that belongs to each target, wherever it is.
+
+    Raises:
+        ValueError: too few or too many, none for a target, or another shape than the weight's.
+        TypeError: not tensors.
+    """
     references = []
     for target, own in _per_target(targets, reference, "reference"):
         assert own is not None

@@ -9,7 +9,7 @@ from torchalignprune import build_info as _build_info
 _build_info.check()
 
 from torchalignprune import criteria, methods, ops  # noqa: E402
-from torchalignprune.calibration import input_norms  # noqa: E402
+from torchalignprune.calibration import Calibration  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
     AlignedMagnitude,
@@ -23,12 +23,14 @@ from torchalignprune.methods import (  # noqa: E402
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
+from torchalignprune.realign import realign  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlignedMagnitude",
     "AlignedNM",
+    "Calibration",
     "Magnitude",
     "PrunableParameters",
     "PruningMethod",
@@ -38,11 +40,11 @@ __all__ = [
     "aligned_nm",
     "criteria",
     "global_unstructured",
-    "input_norms",
     "load_state_dict",
     "magnitude",
     "methods",
     "ops",
     "prunable_parameters",
     "random",
+    "realign",
 ]

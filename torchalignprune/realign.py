@@ -76,6 +76,12 @@ def realign(
     Call it once, after the last pruning: a second call would add to the bias once more. It takes
     as much memory as the parameters, so that a call that fails changes nothing.
 
+    This is the least squares problem of Frantar and Alistarh, "SparseGPT" (2023), equation 2, and
+    of Boza, "Fast and effective weight update for pruned large language models" (2024), with the
+    bias in it. It is solved for all units of a layer at once, by 20 steps of conjugate gradients
+    from where the weights are: exactly where a unit has no more than 20 entries left, and to a
+    fraction of a percent of the error on the layers of a real encoder.
+
     Args:
         params: ``(module, name)`` pairs of pruned weights of linear layers: ``nn.Linear``,
             transformers' ``Conv1D`` and the input projections of ``nn.MultiheadAttention``.
@@ -85,7 +91,7 @@ def realign(
             ``"bias"`` are left alone; the result says which these are.
         reference: the weights to come back to, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the weights under the
-            masks, ``name_orig``.
+            masks, ``name_orig``: right as long as nothing has trained or moved them since.
         ridge: :math:`\lambda`, as a share of the mean variance of the inputs' features. It keeps
             weights whose inputs hardly vary in the calibration text where they are.
 
@@ -98,10 +104,6 @@ def realign(
             has one; two layers with one bias; a reference of the wrong shape; NaN or infinity in
             the weights; a negative ridge. The error names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
-
-    The least squares problem of Frantar and Alistarh, "SparseGPT" (2023), and of Boza, "Fast and
-    effective weight update for pruned large language models" (2024), solved for all units of a
-    layer at once.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -261,14 +263,15 @@ class _Layer:
             float(torch.minimum(before, after).sum()) / size if known else None,
             any(bias is not None for bias in self.biases),
         )
-        return (self._rows(v) if self.what == "weights" else None), biases, result
+        new_weight = self._rows(v).to(target.weight.dtype) if self.what == "weights" else None
+        return new_weight, biases, result
 
     def write(self, weight: Tensor | None, biases: Sequence[Tensor | None]) -> None:
         mask = self.target.mask
         assert mask is not None
         if weight is not None:
             here = self.target.weight
-            here.copy_(torch.where(mask, weight.to(here.dtype), here))
+            here.copy_(torch.where(mask, weight, here))
         for bias, new in zip(self.biases, biases, strict=True):
             if bias is not None and new is not None:
                 bias.values.copy_(new)

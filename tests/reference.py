@@ -292,3 +292,49 @@ def match_in_order(rows: list[int], columns: list[int]) -> list[bool]:
         before = [j for j in range(i) if kept[j]]
         kept.append(all(rows[j] != row and columns[j] != column for j in before))
     return kept
+
+
+def realign(
+    weight: Tensor,
+    mask: Tensor,
+    places: list[tuple[float, Tensor, Tensor, bool]],
+    *,
+    reference: Tensor | None = None,
+    ridge: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Solve for each unit, in float64.
+
+    Args:
+        weight: shape (units, inputs).
+        mask: likewise.
+        places: for each place of the weight its share, the mean and the covariance of its inputs,
+            and whether it has a bias.
+
+    Returns:
+        The weights, 0 under the mask, and what to add to the bias of each place (0 without one).
+    """
+    p = weight.double() * mask
+    w = weight.double() if reference is None else reference.double()
+    products = torch.zeros(w.size(1), w.size(1), dtype=torch.float64)
+    for share, mean, covariance, has_bias in places:
+        m, c = mean.double(), covariance.double()
+        products += share * (c if has_bias else c + m[:, None] * m)
+    shift = ridge * products.diagonal().mean()
+    v = torch.zeros_like(p)
+    for i in range(len(p)):
+        s = mask[i].nonzero().flatten()
+        a = products[s][:, s] + shift * torch.eye(len(s), dtype=torch.float64)
+        b = products[s] @ w[i] + shift * p[i, s]
+        v[i, s] = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
+    return v, [(w - v) @ mean.double() * has_bias for _, mean, _, has_bias in places]
+
+
+def output_error(
+    change: Tensor, bias: Tensor, places: list[tuple[float, Tensor, Tensor, bool]]
+) -> Tensor:
+    """The mean square of the change of each unit's output, with ``bias`` added at all places."""
+    change, total = change.double(), torch.zeros(len(change), dtype=torch.float64)
+    for share, mean, covariance, _ in places:
+        apart = change @ mean.double() + bias
+        total += share * (((change @ covariance.double()) * change).sum(dim=1) + apart**2)
+    return total

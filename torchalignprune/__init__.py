@@ -10,7 +10,7 @@ _build_info.check()
 
 from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
 from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
-from torchalignprune.calibration import input_norms  # noqa: E402
+from torchalignprune.calibration import Calibration  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
 from torchalignprune.matching import Matching, match_units  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
@@ -25,6 +25,7 @@ from torchalignprune.methods import (  # noqa: E402
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
+from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
 from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
 
@@ -34,6 +35,7 @@ __all__ = [
     "AlignedMagnitude",
     "AlignedNM",
     "AlignmentReport",
+    "Calibration",
     "CosineAlignment",
     "FrobeniusAlignment",
     "Magnitude",
@@ -48,7 +50,6 @@ __all__ = [
     "alignment_report",
     "criteria",
     "global_unstructured",
-    "input_norms",
     "load_state_dict",
     "magnitude",
     "match_units",
@@ -56,5 +57,6 @@ __all__ = [
     "ops",
     "prunable_parameters",
     "random",
+    "realign",
     "schedules",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune import ops
+from torchalignprune.calibration import Calibration
 from torchalignprune.matching import Method, Metric
 from torchalignprune.parameters import Parameters
 from torchalignprune.pruning import Budget, PruningMethod
@@ -100,10 +101,10 @@ class AlignedMagnitude(PruningMethod):
         reference: the weights to stay aligned with, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the current weights,
             without their masks.
-        input_norms: the root mean square of each input feature over some text
-            (:func:`torchalignprune.input_norms`), one vector for each parameter, likewise: every
-            ``w`` and ``r`` is multiplied by its input's norm first, so that the units' outputs are
-            kept aligned instead of their weights. Parameters of one dimension have no inputs.
+        input_norms: a :class:`torchalignprune.Calibration`, or the root mean square of each input
+            feature over some text, one vector for each parameter, likewise: every ``w`` and ``r``
+            is multiplied by its input's norm first, so that the units' outputs are kept aligned
+            instead of their weights. Parameters of one dimension have no inputs.
         matching: ``"greedy"`` or ``"hungarian"``: the units of the reference are not compared with
             those in the same place, but permuted first to match the current ones, without what is
             pruned of them (:func:`torchalignprune.match_units`): by cosine, or by Euclidean
@@ -138,7 +139,7 @@ class AlignedMagnitude(PruningMethod):
         alignment: Alignment = "cosine",
         units: Units = "out",
         reference: PerParameter | None = None,
-        input_norms: PerParameter | None = None,
+        input_norms: PerParameter | Calibration | None = None,
         matching: Method | None = None,
         structure: Parameters | None = None,
         budget: Budget = "global",
@@ -223,7 +224,7 @@ class AlignedNM(PruningMethod):
         m: int = 4,
         *,
         reference: PerParameter | None = None,
-        input_norms: PerParameter | None = None,
+        input_norms: PerParameter | Calibration | None = None,
         structure: Parameters | None = None,
     ) -> None:
         for value, which in ((n, "n"), (m, "m")):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (
     DTYPES,
     Parameters,
@@ -186,7 +187,9 @@ def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Te
     return references
 
 
-def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> list[Target]:
+def with_input_norms(
+    targets: Sequence[Target], norms: PerParameter | Calibration | None
+) -> list[Target]:
     """The targets with the input norms that belong to each; parameters of one dimension have none.
 
     Raises:
@@ -194,6 +197,8 @@ def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> l
             inputs, or negative, infinite or NaN.
         TypeError: not tensors.
     """
+    if isinstance(norms, Calibration):
+        norms = norms.norms()
     results = []
     for target, own in _per_target(targets, norms, "input_norms"):
         if own is None or target.weight.dim() < 2:

@@ -28,7 +28,6 @@ from torchalignprune.parameters import (
 __all__ = [
     "PerParameter",
     "Target",
-    "references_of",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -52,7 +51,8 @@ class Target:
         out_dim: the dimension of the units (outputs): 0, or 1 for transformers' Conv1D.
         places: where it sits; several for tied weights, none where only the values are known.
         parameter: the parameter itself, where only its values are known.
-        reference: what its units are to stay aligned with, shaped like the weight; None for itself.
+        reference: what its units are to stay aligned with, shaped like the weight, maybe on another
+            device; None for the weight itself.
         input_norms: one for each input, or None.
     """
 
@@ -73,6 +73,10 @@ class Target:
     def dtype(self) -> torch.dtype:
         """The dtype that scores are computed in."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def reference_here(self) -> Tensor | None:
+        """The reference on the weight's device."""
+        return None if self.reference is None else self.reference.to(self.weight.device)
 
     def remaining(self) -> int:
         """How many entries are not pruned yet."""
@@ -154,19 +158,7 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each, on the weight's device.
-
-    Raises:
-        ValueError, TypeError: as :func:`references_of`.
-    """
-    return [
-        replace(target, reference=own if own is None else own.to(target.weight.device))
-        for target, own in zip(targets, references_of(targets, reference), strict=True)
-    ]
-
-
-def references_of(targets: Sequence[Target], reference: PerParameter | None) -> list[Tensor | None]:
-    """The reference that belongs to each target, wherever it is; None for all without any.
+    """The targets with the reference that belongs to each, wherever that is.
 
     Raises:
         ValueError: too few or too many, none for a target, or another shape than the weight's.
@@ -179,7 +171,7 @@ def references_of(targets: Sequence[Target], reference: PerParameter | None) -> 
                 f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
                 f"got {tuple(own.shape)}"
             )
-        results.append(own)
+        results.append(replace(target, reference=own))
     return results
 
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from torchalignprune import figures
+from torchalignprune.checkpoints import empty_model, find_checkpoint_weights
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
     parameter_names,
     prunable_parameters,
 )
-from torchalignprune.targets import PerParameter, Target, references_of, targets_of
-from torchalignprune.weight_files import WeightFiles, find_weights, plain_names
+from torchalignprune.targets import PerParameter, Target, targets_of, with_references
+from torchalignprune.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     import pandas
@@ -213,14 +214,11 @@ def alignment_report(
         AlignmentReport(1 parameters: 25.0% sparse, mean unit alignment 0.900)
     """
     pairs = params if isinstance(params, list) else list(params)
-    targets = targets_of(pairs)
-    references: list[Tensor | None] = [None] * len(targets)
-    if reference is not None:
-        references = [*references_of(targets, reference)]
+    targets = with_references(targets_of(pairs), reference)
 
     def load(i: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        own = references[i]
-        return targets[i].weight, targets[i].mask, targets[i].weight if own is None else own
+        weight, own = targets[i].weight, targets[i].reference
+        return weight, targets[i].mask, weight if own is None else own
 
     return _report(pairs, targets, load, range(len(targets)), matching)
 
@@ -259,15 +257,13 @@ def checkpoint_report(
             of another shape, all of them listed; NaN or infinity.
         ImportError: transformers or safetensors, or for the progress bar tqdm, is not installed.
     """
-    from torchalignprune.checkpoints import empty_model
-
     params = prunable_parameters(empty_model(Path(pruned)), include, exclude)
     targets = targets_of(params)
     name_of = dict(zip(params, params.names, strict=True))
     names = [[name_of[place] for place in target.places] for target in targets]
     shapes = [tuple(target.weight.shape) for target in targets]
     files = [WeightFiles(pruned), WeightFiles(dense)]
-    keys = [find_weights(file, names, shapes, plain_names(file)) for file in files]
+    keys = [find_checkpoint_weights(file, names, shapes) for file in files]
 
     def load(i: int) -> tuple[Tensor, Tensor | None, Tensor]:
         weight, reference = (file[own[i]] for file, own in zip(files, keys, strict=True))

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from torchalignprune.parameters import DTYPES
-from torchalignprune.weight_files import WeightFiles
+from torchalignprune.weight_files import WeightFiles, find_weights, plain_names
 
 __all__ = [
     "Checkpoint",
     "check_output",
     "copy_other_files",
     "empty_model",
+    "find_checkpoint_weights",
     "load_checkpoint",
     "new_folder",
     "quiet_transformers",
@@ -127,6 +128,27 @@ def empty_model(folder: Path) -> Any:
             return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _cannot_load(folder, error) from error
+
+
+def find_checkpoint_weights(
+    files: WeightFiles, names: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]]
+) -> list[str]:
+    """:func:`torchalignprune.weight_files.find_weights`, also where a model has other names.
+
+    The names in the checkpoints of some architectures are older than those in their models;
+    transformers renames them when it loads one, and back when it saves.
+
+    Raises:
+        ValueError: as ``find_weights``.
+    """
+    known = plain_names(files)
+    try:
+        return find_weights(files, names, shapes, known)
+    except ValueError:
+        renamed = _names_in_model(files.path, known)
+        if renamed == known:
+            raise
+    return find_weights(files, names, shapes, renamed)
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -274,6 +296,30 @@ def _architecture(folder: Path) -> Any:
         raise ValueError(f"{folder} is quantized: only float weights can be pruned")
     names = config.get("architectures") or [None]
     return getattr(transformers, str(names[0]), transformers.AutoModel)
+
+
+def _names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
+    """``known`` by the names that the tensors have in the model that the checkpoint is of."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        model = empty_model(path if path.is_dir() else path.parent)
+    except (ImportError, ValueError):  # transformers before 5.0, or no model of transformers
+        return known
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    renamed = {}
+    for name, stored in known.items():
+        own, converted = rename_source_key(name, renamings, converters)
+        if converted is None:  # otherwise the model has it in another form
+            renamed[own] = stored
+    return renamed
 
 
 def _cannot_load(folder: Path, error: Exception) -> ValueError:

@@ -92,7 +92,7 @@ def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method
 
 def unit_gains(target: Target, unit_dim: int) -> Tensor:
     """The cosine gains, units along ``unit_dim``, in the layout of the weight."""
-    w, reference, norms = target.weight, target.reference, target.input_norms
+    w, reference, norms = target.weight, target.reference_here(), target.input_norms
     if w.dim() < 2:
         return ops.cosine_gains(w, mask=target.mask, reference=reference, name=target.name)
     of_outputs = unit_dim == target.out_dim
@@ -114,9 +114,10 @@ def within_unit(target: Target) -> Tensor:
     w = target.weight.to(target.dtype)
     scale = 1 if target.input_norms is None else along(target.input_norms, target.in_dim, w)
     w = w * scale
-    if target.reference is None:
+    reference = target.reference_here()
+    if reference is None:
         return w.abs()
-    r = target.reference.to(w.dtype) * scale
+    r = reference.to(w.dtype) * scale
     alive = w if target.mask is None else w * target.mask
     others = [dim for dim in range(w.dim()) if dim != target.out_dim]
     square = (alive * alive).sum(dim=others, keepdim=True, dtype=torch.float64)
@@ -175,12 +176,13 @@ def _ranking(targets: Sequence[Target]) -> Ranking:
     weights = [target.weight for target in targets]
     if all(target.reference is None for target in targets):
         return Ranking(weights, "magnitude")
-    return Ranking(weights, "worth", references=[target.reference for target in targets])
+    return Ranking(weights, "worth", references=[target.reference_here() for target in targets])
 
 
 def _square_sums(target: Target) -> tuple[Tensor, Tensor]:
     """Those of the reference's rows and columns, with the input norms in it."""
-    r = target.weight if target.reference is None else target.reference
+    reference = target.reference_here()
+    r = target.weight if reference is None else reference
     scales: list[Tensor | None] = [None, None]
     if target.input_norms is not None:
         wide = torch.float64 if r.dtype == torch.float64 else torch.float32

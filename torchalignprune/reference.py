@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from torchalignprune.checkpoints import find_checkpoint_weights
 from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters
 from torchalignprune.targets import targets_of
-from torchalignprune.weight_files import WeightFiles, find_weights, plain_names, write_tensors
+from torchalignprune.weight_files import WeightFiles, find_weights, write_tensors
 
 __all__ = ["Reference"]
 
@@ -114,7 +116,8 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
 
         Names are matched as they are, or with one prefix taken off, put on or replaced for all of
         them: the base model's checkpoint for a task model, a task model's for its base model,
-        either for a wrapper around it. The checkpoint may be that of a pruned model, with
+        either for a wrapper around it. Where transformers has other names in its models than in
+        its checkpoints, it is asked for them. The checkpoint may be that of a pruned model, with
         ``name_orig`` and ``name_mask``, and may hold more than the parameters.
 
         Args:
@@ -133,8 +136,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
                 another shape, all of them listed; or a prefix that is ambiguous.
             ImportError: safetensors is not installed.
         """
-        files = WeightFiles(path)
-        return cls._from_files(files, params, plain_names(files), "from_checkpoint")
+        return cls._from_files(WeightFiles(path), params, find_checkpoint_weights)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
@@ -161,29 +163,28 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
                 f"{path} has format version {files.metadata.get('version')}, expected {_VERSION}: "
                 "it needs another version of torchalignprune"
             )
-        return cls._from_files(files, params, json.loads(files.metadata["names"]), "load")
+        known = json.loads(files.metadata["names"])
+        return cls._from_files(files, params, functools.partial(find_weights, stored=known))
 
     @classmethod
     def _from_files(
         cls,
         files: WeightFiles,
         params: PrunableParameters,
-        known: Mapping[str, str],
-        caller: str,
+        find: Callable[..., list[str]],
     ) -> Reference:
         if not isinstance(params, PrunableParameters):
             raise TypeError(
-                f"Reference.{caller} goes by names, which plain pairs do not have: params should "
-                "come from prunable_parameters(model) or be a PrunableParameters(pairs, names, "
-                f"left_out={{}}), got {type(params).__name__}"
+                "a file goes by names, which plain pairs do not have: params should come from "
+                "prunable_parameters(model) or be a PrunableParameters(pairs, names, left_out={}), "
+                f"got {type(params).__name__}"
             )
         names = _names(params)
         targets = targets_of(params)
-        keys = find_weights(
+        keys = find(
             files,
             [[names[place] for place in target.places] for target in targets],
             [tuple(target.weight.shape) for target in targets],
-            known,
         )
         tensors: dict[tuple[nn.Module, str], Tensor] = {}
         for target, key in zip(targets, keys, strict=True):

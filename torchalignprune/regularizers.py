@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchalignprune import ops
 from torchalignprune.matching import match_units
 from torchalignprune.parameters import Parameters, mask_of, stored
-from torchalignprune.targets import Pair, PerParameter, Target, references_of, targets_of
+from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
 
 __all__ = ["CosineAlignment", "FrobeniusAlignment"]
 
@@ -42,8 +42,7 @@ class _Penalty(nn.Module):
                 "reference should hold the unpruned weights, such as Reference.capture(params), "
                 "got None"
             )
-        targets = targets_of(params)
-        self._references = references_of(targets, reference)
+        targets = with_references(targets_of(params), reference)
         self._weights = _weights(targets, weights)
         # Without the tensors of now: the model's may be replaced, as by ``model.to``.
         self._targets = [replace(t, weight=t.weight.to("meta"), mask=None) for t in targets]
@@ -170,14 +169,14 @@ class _Penalty(nn.Module):
         masks = [mask_of(*target.places[0]) for target in targets]
         device = weights[0].device
         # What is on the CPU stays there: the operators fetch it, one tensor at a time.
-        references = [self._references[number] for number in numbers]
+        references = [target.reference for target in targets]
         sides = []
         for side in range(len(self._sides(targets[0]))):
             dims = [self._sides(target)[side] for target in targets]
             products = ops.unit_products(
                 weights,
                 masks=[m if m is None or m.dtype == torch.bool else m != 0 for m in masks],
-                references=[r if r.is_cpu else r.to(device) for r in references],
+                references=[r if r is None or r.is_cpu else r.to(device) for r in references],
                 indices=[self._indices[number] for number in numbers],
                 dims=dims,
                 names=[target.name for target in targets],
@@ -297,7 +296,8 @@ class CosineAlignment(_Penalty):
                 continue
             (dim,) = self._sides(target)
             pruned = weight if mask is None else weight * (mask != 0)
-            reference = self._references[number].to(weight.device, weight.dtype)
+            assert target.reference is not None
+            reference = target.reference.to(weight.device, weight.dtype)
             self._indices[number] = match_units(
                 pruned.movedim(dim, 0), reference.movedim(dim, 0), method=method
             ).index

@@ -29,7 +29,6 @@ from torchalignprune.parameters import (
 __all__ = [
     "PerParameter",
     "Target",
-    "references_of",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -53,7 +52,8 @@ class Target:
         out_dim: the dimension of the units (outputs): 0, or 1 for transformers' Conv1D.
         places: where it sits; several for tied weights, none where only the values are known.
         parameter: the parameter itself, where only its values are known.
-        reference: what its units are to stay aligned with, shaped like the weight; None for itself.
+        reference: what its units are to stay aligned with, shaped like the weight, maybe on another
+            device; None for the weight itself.
         input_norms: one for each input, or None.
     """
 
@@ -74,6 +74,10 @@ class Target:
     def dtype(self) -> torch.dtype:
         """The dtype that scores are computed in."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def reference_here(self) -> Tensor | None:
+        """The reference on the weight's device."""
+        return None if self.reference is None else self.reference.to(self.weight.device)
 
     def remaining(self) -> int:
         """How many entries are not pruned yet."""
@@ -155,36 +159,21 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each, on the weight's device.
-
-    Raises:
-        ValueError, TypeError: as :func:`references_of`.
-    """
-    if reference is None:
-        return list(targets)
-    return [
-        replace(target, reference=own.to(target.weight.device))
-        for target, own in zip(targets, references_of(targets, reference), strict=True)
-    ]
-
-
-def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Tensor]:
-    """The reference that belongs to each target, wherever it is.
+    """The targets with the reference that belongs to each, wherever that is.
 
     Raises:
         ValueError: too few or too many, none for a target, or another shape than the weight's.
         TypeError: not tensors.
     """
-    references = []
+    results = []
     for target, own in _per_target(targets, reference, "reference"):
-        assert own is not None
-        if own.shape != target.weight.shape:
+        if own is not None and own.shape != target.weight.shape:
             raise ValueError(
                 f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
                 f"got {tuple(own.shape)}"
             )
-        references.append(own)
-    return references
+        results.append(replace(target, reference=own))
+    return results
 
 
 def with_input_norms(

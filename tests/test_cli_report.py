@@ -386,7 +386,7 @@ def test_the_models_are_never_in_memory(tmp_path: Path) -> None:
         hidden_size=1024,
         intermediate_size=4096,
         num_attention_heads=16,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         vocab_size=16,
         architectures=["BertModel"],
     )
@@ -403,7 +403,7 @@ def test_the_models_are_never_in_memory(tmp_path: Path) -> None:
         save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         sizes[kind] = sum(weight.nbytes for weight in weights.values())
         del weights
-    assert sizes["dense"] > 300e6
+    assert sizes["dense"] > 200e6
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "dense"), str(tmp_path / "pruned")],
         check=True,

@@ -360,31 +360,33 @@ def test_a_missing_extra_is_named(
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 import transformers
 from torchalignprune.cli import main
 from torchalignprune.checkpoints import empty_model
 
-def peak():  # in bytes
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # resident memory in bytes, with the pages of mapped files
+    status = Path("/proc/self/status").read_text().split()
+    return 1024 * int(status[status.index("VmHWM:") + 1])
 
 empty_model(Path(sys.argv[2]))  # brings in what transformers needs
+Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
 before = peak()
-code = main(["report", *sys.argv[1:], "--no-matching", "--json"])
+code = main(["report", *sys.argv[1:], "--json", "--no-matching"])
 print(peak() - before, file=sys.stderr)
 sys.exit(code)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs")
 def test_the_models_are_never_in_memory(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_attention_heads=16,
-        num_hidden_layers=10,
+        num_hidden_layers=4,
         vocab_size=16,
         architectures=["BertModel"],
     )
@@ -401,7 +403,7 @@ def test_the_models_are_never_in_memory(tmp_path: Path) -> None:
         save_file(weights, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
         sizes[kind] = sum(weight.nbytes for weight in weights.values())
         del weights
-    assert sizes["dense"] > 480e6
+    assert sizes["dense"] > 200e6
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "dense"), str(tmp_path / "pruned")],
         check=True,

@@ -680,7 +680,15 @@ def similarity_of(kind: str, *shape: int) -> Tensor:
     return values
 
 
-SIMILARITIES = "normal ties equal rank-one permuted forbidden-and-infinite zero-rows".split()
+SIMILARITIES = [
+    "normal",
+    "ties",
+    "equal",
+    "rank-one",
+    "permuted",
+    "forbidden-and-infinite",
+    "zero-rows",
+]
 # On both sides of the columns that a warp takes by itself.
 SHAPES = [(1, 1), (7, 3, 40), (2, 3, 33, 31), (300, 1024), (1025, 200), (2, 130, 1500), (3, 5000)]
 

@@ -200,6 +200,82 @@ def square_sums(bandwidth: float) -> dict[str, Any]:
     }
 
 
+UNITS, LENGTH = 3072, 768
+
+
+def units_of(kind: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    a, b = (torch.randn(rows, LENGTH, device="cuda", generator=generator) for _ in range(2))
+    if kind == "permuted":
+        b.mul_(0.3).add_(a[torch.randperm(rows, device="cuda", generator=generator)])
+    return a, b
+
+
+def greedy_match(kind: str, batch: int, bandwidth: float) -> dict[str, Any]:
+    similarity = torch.empty(batch, UNITS, UNITS, device="cuda")
+    for seed, matrix in enumerate(similarity):
+        a, b = (torch.nn.functional.normalize(side) for side in units_of(kind, UNITS, seed))
+        torch.mm(a, b.t(), out=matrix)
+    index = ops.greedy_match(similarity)
+    assert torch.equal(index.cpu(), ops.greedy_match(similarity.cpu())), "not as on the CPU"
+    peers: dict[str, Run] = {"ours, on the CPU": lambda: ops.greedy_match(similarity.cpu())}
+    share = None
+    if batch == 1:
+        try:
+            from scipy.optimize import linear_sum_assignment
+
+            def by_scipy() -> Any:
+                return linear_sum_assignment(similarity[0].cpu().numpy(), maximize=True)
+
+            peers["scipy, on the CPU"] = by_scipy
+            own = similarity[0].gather(1, index[0, :, None]).sum(dtype=torch.float64)
+            share = float(own) / float(similarity[0].cpu().numpy()[by_scipy()].sum(dtype="f8"))
+        except ImportError:
+            print("scipy is not installed: left out")
+        try:
+            from torch_linear_assignment import batch_linear_assignment
+
+            peers["torch-linear-assignment"] = lambda: batch_linear_assignment(-similarity)
+        except ImportError:
+            print("torch-linear-assignment is not installed: left out")
+    moved = similarity.nbytes + index.nbytes
+    ours = compared(lambda: ops.greedy_match(similarity), peers, moved, bandwidth)
+    return {"weights": similarity.numel(), **ours, "share_of_optimum": share}
+
+
+def match_units(kind: str, bandwidth: float) -> dict[str, Any]:
+    a, b = units_of(kind, UNITS)
+    found = tap.match_units(a, b)
+    assert torch.equal(found.index, tap.match_units(a, b, block=1).index), "not as in blocks"
+    peers: dict[str, Run] = {"the product alone": lambda: a @ b.t()}
+    moved = 2 * a.nbytes + UNITS * UNITS * 4
+    return {
+        "weights": 2 * a.numel(),
+        **compared(lambda: tap.match_units(a, b), peers, moved, bandwidth),
+    }
+
+
+def match_embeddings(kind: str) -> dict[str, Any]:
+    """250,002 units in blocks: the time by the host's clock, and the memory beside the units."""
+    a, b = units_of(kind, EMBEDDINGS[0])
+    tap.match_units(a[:5000], b[:5000], block=4096)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    found = tap.match_units(a, b, block=4096)
+    ms = 1e3 * (time.perf_counter() - start)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert bool((found.index.sort().values == torch.arange(len(a), device="cuda")).all())
+    return {
+        "weights": 2 * a.numel(),
+        "ms": ms,
+        "memory_on_top_gib": extra / (1 << 30),
+        "total": found.total,
+    }
+
+
 PEER = "torch: L1Unstructured"
 CALLS: dict[str, dict[str, Any]] = {
     PEER: {"by": prune.global_unstructured, "method": prune.L1Unstructured},
@@ -304,12 +380,17 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
                 f"memory on top: {one['memory_on_top']:5.2f} x the weights"
             )
         return
+    if "memory_on_top_gib" in result:
+        yield f"{head}: {result['ms']:.0f} ms, {result['memory_on_top_gib']:.2f} GiB on top"
+        return
     yield f"{head}: {result['ms']:.3f} ms, {result['to_floor']:.2f} times the floor"
     for peer, one in result["peers"].items():
         if "error" in one:
             yield f"  {peer:34} {one['error'].splitlines()[0]}"
             continue
         yield f"  {peer:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x"
+    if result.get("share_of_optimum") is not None:
+        yield f"  {'total':34} {result['share_of_optimum']:.4f} of the optimum"
     if "with_reference" in result:
         yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"
 
@@ -356,6 +437,13 @@ def main() -> int:
                 select_rows(c, d, bandwidth)
             )
     cases["square_sums float32"] = lambda: square_sums(bandwidth)
+    for kind in ("random", "permuted"):
+        for batch in (1, 12):
+            cases[f"greedy_match {kind}, {batch} x {UNITS} x {UNITS}"] = lambda k=kind, n=batch: (
+                greedy_match(k, n, bandwidth)
+            )
+        cases[f"match_units {kind}"] = lambda k=kind: match_units(k, bandwidth)
+        cases[f"match_units {kind}, embeddings in blocks"] = lambda k=kind: match_embeddings(k)
     cases["whole calls float32 85 M"] = lambda: whole_calls("85 M")
 
     print(f"{report['machine']['gpu']}: copies {report['copy_gb_per_s']:.0f} GB/s")

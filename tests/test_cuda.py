@@ -656,3 +656,134 @@ def test_torchs_own_global_unstructured_chooses_what_it_chooses_on_the_cpu() -> 
         model.cpu()
     params = [pair for pair in pairs(cpu) if hasattr(pair[0], "weight_mask")]
     assert_same_masks(params, [pair for pair in pairs(gpu) if hasattr(pair[0], "weight_mask")])
+
+
+# greedy_match
+
+
+def similarity_of(kind: str, *shape: int) -> Tensor:
+    values = torch.randn(shape)
+    rows, columns = shape[-2:]
+    if kind == "ties":
+        return values.round()
+    if kind == "equal":
+        return torch.zeros(shape)
+    if kind == "rank-one":
+        return torch.rand(*shape[:-1], 1) * torch.rand(columns)
+    if kind == "permuted":
+        return values + 20 * torch.eye(rows, columns)[torch.randperm(rows)]
+    if kind == "forbidden-and-infinite":
+        values = values.where(torch.rand(shape) < 0.99, INF)
+        return values.where(torch.rand(shape) < 0.5, -INF)
+    if kind == "zero-rows":
+        return values * (torch.rand(*shape[:-1], 1) < 0.7)
+    return values
+
+
+SIMILARITIES = [
+    "normal",
+    "ties",
+    "equal",
+    "rank-one",
+    "permuted",
+    "forbidden-and-infinite",
+    "zero-rows",
+]
+# On both sides of the columns that a warp takes by itself.
+SHAPES = [(1, 1), (7, 3, 40), (2, 3, 33, 31), (300, 1024), (1025, 200), (2, 130, 1500), (3, 5000)]
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_match_equals_the_cpu_and_the_plain_form(kind: str, dtype: torch.dtype) -> None:
+    for seed, shape in enumerate(SHAPES):
+        draw = Draw(seed)
+        torch.manual_seed(seed)
+        similarity = laid_out(similarity_of(kind, *shape).to(dtype), draw.one(LAYOUTS))
+        found = ops.greedy_match(on_gpu(similarity))
+        assert_same(found, ops.greedy_match(similarity))
+        if similarity.numel() < 20_000:
+            assert torch.equal(found.cpu(), reference.greedy_match(similarity))
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+@pytest.mark.parametrize("shape", [(3072, 3072), (12, 768, 768), (2000, 12, 12), (200_000, 50)])
+def test_greedy_match_of_many_units_equals_the_cpu_each_time(
+    kind: str, shape: tuple[int, ...]
+) -> None:
+    similarity = similarity_of(kind, *shape)
+    expected = ops.greedy_match(similarity)
+    moved = similarity.to(DEVICE)
+    for _ in range(5):  # the threads meet in another order each time
+        assert_same(ops.greedy_match(moved), expected)
+
+
+@pytest.mark.slow
+def test_greedy_match_of_more_than_two_to_the_31_entries() -> None:
+    needs_memory(12 * GIB)
+    rows, columns = 46_400, 46_400
+    assert rows * columns > 1 << 31
+    similarity = torch.zeros(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+    order = torch.randperm(columns, device=DEVICE)
+    similarity[torch.arange(rows, device=DEVICE), order] = 1
+    assert torch.equal(ops.greedy_match(similarity), order)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 50), (40, 3000)])
+def test_greedy_match_refuses_nan(shape: tuple[int, ...]) -> None:
+    for sign in (1, -1):
+        similarity = torch.randn(shape, device=DEVICE)
+        similarity.view(-1)[-1] = sign * NAN
+        with pytest.raises(ValueError, match="layer 3 should be numbers, got NaN"):
+            ops.greedy_match(similarity, name="layer 3")
+
+
+def test_greedy_match_works_on_the_current_stream() -> None:
+    host = torch.randn(700, 1500)
+    source = host.to(DEVICE)
+    late = torch.full_like(source, NAN)
+    with busy_stream():
+        late.copy_(source)
+        found = ops.greedy_match(late)
+    torch.cuda.synchronize()
+    assert_same(found, ops.greedy_match(host))
+
+
+def test_greedy_match_opcheck() -> None:
+    similarity = torch.randn(2, 30, 40, device=DEVICE).mT
+    torch.library.opcheck(
+        torch.ops.torchalignprune.greedy_match.default, (similarity, "similarity")
+    )
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_units_in_blocks_match_as_the_whole(metric: Any, dtype: torch.dtype) -> None:
+    a = torch.randn(9000, 64, device=DEVICE).to(dtype)
+    b = torch.randn(8500, 64, device=DEVICE).to(dtype)
+    a[::7], b[::5] = a[3].clone(), b[2].clone()  # ties, and as many near ones
+    whole = tap.match_units(a, b, metric=metric)
+    blocks = tap.match_units(a, b, metric=metric, block=2048)
+    assert torch.equal(whole.index, blocks.index)
+    assert whole.total == blocks.total
+    assert torch.equal(whole.unmatched, blocks.unmatched)
+
+
+@pytest.mark.slow
+def test_the_embeddings_of_a_vocabulary_match_in_blocks() -> None:
+    needs_memory(8 * GIB)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.randn(250_002, 768, device=DEVICE, generator=generator)
+    order = torch.randperm(250_002, device=DEVICE, generator=generator)
+    b = torch.empty_like(a)
+    b[order] = a
+    b.add_(torch.randn(b.shape, device=DEVICE, generator=generator), alpha=0.3)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = tap.match_units(a, b, block=4096)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert torch.equal(found.index, order)
+    assert len(found.unmatched) == 0
+    assert extra < 3 * GIB

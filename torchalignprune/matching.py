@@ -76,7 +76,7 @@ def match_units(
             smaller than the units' own lengths are inexact.
         method: ``"greedy"`` or ``"hungarian"``.
         block: for ``"greedy"``: how many units of each side to compare at a time, rounded up to a
-            multiple of 2048. The memory beside the inputs is then ``O(U + V)``, at most 2 kB for
+            multiple of 2048. The memory beside the inputs is then ``O(U + V)``, about 2 kB for
             each unit, and some times ``block * block`` similarities. Default: all at once, as a
             matrix of ``U x V``.
 
@@ -145,7 +145,8 @@ def _check(a: Tensor, b: Tensor, metric: str, method: str, block: int | None) ->
             raise ValueError(f"block goes with method='greedy', got method={method!r}")
     largest = []
     for units, name in ((a, "a"), (b, "b")):
-        size = float(torch.linalg.vector_norm(units, math.inf)) if units.numel() else 0.0
+        ends = torch.aminmax(units.detach()) if units.numel() else ()
+        size = max((abs(float(end)) for end in ends), default=0.0)
         if not math.isfinite(size):
             raise ValueError(f"{name} should be finite, got NaN or infinity")
         largest.append(size)
@@ -352,45 +353,57 @@ def _match_rest(similarity: _Similarity, free: _Free, block: int) -> None:
 
 def _match_band(similarity: _Similarity, free: _Free, block: int, room: int) -> tuple[float, int]:
     """Match by the pairs above a bound; returns the bound and how many pairs there were."""
-    bound = -math.inf
-    # Values, and the places of their rows and columns among those that are free.
-    kept = [similarity._buffer.new_empty(0), *(free.rows.new_empty(0) for _ in range(2))]
-    waiting: list[list[Tensor]] = []
-    size = 0
+    pairs = _Pairs(room, similarity)
     for rows, columns, values in similarity.blocks(free.rows, free.columns, block):
-        above = values[values > bound]
-        if len(above) > room:
-            bound = _upper_bound(above, room)
-        del above
-        where = (values > bound).nonzero()
-        waiting.append(
-            [
-                values[where[:, 0], where[:, 1]],
-                where[:, 0] + rows.start,
-                where[:, 1] + columns.start,
-            ]
-        )
-        size += len(where)
-        if size > room:
-            kept = [torch.cat(parts) for parts in zip(kept, *waiting, strict=True)]
-            waiting, size = [], 0
-            if len(kept[0]) > room:
-                bound = _upper_bound(kept[0], room)
-                is_above = kept[0] > bound
-                kept = [part[is_above] for part in kept]
-    values, rows_of, columns_of = (torch.cat(parts) for parts in zip(kept, *waiting, strict=True))
-    is_above = values > bound
-    values, rows_of, columns_of = values[is_above], rows_of[is_above], columns_of[is_above]
-    order = (rows_of * len(free.columns) + columns_of).argsort()
-    # 0 is added since a sort may tell -0 from 0.
-    by_value = torch.sort(values[order] + 0.0, descending=True, stable=True).indices
-    order = order[by_value]
-    values, rows_of, columns_of = values[order], rows_of[order], columns_of[order]
+        pairs.add(values, rows.start, columns.start)
+    values, rows_of, columns_of = pairs.in_order(len(free.columns))
     is_match = ops.match_in_order(rows_of, columns_of, len(free.rows), len(free.columns))
     free.match(free.rows[rows_of[is_match]], free.columns[columns_of[is_match]], values[is_match])
-    found = len(values)
     free.drop_matched()
-    return bound, found
+    return pairs.bound, len(values)
+
+
+class _Pairs:
+    """All pairs above a bound, which rises as more come than there is room for."""
+
+    def __init__(self, room: int, similarity: _Similarity) -> None:
+        self.room = room
+        self.bound = -math.inf
+        # Their similarities, and the places of their rows and columns among those that are free.
+        none = torch.empty(0, dtype=torch.int32, device=similarity.device)
+        self._kept = [none.to(similarity.dtype), none, none]
+        self._waiting: list[list[Tensor]] = []
+
+    def add(self, values: Tensor, first_row: int, first_column: int) -> None:
+        above = values[values > self.bound]
+        if len(above) > self.room:
+            self.bound = _upper_bound(above, self.room)
+        del above
+        rows, columns = (values > self.bound).nonzero(as_tuple=True)
+        places = [(rows + first_row).int(), (columns + first_column).int()]
+        self._waiting.append([values[rows, columns], *places])
+        if sum(len(parts[0]) for parts in self._waiting) > self.room:
+            self._merge()
+
+    def _merge(self) -> None:
+        together = zip(self._kept, *self._waiting, strict=True)
+        self._kept = [torch.cat(parts) for parts in together]
+        self._waiting = []
+        if len(self._kept[0]) > self.room:
+            self.bound = max(self.bound, _upper_bound(self._kept[0], self.room))
+        is_above = self._kept[0] > self.bound
+        self._kept = [part[is_above] for part in self._kept]
+
+    def in_order(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """By falling similarity, then by row, then by column, of which there are ``width``."""
+        self._merge()
+        values, rows, columns = self._kept
+        order = (rows.long() * width + columns).argsort()
+        # 0 is added since a sort may tell -0 from 0.
+        values = values[order] + 0.0
+        values, by_value = torch.sort(values, descending=True, stable=True)
+        order = order[by_value]
+        return values, rows[order].long(), columns[order].long()
 
 
 def _upper_bound(values: Tensor, room: int) -> float:

@@ -96,7 +96,7 @@ def read(data: Path, split: str, language: str, tokenizer: Any) -> Sentences:
         [text for _, _, text in rows],
         padding=True,
         truncation=True,
-        max_length=64,
+        max_length=min(64, tokenizer.model_max_length),
         return_tensors="pt",
     )
     topics = torch.tensor([TOPICS.index(topic) for _, topic, _ in rows])

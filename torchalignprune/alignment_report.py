@@ -357,13 +357,11 @@ def _measure(
             p = _masked(weight, mask, part).double().reshape(-1, inputs, size // inputs)
             r = reference[part].to(p).reshape(p.shape)
             sums.nonzero += p.count_nonzero()
-            difference = (p - r).flatten()
-            sums.distortion += difference @ difference
+            sums.distortion += (p - r).square_().sum()
             for row, product in enumerate((p * p, p * r, r * r)):
                 columns = product.squeeze(2) if product.shape[2] == 1 else product.sum(2)
-                # Products with ones are faster than sums.
-                sums.out[row, part] = columns @ columns.new_ones(inputs)
-                sums.into[row] += columns.new_ones(len(columns)) @ columns
+                sums.out[row, part] = columns.sum(1)
+                sums.into[row] += columns.sum(0)
         for row, what in ((0, "weights"), (2, "reference")):
             if not bool(sums.out[row].isfinite().all()):
                 raise ValueError(f"NaN or infinity in the {what} of {target.name}")
@@ -374,8 +372,11 @@ def _measure(
 
 
 def _chunk(weight: Tensor) -> int:
-    """How many entries to take at a time: what a core's cache holds, or what keeps a GPU busy."""
-    return 1 << (17 if weight.device.type == "cpu" else 24)
+    """How many entries to take at a time: what a core's cache holds, or what keeps a GPU busy.
+
+    torch does so few on one thread, which costs less than for two to wait for each other.
+    """
+    return 1 << (15 if weight.device.type == "cpu" else 24)
 
 
 def _masked(weight: Tensor, mask: Tensor | None, part: slice | Tensor) -> Tensor:
@@ -389,7 +390,7 @@ def _moved(weight: Tensor, mask: Tensor | None, reference: Tensor, sums: _Sums) 
     )
     absent = sums.out[2] == 0
     any_absent = bool(absent.any())
-    side = max(1, math.isqrt(4 * _chunk(weight)))
+    side = max(1, math.isqrt(16 * _chunk(weight)))
 
     def gaps(part: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """By how much the best other reference is aligned better with each unit."""

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,14 @@ def save(name: str, result: dict[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def fresh_process(*arguments: str) -> dict[str, Any]:
+def fresh_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run this script again with other arguments; its last line of output is JSON."""
     run = subprocess.run(
-        [sys.executable, sys.argv[0], *arguments], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, sys.argv[0], *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | dict(environment or {}),
     )
     result = json.loads(run.stdout.splitlines()[-1])
     assert isinstance(result, dict)

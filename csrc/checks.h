@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace torchalignprune {
@@ -217,7 +218,6 @@ inline std::vector<UnitArguments> check_unit_arguments(
         length == weights.size(), what, " should have one entry for each of the ", weights.size(),
         " weights, got ", length);
   };
-  TORCH_CHECK_VALUE(!weights.empty(), "weights should have at least one tensor, got none");
   check_length(masks.size(), "masks");
   check_length(references.size(), "references");
   check_length(indices.size(), "indices");
@@ -274,6 +274,33 @@ inline void check_cosine_gains(
   TORCH_CHECK_VALUE(
       row <= int64_t{0xFFFFFFFF}, "a unit of ", name, " has ", row,
       " entries, more than the 2^32 - 1 that can be sorted");
+}
+
+inline void check_greedy_match(const at::Tensor& similarity, const std::string& name) {
+  check_weight(similarity, name);
+  TORCH_CHECK_VALUE(
+      similarity.dim() >= 2, name, " should have at least 2 dimensions, got ", similarity.dim(),
+      "d");
+  for (const int64_t dim : {-2, -1}) {
+    TORCH_CHECK_VALUE(
+        similarity.size(dim) <= int64_t{0x7FFFFFFF}, name, " has ", similarity.size(dim),
+        dim == -1 ? " columns" : " rows", ", more than the 2^31 - 1 that can be matched");
+  }
+}
+
+inline void check_match_in_order(
+    const at::Tensor& rows, const at::Tensor& columns, int64_t row_count, int64_t column_count) {
+  for (const auto& [tensor, what] : {std::pair{rows, "rows"}, std::pair{columns, "columns"}}) {
+    TORCH_CHECK_TYPE(
+        tensor.scalar_type() == at::kLong, what, " should be int64, got ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.dim() == 1, what, " should be a 1d tensor, got ", tensor.dim(), "d");
+  }
+  TORCH_CHECK_VALUE(
+      rows.numel() == columns.numel(), "rows and columns should be of one length, got ",
+      rows.numel(), " and ", columns.numel());
+  TORCH_CHECK_VALUE(
+      row_count >= 0 && column_count >= 0,
+      "row_count and column_count should not be negative, got ", row_count, " and ", column_count);
 }
 
 }  // namespace torchalignprune

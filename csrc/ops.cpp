@@ -16,6 +16,8 @@ TORCH_LIBRARY(torchalignprune, m) {
   m.def(
       "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name) "
       "-> (Tensor, Tensor)");
+  m.def("greedy_match(Tensor similarity, str name) -> Tensor");
+  m.def("match_in_order(Tensor rows, Tensor columns, int row_count, int column_count) -> Tensor");
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");
   m.def(
       "unit_products(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] indices, "

@@ -86,6 +86,43 @@ def alignment(p: Tensor, r: Tensor) -> float:
     return float(p.double().flatten() @ r.double().flatten()) / norms if norms > 0 else 0.0
 
 
+def alignment_report(p: Tensor, r: Tensor) -> dict[str, float | int | None]:
+    """The figures of a matrix outputs x inputs (x kernel), unit by unit."""
+    p, r = p.double(), r.double()
+    figures: dict[str, float | int | None] = {
+        "entries": p.numel(),
+        "zeros": int((p == 0).sum()),
+        "sparsity": float((p == 0).double().mean()),
+        "distortion": float(((p - r) ** 2).sum() / (r**2).sum()) if r.any() else None,
+    }
+    for suffix, dim in (("", 0), ("_in", 1)):
+        units = [(p.select(dim, i), r.select(dim, i)) for i in range(p.shape[dim])]
+        aligned = sorted(alignment(*unit) for unit in units if unit[1].any())
+        spread: dict[str, float | None] = dict.fromkeys(("mean", "median", "p5", "worst"))
+        if aligned:
+            spread["mean"] = math.fsum(aligned) / len(aligned)
+            spread["median"], spread["p5"] = (percentile(aligned, q) for q in (0.5, 0.05))
+            spread["worst"] = aligned[0]
+        figures |= {f"{what}_alignment{suffix}": value for what, value in spread.items()}
+        dead = sum(bool(unit[1].any() and not unit[0].any()) for unit in units)
+        figures[f"dead_units_{'in' if suffix else 'out'}"] = dead
+    moved = []
+    for own, itself in zip(p, r, strict=True):
+        if own.any() and itself.any():
+            best = max(alignment(own, other) for other in r if other.any())
+            moved.append(best > alignment(own, itself) + 1e-9)
+    figures["moved_share"] = sum(moved) / len(moved) if moved else None
+    return figures
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """Linear between the two nearest."""
+    at = share * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
 def cosine_gains(
     weight: Tensor,
     *,
@@ -162,3 +199,142 @@ def concave(gains: list[float]) -> list[float]:
     ):
         steps += [step - (step - after) / 1000 * j / length for j in range(length)]
     return steps
+
+
+def units_first(tensor: Tensor, dim: int) -> Tensor:
+    """A row for each unit; a tensor of at most one dimension is one."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.movedim(dim, 0).flatten(1)
+
+
+def unit_products(
+    weight: Tensor,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    index: Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    """<p, p>, <p, r> and <r, r> of one tensor's units, where p = mask * weight."""
+    kept = weight if mask is None else torch.where(mask, weight, 0)
+    p = units_first(kept.double(), dim)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    r = weight.detach() if reference is None else reference.to(wide)
+    r = units_first(r.double(), dim)
+    r = r if index is None else r[index]
+    return torch.stack([(p * p).sum(dim=1), (p * r).sum(dim=1), (r * r).sum(dim=1)])
+
+
+def unit_combination(
+    weight: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None = None,
+    reference: Tensor | None = None,
+    index: Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    """mask * (a r + b w), units first, in float64."""
+    w = units_first(weight.double(), dim)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    r = units_first((weight if reference is None else reference.to(wide)).double(), dim)
+    r = r if index is None else r[index]
+    kept = torch.ones_like(w) if mask is None else units_first(mask, dim)
+    return (coefficients[0].unsqueeze(1) * r + coefficients[1].unsqueeze(1) * w) * kept
+
+
+def cosine_alignment(
+    pairs: list[tuple[Tensor, Tensor]], weights: list[float] | None = None
+) -> Tensor:
+    """Of (pruned, reference) matrices with a row for each unit: three lines for each."""
+    total, whole = torch.zeros((), dtype=torch.float64), 0.0
+    for (p, r), weight in zip(pairs, weights or [1.0] * len(pairs), strict=True):
+        counted = r.double().norm(dim=1) > 0
+        if counted.any():
+            cosine = torch.nn.functional.cosine_similarity(p.double(), r.double(), dim=1, eps=0)
+            cosine = torch.where(p.double().norm(dim=1) > 0, cosine, 0)
+            total = total + weight * (1 - cosine[counted]).mean()
+            whole += weight
+    return total / whole if whole else total
+
+
+def frobenius_alignment(
+    pairs: list[tuple[Tensor, Tensor]], normalize: bool = True, weights: list[float] | None = None
+) -> Tensor:
+    """|P - R|^2 / |R|^2, averaged."""
+    total, whole = torch.zeros((), dtype=torch.float64), 0.0
+    for (p, r), weight in zip(pairs, weights or [1.0] * len(pairs), strict=True):
+        size = float((r.double() ** 2).sum()) if normalize else 1.0
+        if size > 0:
+            total = total + weight * ((p.double() - r.double()) ** 2).sum() / size
+            whole += weight
+    return total / whole if whole else total
+
+
+def greedy_match(similarity: Tensor) -> Tensor:
+    """Sort the entries, and go through them one after the other."""
+    rows, columns = similarity.shape[-2:]
+    matrices = similarity.reshape(math.prod(similarity.shape[:-2]), rows * columns)
+    found = []
+    for matrix in matrices:
+        # The sort is stable, so that equals stay in the order of rows, then columns.
+        order = torch.sort(matrix, descending=True, stable=True).indices
+        index, taken = [-1] * rows, set()
+        for place in order[matrix[order] > -math.inf].tolist():
+            row, column = divmod(place, columns)
+            if index[row] < 0 and column not in taken:
+                index[row] = column
+                taken.add(column)
+        found.append(index)
+    return torch.tensor(found, dtype=torch.int64).reshape(similarity.shape[:-1])
+
+
+def match_in_order(rows: list[int], columns: list[int]) -> list[bool]:
+    kept: list[bool] = []
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        before = [j for j in range(i) if kept[j]]
+        kept.append(all(rows[j] != row and columns[j] != column for j in before))
+    return kept
+
+
+def realign(
+    weight: Tensor,
+    mask: Tensor,
+    places: list[tuple[float, Tensor, Tensor, bool]],
+    *,
+    reference: Tensor | None = None,
+    ridge: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Solve for each unit, in float64.
+
+    Args:
+        weight: shape (units, inputs).
+        mask: likewise.
+        places: for each place of the weight its share, the mean and the covariance of its inputs,
+            and whether it has a bias.
+
+    Returns:
+        The weights, 0 under the mask, and what to add to the bias of each place (0 without one).
+    """
+    p = weight.double() * mask
+    w = weight.double() if reference is None else reference.double()
+    products = torch.zeros(w.size(1), w.size(1), dtype=torch.float64)
+    for share, mean, covariance, has_bias in places:
+        m, c = mean.double(), covariance.double()
+        products += share * (c if has_bias else c + m[:, None] * m)
+    shift = ridge * products.diagonal().mean()
+    v = torch.zeros_like(p)
+    for i in range(len(p)):
+        s = mask[i].nonzero().flatten()
+        a = products[s][:, s] + shift * torch.eye(len(s), dtype=torch.float64)
+        b = products[s] @ w[i] + shift * p[i, s]
+        v[i, s] = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
+    return v, [(w - v) @ mean.double() * has_bias for _, mean, _, has_bias in places]
+
+
+def output_error(
+    change: Tensor, bias: Tensor, places: list[tuple[float, Tensor, Tensor, bool]]
+) -> Tensor:
+    """The mean square of the change of each unit's output, with ``bias`` added at all places."""
+    change, total = change.double(), torch.zeros(len(change), dtype=torch.float64)
+    for share, mean, covariance, _ in places:
+        apart = change @ mean.double() + bias
+        total += share * (((change @ covariance.double()) * change).sum(dim=1) + apart**2)
+    return total

@@ -1,20 +1,48 @@
-"""input_norms against the same numbers taken from recorded inputs."""
+"""Calibration against the same statistics taken from recorded inputs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
-from torchalignprune.calibration import input_norms
+from torchalignprune import Calibration
+from torchalignprune.calibration import InputStatistics
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
+
+Pair = tuple[nn.Module, str]
+
+
+def input_norms(*args: Any, **kwargs: Any) -> dict[Pair, Tensor]:
+    return Calibration.collect(*args, **kwargs).norms()
+
+
+def assert_statistics(found: InputStatistics, rows: Tensor, **tolerance: float) -> None:
+    """Those of the given inputs, one a row."""
+    x = rows.detach().double()
+    mean = x.mean(dim=0)
+    covariance = (x - mean).T @ (x - mean) / len(x)
+    assert found.count == len(x)
+    close = torch.testing.assert_close
+    close(found.norms.double(), x.square().mean(dim=0).sqrt(), **tolerance or TOLERANCE)
+    close(found.mean.double(), mean, **tolerance or TOLERANCE)
+    assert found.covariance is not None and found.second_moment is not None
+    close(found.covariance.double(), covariance, **tolerance or TOLERANCE)
+    close(found.second_moment.double(), x.T @ x / len(x), **tolerance or TOLERANCE)
+
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def rms(rows: Tensor) -> Tensor:
@@ -97,7 +125,7 @@ def test_padding_does_not_count(device: str) -> None:
     apart = input_norms(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :3]}], params)
     for pair in params:
         torch.testing.assert_close(padded[pair], apart[pair])
-        assert padded[pair].device.type == device
+        assert padded[pair].device.type == "cpu"
     counted = input_norms(model, [{"input_ids": ids}], params)
     assert not torch.allclose(counted[params[0]], padded[params[0]])
 
@@ -317,3 +345,335 @@ def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r'pip install "torchalignprune\[transformers\]"'):
         input_norms(layer, [torch.ones(1, 2)], [(layer, "weight")], progress=True)
     assert hooks(layer) == 0
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 1.0, 1000.0]),
+)
+def test_means_and_covariances(sizes: list[int], dims: int, offset: float) -> None:
+    """Also where the mean is a thousand times what the inputs differ by."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    batches = [torch.randn(*[size] * dims, 3, generator=generator) + offset for size in sizes]
+    layer = nn.Linear(3, 2)
+    found = Calibration.collect(layer, batches, [(layer, "weight")], statistics="covariance")
+    rows = torch.cat([batch.reshape(-1, 3) for batch in batches])
+    assert_statistics(found[layer, "weight"], rows)
+
+
+def test_covariance_dtypes(dtype: torch.dtype, device: str) -> None:
+    layer = nn.Linear(3, 2, dtype=dtype, device=device)
+    x = (torch.randn(50, 3) * torch.tensor([300.0, 1.0, 0.01])).to(device, dtype)
+    calibration = Calibration.collect(layer, [x], [(layer, "weight")], statistics="covariance")
+    found = calibration[layer, "weight"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {found.norms.dtype, found.mean.dtype, found.covariance.dtype} == {wide}
+    # 300^2 does not fit into float16.
+    assert_statistics(found, x.cpu(), rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_does_not_round_the_statistics() -> None:
+    layer = nn.Linear(3, 2)
+    x = torch.randn(40, 3) * torch.tensor([1000.0, 1.0, 0.001])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Calibration.collect(layer, [x], [(layer, "weight")], statistics="covariance")
+    assert_statistics(found[layer, "weight"], x, rtol=1e-5, atol=0.1)
+
+
+def test_norms_come_with_means_and_without_covariances() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    calibration = Calibration.collect(layer, [x], [(layer, "weight")])
+    found = calibration[layer, "weight"]
+    torch.testing.assert_close(found.mean, x.mean(dim=0))
+    assert calibration.statistics == "norms"
+    assert found.covariance is None and found.second_moment is None
+
+
+def test_query_key_and_value_share_their_statistics() -> None:
+    model = tiny_bert()
+    params = prunable_parameters(model)
+    batches = [{"input_ids": torch.randint(1, 20, (2, 6))} for _ in range(3)]
+    recorded: dict[Pair, list[Tensor]] = {pair: [] for pair in params}
+    handles = [
+        pair[0].register_forward_pre_hook(
+            lambda module, args, pair=pair: recorded[pair].append(args[0].flatten(0, 1))
+        )
+        for pair in params
+    ]
+    calibration = Calibration.collect(model, batches, params, statistics="covariance")
+    for handle in handles:
+        handle.remove()
+    for pair in params:
+        assert_statistics(calibration[pair], torch.cat(recorded[pair]))
+    by = dict(zip(params.names, params, strict=True))
+    for layer in range(2):
+        q, k, v = (
+            calibration[by[f"encoder.layer.{layer}.attention.self.{which}.weight"]]
+            for which in ("query", "key", "value")
+        )
+        assert q is k and k is v
+    assert len({id(found) for found in calibration.values()}) == 8
+    assert repr(calibration) == (
+        "Calibration: covariance of 12 parameters, 8 different inputs, over 36 tokens"
+    )
+
+
+class Branches(nn.Module):
+    """Layers that get the same tensor in some calls and not in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x: Tensor, order: list[list[int]], change: bool = False) -> Tensor:
+        for turn, which in enumerate(order):
+            given = x + turn
+            for i in which:
+                self.layers[i](given)
+                if change:
+                    given += 1
+        return x
+
+
+ORDERS = st.lists(
+    st.lists(st.lists(st.integers(0, 3), max_size=5), min_size=1, max_size=3),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(ORDERS, st.booleans())
+def test_sharing_makes_no_difference(orders: list[list[list[int]]], change: bool) -> None:
+    model = Branches()
+    every = [[[0], [1], [2], [3]]]  # so that each layer has an input
+    generator = torch.Generator().manual_seed(0)
+    recorded: list[list[Tensor]] = [[] for _ in range(4)]
+    batches: list[dict[str, Any]] = []
+    for order in orders + every:
+        x = torch.randn(2, 3, generator=generator)
+        batches.append({"x": x, "order": order, "change": change and order not in every})
+        for turn, which in enumerate(order):
+            given_x = x + turn
+            for i in which:
+                recorded[i].append(given_x.clone())
+                if batches[-1]["change"]:
+                    given_x += 1
+    params = [(layer, "weight") for layer in model.layers]
+    found = Calibration.collect(model, batches, params, statistics="covariance")
+    for pair, rows in zip(params, recorded, strict=True):
+        assert_statistics(found[pair], torch.cat(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_stay_together_share_and_others_leave() -> None:
+    model = Branches()
+    params = [(layer, "weight") for layer in model.layers]
+    orders = [[[0, 1, 2, 3], [3, 2, 1, 0]], [[0, 1, 2], [3]]]
+    batches = [{"x": torch.randn(2, 3), "order": order} for order in orders]
+    found = Calibration.collect(model, batches, params, statistics="covariance")
+    assert found[params[0]] is found[params[1]] is found[params[2]]
+    assert found[params[3]] is not found[params[0]]
+
+
+def test_an_input_that_changes_before_it_is_shared_again_is_refused() -> None:
+    model = Branches()
+    params = [(layer, "weight") for layer in model.layers[:2]]
+    batches = [
+        {"x": torch.randn(2, 3), "order": [[0, 1]], "change": change} for change in (False, True)
+    ]
+    with pytest.raises(ValueError, match=r"parameters\[0\].* was changed in place before"):
+        Calibration.collect(model, batches, params, statistics="covariance")
+    assert hooks(model) == 0
+
+
+def test_memory_limit() -> None:
+    model = tiny_bert()
+    params = prunable_parameters(model)
+    ran = []
+    model.embeddings.register_forward_hook(lambda *given: ran.append(1))
+    batches = [{"input_ids": torch.randint(1, 20, (2, 6))} for _ in range(2)]
+    whole = Calibration.collect(model, batches, params, statistics="covariance")
+    assert len(ran) == 2
+    # Each of the two layers has five matrices of 8 inputs and then one of 16. Four of 8 fill a
+    # pass, and so does the one of 16.
+    limit = 8 * 16 * 16
+    parts = Calibration.collect(
+        model, batches, params, statistics="covariance", memory_limit=limit, progress=True
+    )
+    assert len(ran) == 2 + 2 * 6
+    for pair in params:
+        for key in ("norms", "mean", "covariance"):
+            assert torch.equal(getattr(whole[pair], key), getattr(parts[pair], key))
+    Calibration.collect(model, batches, params, memory_limit=1)  # norms take no memory to speak of
+    assert len(ran) == 2 + 2 * 6 + 2
+
+    with pytest.raises(ValueError, match=r"0\.output\.dense\.weight, which takes 2048 bytes"):
+        Calibration.collect(model, batches, params, statistics="covariance", memory_limit=limit - 1)
+    with pytest.raises(ValueError, match=r"takes 6 passes over the batches.*got generator"):
+        Calibration.collect(
+            model, (b for b in batches), params, statistics="covariance", memory_limit=limit
+        )
+    assert len(ran) == 2 + 2 * 6 + 2 and hooks(model) == 0
+    # One pass is all that a generator has.
+    Calibration.collect(
+        model, (b for b in batches), params, statistics="covariance", memory_limit=1 << 30
+    )
+
+
+def collected(layer: nn.Module, x: Tensor, **options: Any) -> Calibration:
+    return Calibration.collect(layer, [x], [(layer, "weight")], **options)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.booleans())
+def test_merging_is_collecting_together(sizes: list[int], covariance: bool) -> None:
+    generator = torch.Generator().manual_seed(len(sizes))
+    batches = [torch.randn(size, 3, generator=generator) + i for i, size in enumerate(sizes)]
+    layer = nn.Linear(3, 2)
+    options = {"statistics": "covariance" if covariance else "norms"}
+    merged = Calibration.merge([collected(layer, batch, **options) for batch in batches])
+    whole = collected(layer, torch.cat(batches), **options)
+    if covariance:
+        assert_statistics(merged[layer, "weight"], torch.cat(batches))
+    else:
+        assert merged.statistics == "norms"
+        torch.testing.assert_close(merged[layer, "weight"].mean, whole[layer, "weight"].mean)
+    torch.testing.assert_close(merged.norms()[layer, "weight"], whole.norms()[layer, "weight"])
+
+
+def test_weights_count_whole_calibrations() -> None:
+    layer = nn.Linear(3, 2)
+    few, many = torch.randn(2, 3), torch.randn(8, 3) + 2
+    parts = [collected(layer, x, statistics="covariance") for x in (few, many)]
+    found = Calibration.merge(parts, weights=[2, 4])[layer, "weight"]
+    # As if the few had been there twice as often.
+    expected = collected(layer, torch.cat([*[few] * 2, many]), statistics="covariance")
+    for key in ("norms", "mean", "covariance"):
+        torch.testing.assert_close(
+            getattr(found, key), getattr(expected[layer, "weight"], key), **TOLERANCE
+        )
+    assert found.count == 10
+    alone = Calibration.merge(parts, weights=[0, 0.1])[layer, "weight"]
+    assert_statistics(InputStatistics(8, alone.norms, alone.mean, alone.covariance), many)
+
+
+def test_merging_keeps_what_is_shared() -> None:
+    model = tiny_bert()
+    params = prunable_parameters(model)
+    parts = [
+        Calibration.collect(model, [{"input_ids": torch.randint(1, 20, (2, 6))}], params)
+        for _ in range(2)
+    ]
+    merged = Calibration.merge(parts)
+    assert merged[params[0]] is merged[params[1]] is not merged[params[3]]
+
+
+def test_bad_merges() -> None:
+    layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    one, two = (collected(module, torch.randn(2, 3)) for module in (layer, other))
+    with pytest.raises(ValueError, match="there are no calibrations to merge"):
+        Calibration.merge([])
+    with pytest.raises(ValueError, match=r"calibrations\[1\] is of other parameters"):
+        Calibration.merge([one, two])
+    with pytest.raises(ValueError, match=r"\[1\] should have .* norms, got covariance"):
+        Calibration.merge([one, collected(layer, torch.randn(2, 3), statistics="covariance")])
+    with pytest.raises(ValueError, match="one number for each of the 2 calibrations, got 1"):
+        Calibration.merge([one, one], weights=[1])
+    for weights in ([-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]):
+        with pytest.raises(ValueError, match="finite, not negative and not all 0"):
+            Calibration.merge([one, one], weights=weights)
+
+
+@pytest.mark.parametrize("statistics", ["norms", "covariance"])
+def test_saving_and_loading(statistics: Any, tmp_path: Path) -> None:
+    model, again = tiny_bert(), tiny_bert()
+    params, others = prunable_parameters(model), prunable_parameters(again)
+    batches = [{"input_ids": torch.randint(1, 20, (2, 6))}]
+    calibration = Calibration.collect(model, batches, params, statistics=statistics)
+    file = tmp_path / "calibration.safetensors"
+    calibration.save(file)
+    with safe_open(file, framework="pt") as stored:
+        keys = set(stored.keys())
+    shared = "encoder.layer.0.attention.self."
+    assert f"{shared}query.weight.norms" in keys
+    assert f"{shared}key.weight.norms" not in keys  # the query's
+    assert (f"{shared}query.weight.covariance" in keys) == (statistics == "covariance")
+
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    loaded = Calibration.load(file, others)
+    assert list(loaded) == list(others) and loaded.statistics == statistics
+    for pair, other in zip(params, others, strict=True):
+        for key in ("count", "norms", "mean", "covariance"):
+            was, now = getattr(calibration[pair], key), getattr(loaded[other], key)
+            assert torch.equal(was, now) if isinstance(was, Tensor) else was == now
+    assert loaded[others[0]] is loaded[others[1]]
+    some = prunable_parameters(again, include="encoder.layer.1")
+    assert list(Calibration.load(file, some)) == list(some)
+    # What was loaded or merged can be saved.
+    Calibration.merge([loaded, loaded]).save(tmp_path / "merged.safetensors")
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    params = prunable_parameters(model)
+    calibration = Calibration.collect(model, [torch.randn(4, 3)], params)
+    file = tmp_path / "file"
+    with pytest.raises(ValueError, match=r"saved by dotted names"):
+        Calibration.collect(model, [torch.randn(4, 3)], list(params)).save(file)
+    assert not file.exists()
+    calibration.save(file)
+    with pytest.raises(TypeError, match=r"should come from prunable_parameters\(\), got list"):
+        Calibration.load(file, list(params))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"has no statistics for 1\.weight"):
+        Calibration.load(file, prunable_parameters(nn.Sequential(nn.ReLU(), nn.Linear(3, 2))))
+    with pytest.raises(ValueError, match=r"inputs of 0\.weight should have 5 features, got 3 in"):
+        Calibration.load(file, prunable_parameters(nn.Sequential(nn.Linear(5, 2))))
+    file.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="cannot be read as a calibration"):
+        Calibration.load(file, params)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="is not a calibration"):
+        Calibration.load(file, params)
+    entries = json.dumps({"0.weight": {"of": "0.weight", "count": 1}})
+    save_file({"x": torch.ones(1)}, file, metadata={"calibration": entries})
+    with pytest.raises(ValueError, match="cannot be read as a calibration"):
+        Calibration.load(file, params)
+    with pytest.raises(FileNotFoundError):
+        Calibration.load(tmp_path / "none", params)
+
+
+def test_bad_statistics() -> None:
+    conv = nn.Conv1d(4, 2, 3)
+    with pytest.raises(ValueError, match=r"statistics should be one of .*, got 'variance'"):
+        Calibration.collect(conv, [], [(conv, "weight")], statistics="variance")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Conv1d\.weight\) belongs to a convolution"):
+        Calibration.collect(conv, [], [(conv, "weight")], statistics="covariance")
+    with pytest.raises(ValueError, match="there are no parameters"):
+        Calibration.collect(conv, [], [])
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="NaN or infinity in the inputs"):
+        collected(layer, torch.tensor([[1e30, 1.0], [-1e30, 1.0]]), statistics="covariance")
+
+
+def test_methods_and_criteria_take_a_calibration() -> None:
+    def pruned(given: Any, wanda: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+        params = prunable_parameters(model)
+        calibration = Calibration.collect(model, [torch.randn(9, 4) ** 3], params)
+        chosen = calibration if given == "calibration" else calibration.norms()
+        if wanda:
+            scores = tap.criteria.wanda(params, chosen)
+            tap.global_unstructured(params, tap.Magnitude, importance_scores=scores, amount=0.5)
+        else:
+            tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, input_norms=chosen)
+            tap.global_unstructured(params, tap.AlignedNM, n=1, m=2, input_norms=chosen)
+        return model
+
+    for wanda in (False, True):
+        one, other = pruned("calibration", wanda), pruned("norms", wanda)
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.weight_mask, b.weight_mask)

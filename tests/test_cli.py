@@ -21,10 +21,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from torch import nn
 
 import torchalignprune as tap
 from torchalignprune import checkpoints, cli, criteria
+from torchalignprune.alignment_report import alignment_report
 from torchalignprune.checkpoints import check_output, new_folder
 from torchalignprune.cli import main
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
@@ -164,10 +165,12 @@ def test_prune(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "alignment": "cosine",
         "units": "out",
         "calibration": [],
+        "realign": None,
         "calibration_sentences": 0,
         "include": None,
         "exclude": None,
     }
+    assert report["realigned"] == []
     assert report["architecture"] == "BertModel" and report["dtype"] == "float32"
     assert report["seed"] == 0
     assert report["versions"]["torch"] == torch.__version__
@@ -190,17 +193,31 @@ def test_prune(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"{entries // 2:,} of {entries:,} weights in 12 matrices are zero (50.0%)" in printed
 
 
-Direct = Callable[[PrunableParameters, dict[tuple[nn.Module, str], Tensor]], None]
+Direct = Callable[[PrunableParameters, tap.Calibration], None]
 
 
 def direct(method: Any, **options: Any) -> Direct:
-    return lambda params, norms: tap.global_unstructured(params, method, **options)
+    return lambda params, calibration: tap.global_unstructured(params, method, **options)
 
 
 def scored(score: Any, budget: str = "global") -> Direct:
-    return lambda params, norms: tap.global_unstructured(
-        params, tap.Magnitude, importance_scores=score(params, norms), amount=0.6, budget=budget
+    return lambda params, calibration: tap.global_unstructured(
+        params,
+        tap.Magnitude,
+        importance_scores=score(params, calibration),
+        amount=0.6,
+        budget=budget,
     )
+
+
+def realigned(what: Any, method: Any, **options: Any) -> Direct:
+    def prune(params: PrunableParameters, calibration: tap.Calibration) -> None:
+        if method is tap.AlignedMagnitude:
+            options["input_norms"] = calibration
+        tap.global_unstructured(params, method, **options)
+        tap.realign(params, calibration, what)
+
+    return prune
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -216,7 +233,7 @@ CASES: dict[str, tuple[tuple[str, ...], Direct]] = {
     ),
     "random": (
         (*HALF, "--method", "random", "--seed", "3"),
-        lambda params, norms: tap.global_unstructured(
+        lambda params, calibration: tap.global_unstructured(
             params, tap.Random, amount=0.6, generator=seeded(3)
         ),
     ),
@@ -230,33 +247,44 @@ CASES: dict[str, tuple[tuple[str, ...], Direct]] = {
     ),
     "inputs": (
         (*HALF, "--calibration", "TEXT"),
-        lambda params, norms: tap.global_unstructured(
-            params, tap.AlignedMagnitude, amount=0.6, input_norms=norms
+        lambda params, calibration: tap.global_unstructured(
+            params, tap.AlignedMagnitude, amount=0.6, input_norms=calibration
         ),
     ),
     "2:4": (("--method", "aligned-nm"), direct(tap.AlignedNM, n=2, m=4)),
     "1:4": (
         ("--method", "aligned-nm", "--nm", "1:4", "--calibration", "TEXT"),
-        lambda params, norms: tap.global_unstructured(
-            params, tap.AlignedNM, n=1, m=4, input_norms=norms
+        lambda params, calibration: tap.global_unstructured(
+            params, tap.AlignedNM, n=1, m=4, input_norms=calibration
         ),
     ),
-    "lamp": ((*HALF, "--criterion", "lamp"), scored(lambda params, norms: criteria.lamp(params))),
+    "lamp": (
+        (*HALF, "--criterion", "lamp"),
+        scored(lambda p, calibration: criteria.lamp(p)),
+    ),
     "by magnitude": (
         (*HALF, "--criterion", "magnitude"),
-        scored(lambda params, norms: criteria.magnitude(params)),
+        scored(lambda params, calibration: criteria.magnitude(params)),
     ),
     "lookahead": (
         (*HALF, "--criterion", "lookahead"),
-        scored(lambda p, norms: criteria.lookahead(p, criteria.transformer_chains(p))),
+        scored(lambda p, calibration: criteria.lookahead(p, criteria.transformer_chains(p))),
     ),
     "random criterion": (
         (*HALF, "--criterion", "random", "--seed", "4"),
-        scored(lambda params, norms: criteria.random(params, seeded(4))),
+        scored(lambda params, calibration: criteria.random(params, seeded(4))),
     ),
     "wanda": (
         (*HALF, "--criterion", "wanda", "--calibration", "TEXT"),
         scored(criteria.wanda, "unit"),
+    ),
+    "realigned bias": (
+        (*HALF, "--method", "magnitude", "--calibration", "TEXT", "--realign", "bias"),
+        realigned("bias", tap.Magnitude, amount=0.6),
+    ),
+    "realigned weights": (
+        (*HALF, "--budget", "unit", "--calibration", "TEXT", "--realign", "weights"),
+        realigned("weights", tap.AlignedMagnitude, amount=0.6, budget="unit"),
     ),
     "wanda globally": (
         (*HALF, "--criterion", "wanda", "--calibration", "TEXT", "--budget", "global"),
@@ -277,16 +305,34 @@ def test_methods_do_what_the_library_does(
     twin = transformers.BertModel.from_pretrained(bert).eval()
     params = params_of(twin)
     tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
-    norms = tap.input_norms(twin, [tokenizer(SENTENCES, padding=True, return_tensors="pt")], params)
-    prune(params, norms)
+    batches = [tokenizer(SENTENCES, padding=True, return_tensors="pt")]
+    calibration = tap.Calibration.collect(twin, batches, params, statistics="covariance")
+    dense = {pair: getattr(*pair).detach().clone() for pair in params}
+    prune(params, calibration)
     pruned = transformers.BertModel.from_pretrained(out)
+    # The command sorts the sentences, so that sums are taken in another order.
+    close = {"rtol": 1e-3, "atol": 1e-6} if "--realign" in arguments else {"rtol": 0, "atol": 0}
     for name, (module, _) in zip(params.names, params, strict=True):
-        assert torch.equal(pruned.get_parameter(name), module.weight), name
+        torch.testing.assert_close(pruned.get_parameter(name), module.weight, **close, msg=name)
+        bias = pruned.get_parameter(name.removesuffix("weight") + "bias")
+        torch.testing.assert_close(bias, module.bias, **close, msg=name)
     report = json.loads((out / "report.json").read_text())
     assert report["totals"]["zeros"] == zeros_of(twin)
     if "TEXT" in arguments:
         assert report["method"]["calibration_sentences"] == len(SENTENCES)
         assert "calibrate" in report["seconds"]
+    what = arguments[-1] if "--realign" in arguments else None
+    assert report["method"]["realign"] == what
+    assert ("realign" in report["seconds"]) == (what is not None)
+    assert [entry["name"] for entry in report["realigned"]] == params.names * (what is not None)
+    for entry in report["realigned"]:
+        if what == "weights":
+            assert 0 < entry["after"] < entry["before"]
+        assert entry["bias"]
+    # The report compares with the dense weights, whatever was moved since.
+    for layer, figures in zip(report["layers"], alignment_report(params, dense), strict=True):
+        assert layer["mean_alignment"] == pytest.approx(figures["mean_alignment"], abs=1e-4)
+        assert layer["distortion"] == pytest.approx(figures["distortion"], rel=1e-3)
 
 
 def test_include_and_exclude(bert: Path, tmp_path: Path) -> None:
@@ -709,8 +755,10 @@ def test_in_a_thread(bert: Path, tmp_path: Path) -> None:
         ),
         (
             ["--sparsity", ".5", "--criterion", "lamp", "--calibration", "f"],
-            "--calibration goes with --method aligned-magnitude or aligned-nm",
+            "--calibration goes with --method aligned-magnitude or aligned-nm, with --criterion",
         ),
+        (["--sparsity", ".5", "--realign", "weights"], "--realign needs --calibration FILE"),
+        (["--sparsity", ".5", "--realign", "both"], "argument --realign: invalid choice: 'both'"),
         (
             ["--sparsity", ".5", "--method", "magnitude", "--units", "in"],
             "--units goes with --method aligned-magnitude, not magnitude",
@@ -881,7 +929,13 @@ def test_transformers_is_as_loud_as_before(bert: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["prune", "--help"], ["demo", "--help"], ["info", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["prune", "--help"],
+        ["report", "--help"],
+        ["demo", "--help"],
+        ["info", "--help"],
+    ):
         assert main(arguments) == 0
         printed = capsys.readouterr().out
         assert re.search(r"exit codes:\n  0 .*\n  1 .*\n  2 .*\n  130 ", printed)
@@ -904,10 +958,10 @@ def test_unexpected_errors_show_where_they_come_from(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(cli, "layer_report", fail)
+    monkeypatch.setattr(cli, "alignment_report", fail)
     assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "AssertionError: a bug" in err

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchalignprune import demo
+from torchalignprune import Calibration, demo
 from torchalignprune.cli import main
 from torchalignprune.demo import RUNS, bootstrap_interval, prose_sentences, run_demo
 
@@ -61,27 +61,32 @@ def test_runs_are_what_they_say() -> None:
     """The code that a run shows is the code that it runs."""
     assert len({run.label for run in RUNS}) == len(RUNS)
     calls = []
+    realigned = []
 
     def record(params: Any, method: Any, importance_scores: Any = None, **options: Any) -> None:
         calls.append((method.__name__, importance_scores, options))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "global_unstructured", record)
+        patch.setattr(demo, "realign", lambda *given: realigned.append(given))
         from torch import nn
 
         from torchalignprune.parameters import prunable_parameters
 
         params = prunable_parameters(nn.Sequential(nn.Linear(4, 4)))
-        norms = {params[0]: torch.arange(4.0)}
+        calibration = Calibration.collect(params[0][0], [torch.randn(8, 4)], params)
         for run in RUNS:
             calls.clear()
-            run.prune(params, norms, 0.5)
+            realigned.clear()
+            run.prune(params, calibration, 0.5)
             ((method, scores, options),) = calls
+            assert realigned == [(params, calibration)] * run.realigned
+            assert run.call.endswith("; realign(params, calibration)") == run.realigned
             assert run.call.partition(",")[0] == method
             assert ("importance_scores" in run.call) == (scores is not None)
-            assert ("norms" in run.call) == run.calibrated
+            assert ("calibration" in run.call) == run.calibrated
             assert options.pop("amount") == 0.5
-            assert (options.pop("input_norms", None) is norms) == ("input_norms=" in run.call)
+            assert (options.pop("input_norms", None) is calibration) == ("input_norms=" in run.call)
             for key, value in options.items():
                 assert f'{key}="{value}"' in run.call
 
@@ -110,6 +115,7 @@ def test_without_the_encoder(
 def test_the_methods_rank_as_they_should() -> None:
     runs = [run for run in RUNS if run.label in {"magnitude", "aligned", "Wanda"}]
     runs += [run for run in RUNS if run.label == "aligned + inputs, per unit"]
+    runs += [run for run in RUNS if run.realigned]
     seen = []
 
     def progress(todo: Any, total: int) -> Any:
@@ -117,7 +123,7 @@ def test_the_methods_rank_as_they_should() -> None:
         return todo
 
     found = run_demo([0.5, 0.7], sentences=48, runs=runs, progress=progress)
-    assert seen == [8]
+    assert seen == [12]
     assert found["encoder"]["weights"] == 10_616_832 and found["encoder"]["matrices"] == 36
     by = {(result["method"], result["requested"]): result for result in found["results"]}
     for sparsity, worst, best in ((0.5, 0.65, 0.92), (0.7, 0.3, 0.7)):
@@ -129,7 +135,11 @@ def test_the_methods_rank_as_they_should() -> None:
         # Within a unit the gains fall with |w| times the input's norm, which is Wanda's order.
         same = by["aligned + inputs, per unit", sparsity]
         assert same["cosine"] == pytest.approx(wanda["cosine"], abs=1e-3)
-        for result in (magnitude, aligned, wanda):
+        moved = by["Wanda, realigned", sparsity], by["aligned + inputs, realigned", sparsity]
+        for result in moved:
+            assert result["low"] > wanda["high"]
+            assert result["cosine"] > {0.5: 0.94, 0.7: 0.8}[sparsity]
+        for result in (magnitude, aligned, wanda, *moved):
             assert result["low"] < result["cosine"] < result["high"]
             assert result["sparsity"] == pytest.approx(sparsity, abs=2e-3)
             assert result["seconds"] > 0

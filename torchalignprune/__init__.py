@@ -8,9 +8,11 @@ from torchalignprune import build_info as _build_info
 
 _build_info.check()
 
-from torchalignprune import criteria, methods, ops  # noqa: E402
-from torchalignprune.calibration import input_norms  # noqa: E402
+from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
+from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
+from torchalignprune.calibration import Calibration  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
+from torchalignprune.matching import Matching, match_units  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
     AlignedMagnitude,
     AlignedNM,
@@ -23,26 +25,38 @@ from torchalignprune.methods import (  # noqa: E402
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
+from torchalignprune.realign import realign  # noqa: E402
+from torchalignprune.reference import Reference  # noqa: E402
+from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlignedMagnitude",
     "AlignedNM",
+    "AlignmentReport",
+    "Calibration",
+    "CosineAlignment",
+    "FrobeniusAlignment",
     "Magnitude",
+    "Matching",
     "PrunableParameters",
     "PruningMethod",
     "Random",
+    "Reference",
     "__version__",
     "aligned_magnitude",
     "aligned_nm",
+    "alignment_report",
     "criteria",
     "global_unstructured",
-    "input_norms",
     "load_state_dict",
     "magnitude",
+    "match_units",
     "methods",
     "ops",
     "prunable_parameters",
     "random",
+    "realign",
+    "schedules",
 ]

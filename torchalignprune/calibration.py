@@ -1,9 +1,15 @@
-"""What goes into the layers of a model: statistics over calibration batches, in one pass."""
+"""What goes into the layers of a model: statistics of their inputs over calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +22,13 @@ from torchalignprune.parameters import (
     unit_dimension,
 )
 
-__all__ = ["input_norms"]
+__all__ = ["CONVOLUTIONS", "Calibration", "InputStatistics"]
 
-_CONVOLUTIONS = (
+Pair = tuple[nn.Module, str]
+Statistics = Literal["norms", "covariance"]
+Batches = Iterable[Mapping[str, Any] | Tensor]
+
+CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -26,157 +36,672 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+"""Modules whose inputs are counted by channel."""
+
+_ROWS = 4096  # inputs that are copied at a time
 
 
-def input_norms(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any] | Tensor],
-    params: Parameters,
-    *,
-    progress: bool = False,
-) -> dict[tuple[nn.Module, str], Tensor]:
-    """The root mean square of every input feature of the layers, over calibration batches.
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    r"""The statistics of the inputs :math:`x` of one layer. Tensors are on the CPU.
 
-    The model runs on each batch without gradients and in evaluation mode; the batches are taken
-    one at a time, and sums are kept in float64. Where a batch has an ``attention_mask`` of shape
-    ``(batch, tokens)``, tokens whose mask is 0 do not count in inputs of shape ``(batch, tokens,
-    features)`` or ``(batch * tokens, features)``. The model is left as it was: no hooks, the same
-    training flags, also after an error.
+    Attributes:
+        count: how many inputs (tokens) they are of.
+        norms: :math:`\sqrt{E[x_j^2]}`, the root mean square of each feature; shape (features,).
+        mean: :math:`\mu = E[x]`; shape (features,).
+        covariance: :math:`E[(x - \mu)(x - \mu)^T]`; shape (features, features), or None if only
+            norms were asked for.
+    """
+
+    count: int
+    norms: Tensor
+    mean: Tensor
+    covariance: Tensor | None = None
+
+    @property
+    def second_moment(self) -> Tensor | None:
+        r""":math:`H = E[x x^T]`, the covariance with the mean in it, or None."""
+        if self.covariance is None:
+            return None
+        return torch.addr(self.covariance, self.mean, self.mean)
+
+
+class Calibration(Mapping[Pair, InputStatistics]):
+    """Statistics of what goes into the layers of a model, by ``(module, name)`` of their weights.
+
+    ``calibration[module, name]`` is an :class:`InputStatistics`; layers that were always given the
+    same tensor, such as query, key and value of a self-attention, share one. A calibration is what
+    ``AlignedMagnitude(input_norms=calibration)``, :func:`torchalignprune.criteria.wanda` and
+    :func:`torchalignprune.realign` take.
 
     Args:
-        model: the model to run; may be pruned already.
-        batches: mappings, for ``model(**batch)``, or tensors, for ``model(batch)``. Tensors are
-            moved to the device of the model's first parameter.
-        params: ``(module, name)`` pairs of modules in the model.
-        progress: show a progress bar on standard error (needs tqdm).
-
-    Returns:
-        For each pair a vector on the parameter's device, float32 (float64 for a float64
-        parameter): of a linear layer one number per input feature, of a convolution one per input
-        channel. It is what :func:`torchalignprune.criteria.wanda` and ``AlignedMagnitude`` take as
-        ``input_norms``.
-
-    Raises:
-        TypeError: a batch is neither a mapping nor a tensor.
-        ValueError: there are no batches, or no tokens in them; a module never ran; NaN or infinity
-            in an input; a module without input features (``nn.Embedding``); an
-            ``nn.MultiheadAttention`` with one matrix for query, key and value was called with
-            different tensors as these. The error names the parameter.
-        ImportError: ``progress`` without tqdm.
+        inputs: the statistics of each parameter.
+        names: what to call each parameter, for :meth:`save`; usually
+            :meth:`collect`, :meth:`load` and :meth:`merge` fill it in.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> layer = nn.Linear(2, 3)
         >>> batches = [torch.tensor([[3.0, 0.0], [4.0, 1.0]])]
-        >>> input_norms(layer, batches, [(layer, "weight")])[layer, "weight"]
+        >>> calibration = Calibration.collect(layer, batches, [(layer, "weight")])
+        >>> calibration[layer, "weight"].norms
         tensor([3.5355, 0.7071])
+        >>> calibration[layer, "weight"].mean
+        tensor([3.5000, 0.5000])
     """
-    pairs = list(params)
-    names = parameter_names(params if isinstance(params, PrunableParameters) else pairs)
-    meters = [_Meter(*pair, name) for pair, name in zip(pairs, names, strict=True)]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training = {module: module.training for module in model.modules()}
-    mask: Tensor | None = None
 
-    def observe(meter: _Meter) -> Callable[..., None]:
+    def __init__(
+        self, inputs: Mapping[Pair, InputStatistics], names: Mapping[Pair, str] | None = None
+    ) -> None:
+        self._inputs = dict(inputs)
+        self._names = dict(names or {})
+
+    def __getitem__(self, pair: Pair) -> InputStatistics:
+        return self._inputs[pair]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __repr__(self) -> str:
+        distinct = {id(found): found for found in self.values()}.values()
+        counts = [found.count for found in distinct] or [0]
+        ends = dict.fromkeys([min(counts), max(counts)])
+        tokens = " to ".join(f"{count:,}" for count in ends)
+        return (
+            f"Calibration: {self.statistics} of {len(self)} parameters, "
+            f"{len(distinct)} different inputs, over {tokens} tokens"
+        )
+
+    @property
+    def statistics(self) -> Statistics:
+        """``"covariance"`` if every parameter has one, otherwise ``"norms"``."""
+        has = all(found.covariance is not None for found in self.values())
+        return "covariance" if has else "norms"
+
+    def norms(self) -> dict[Pair, Tensor]:
+        """The root mean square of every input feature, by ``(module, name)``."""
+        return {pair: found.norms for pair, found in self.items()}
+
+    @classmethod
+    def collect(
+        cls,
+        model: nn.Module,
+        batches: Batches,
+        params: Parameters,
+        *,
+        statistics: Statistics = "norms",
+        memory_limit: int | None = None,
+        progress: bool = False,
+    ) -> Calibration:
+        """Runs the model on calibration batches and takes statistics of the layers' inputs.
+
+        The model runs on each batch without gradients and in evaluation mode; the batches are
+        taken one at a time, and sums are kept in float64. Where a batch has an ``attention_mask``
+        of shape ``(batch, tokens)``, tokens whose mask is 0 do not count in inputs of shape
+        ``(batch, tokens, features)`` or ``(batch * tokens, features)``. The model is left as it
+        was: no hooks, the same training flags, also after an error.
+
+        Covariances are summed on the device of their parameter, 8 bytes for every pair of
+        features, and moved to the CPU, with half of that, at the end.
+
+        Args:
+            model: the model to run; may be pruned already.
+            batches: mappings, for ``model(**batch)``, or tensors, for ``model(batch)``. Tensors
+                are moved to the device of the model's first parameter.
+            params: ``(module, name)`` pairs of modules in the model.
+            statistics: ``"norms"`` takes norms and means, which is all that pruning and
+                ``realign(what="bias")`` need; ``"covariance"`` takes covariances too.
+            memory_limit: in bytes. The sums of covariances take at most this much at a time: the
+                model runs several times over all the batches, each time for as many parameters as
+                fit (counted as if no two of them shared their inputs). For fewer covariances in
+                the result, call this with a part of the parameters.
+            progress: show a progress bar on standard error (needs tqdm).
+
+        Returns:
+            Vectors and matrices on the CPU, float32 (float64 for a float64 parameter): of a linear
+            layer one number per input feature, of a convolution one per input channel.
+
+        Raises:
+            TypeError: a batch is neither a mapping nor a tensor.
+            ValueError: there are no batches, or no tokens in them; a module never ran; NaN or
+                infinity in an input; a module without input features (``nn.Embedding``); the
+                covariance of a convolution, whose inputs overlap; an ``nn.MultiheadAttention``
+                with one matrix for query, key and value was called with different tensors as
+                these; a ``memory_limit`` that one parameter exceeds, or that takes several passes
+                over batches which can be iterated over only once. The error names the parameter.
+            ImportError: ``progress`` without tqdm.
+        """
+        if statistics not in get_args(Statistics):
+            raise ValueError(
+                f"statistics should be one of {get_args(Statistics)}, got {statistics!r}"
+            )
+        pairs = list(params)
+        if not pairs:
+            raise ValueError("there are no parameters to take statistics for")
+        names = parameter_names(params if isinstance(params, PrunableParameters) else pairs)
+        with_covariance = statistics == "covariance"
+        meters = [
+            _Meter(*pair, name, with_covariance) for pair, name in zip(pairs, names, strict=True)
+        ]
+        passes = [meters]
+        if with_covariance and memory_limit is not None:
+            passes = _passes(meters, memory_limit)
+            if len(passes) > 1 and isinstance(batches, Iterator):
+                raise ValueError(
+                    f"memory_limit={memory_limit} takes {len(passes)} passes over the batches: "
+                    "they should be iterable more than once (a list, a DataLoader), got "
+                    f"{type(batches).__name__}"
+                )
+        shown = _Bar(batches, len(passes)) if progress else None
+        inputs: dict[Pair, InputStatistics] = {}
+        try:
+            for part in passes:
+                _run(model, batches, part, shown)
+                inputs |= _finish(part)
+        finally:
+            if shown is not None:
+                shown.close()
+        dotted = isinstance(params, PrunableParameters)
+        return cls(inputs, dict(zip(pairs, names, strict=True)) if dotted else None)
+
+    @classmethod
+    def merge(
+        cls, calibrations: Iterable[Calibration], weights: Sequence[float] | None = None
+    ) -> Calibration:
+        """The statistics of several calibrations as one: of several languages, for instance.
+
+        It is the calibration of the mixture in which an input comes from each calibration with
+        the probability of its weight.
+
+        Args:
+            calibrations: of the same parameters, with the same statistics.
+            weights: what each counts, in any unit, however many tokens it is of: equal weights
+                make languages count the same. Default: the numbers of tokens, which gives what
+                :meth:`collect` would give over all the batches together.
+
+        Raises:
+            ValueError: no calibrations; different parameters or statistics; not one weight for
+                each, or weights that are negative, all zero or not finite.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> layer = nn.Linear(1, 1)
+            >>> one, other = (
+            ...     Calibration.collect(layer, [torch.full((tokens, 1), x)], [(layer, "weight")])
+            ...     for tokens, x in ((1, 0.0), (3, 4.0))
+            ... )
+            >>> Calibration.merge([one, other])[layer, "weight"].mean
+            tensor([3.])
+            >>> Calibration.merge([one, other], weights=[1, 1])[layer, "weight"].mean
+            tensor([2.])
+        """
+        every = list(calibrations)
+        if not every:
+            raise ValueError("there are no calibrations to merge")
+        first = every[0]
+        for i, other in enumerate(every[1:], 1):
+            if other.keys() != first.keys():
+                raise ValueError(f"calibrations[{i}] is of other parameters than calibrations[0]")
+            if other.statistics != first.statistics:
+                raise ValueError(
+                    f"calibrations[{i}] should have the statistics of calibrations[0], "
+                    f"{first.statistics}, got {other.statistics}"
+                )
+        if weights is not None:
+            weights = [float(weight) for weight in weights]
+            if len(weights) != len(every):
+                raise ValueError(
+                    f"weights should have one number for each of the {len(every)} calibrations, "
+                    f"got {len(weights)}"
+                )
+            if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+                raise ValueError(
+                    f"weights should be finite, not negative and not all 0, got {weights}"
+                )
+        merged: dict[tuple[int, ...], InputStatistics] = {}
+        inputs = {}
+        for pair in first:
+            parts = [calibration[pair] for calibration in every]
+            key = tuple(map(id, parts))
+            if key not in merged:
+                merged[key] = _mixture(parts, weights or [part.count for part in parts])
+            inputs[pair] = merged[key]
+        return cls(inputs, first._names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file with ``NAME.norms``, ``NAME.mean`` and ``NAME.covariance``.
+
+        Of parameters that share their inputs the first has the tensors; the file's metadata says
+        for each parameter whose they are, and how many tokens they are of.
+
+        Args:
+            path: the file to write.
+
+        Raises:
+            ValueError: the parameters have no dotted names, because they did not come from
+                :func:`torchalignprune.prunable_parameters`.
+            ImportError: safetensors is not installed.
+        """
+        if self.keys() != self._names.keys():
+            raise ValueError(
+                "a calibration is saved by dotted names: collect it with params from "
+                "prunable_parameters(), which knows them"
+            )
+        tensors: dict[str, Tensor] = {}
+        owners: dict[int, str] = {}
+        entries = {}
+        for pair, found in self.items():
+            name = self._names[pair]
+            owner = owners.setdefault(id(found), name)
+            entries[name] = {"of": owner, "count": found.count}
+            if owner == name:
+                for key in ("norms", "mean", "covariance"):
+                    tensor = getattr(found, key)
+                    if tensor is not None:
+                        tensors[f"{name}.{key}"] = tensor.contiguous()
+        metadata = {"format": "pt", "calibration": json.dumps(entries)}
+        _safetensors().torch.save_file(tensors, os.fspath(path), metadata=metadata)
+        # Some versions of safetensors make files that nobody else may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(path, 0o666 & ~umask)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Calibration:
+        """Reads a file of :meth:`save` for the parameters of a model.
+
+        Args:
+            path: the file.
+            params: from :func:`torchalignprune.prunable_parameters`; may be fewer than the file
+                has.
+
+        Raises:
+            TypeError: params without dotted names.
+            ValueError: the file is no calibration, has nothing for a parameter, or its statistics
+                have another number of features than the parameter.
+            ImportError: safetensors is not installed.
+        """
+        if not isinstance(params, PrunableParameters):
+            raise TypeError(
+                f"params should come from prunable_parameters(), got {type(params).__name__}"
+            )
+        safetensors = _safetensors()
+        inputs: dict[Pair, InputStatistics] = {}
+        read: dict[str, InputStatistics] = {}
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+                there = set(file.keys())
+                entries = json.loads((file.metadata() or {}).get("calibration", "null"))
+                if entries is None:
+                    raise ValueError(f"{path} is not a calibration: it was not written by save()")
+                missing = [name for name in params.names if name not in entries]
+                if missing:
+                    raise ValueError(f"{path} has no statistics for {_some(missing)}")
+                for pair, name in zip(params, params.names, strict=True):
+                    owner = entries[name]["of"]
+                    if owner not in read:
+                        found = {
+                            key: file.get_tensor(f"{owner}.{key}")
+                            for key in ("norms", "mean", "covariance")
+                            if f"{owner}.{key}" in there
+                        }
+                        read[owner] = InputStatistics(entries[name]["count"], **found)
+                    features, got = _features(*pair, name), len(read[owner].norms)
+                    if got != features:
+                        raise ValueError(
+                            f"the inputs of {name} should have {features} features, got {got} in "
+                            f"{path}"
+                        )
+                    inputs[pair] = read[owner]
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read as a calibration: {error}") from error
+        return cls(inputs, dict(zip(params, params.names, strict=True)))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            'calibrations are saved with safetensors: pip install "torchalignprune[transformers]"'
+        ) from error
+    return safetensors
+
+
+def _mixture(parts: Sequence[InputStatistics], weights: Sequence[float]) -> InputStatistics:
+    shares = [weight / sum(weights) for weight in weights]
+    both = list(zip(shares, parts, strict=True))
+    dtype = torch.float64 if any(p.mean.dtype == torch.float64 for p in parts) else torch.float32
+    squares = sum((share * part.norms.double().square() for share, part in both), torch.zeros(()))
+    mean = sum((share * part.mean.double() for share, part in both), torch.zeros(()))
+    covariance: Tensor | None = None
+    if all(part.covariance is not None for part in parts):
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for share, part in both:
+            assert part.covariance is not None
+            covariance.add_(part.covariance, alpha=share)
+            apart = part.mean - mean
+            covariance.addr_(apart, apart, alpha=share)
+        covariance = covariance.to(dtype)
+    count = sum(part.count for part in parts)
+    return InputStatistics(count, squares.sqrt().to(dtype), mean.to(dtype), covariance)
+
+
+def _passes(meters: Sequence[_Meter], limit: int) -> list[list[_Meter]]:
+    """Parameters in their order, as many in a pass as fit."""
+    passes: list[list[_Meter]] = [[]]
+    taken = 0
+    for meter in meters:
+        need = 8 * meter.features**2
+        if need > limit:
+            raise ValueError(
+                f"memory_limit={limit} is too little for the covariance of {meter.name}, which "
+                f"takes {need} bytes"
+            )
+        if taken + need > limit:
+            passes.append([])
+            taken = 0
+        passes[-1].append(meter)
+        taken += need
+    return passes
+
+
+def _run(
+    model: nn.Module, batches: Batches, meters: Sequence[_Meter], shown: _Bar | None = None
+) -> None:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    observer = _Observer()
+    ran = False
+    with _observed(model, meters, observer), torch.no_grad():
+        for batch in batches:
+            ran = True
+            if isinstance(batch, Tensor):
+                observer.mask = None
+                model(batch.to(device))
+            elif isinstance(batch, Mapping):
+                there = {
+                    key: value.to(device) if isinstance(value, Tensor) else value
+                    for key, value in batch.items()
+                }
+                mask = there.get("attention_mask")
+                observer.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+                model(**there)
+            else:
+                raise TypeError(
+                    f"a batch should be a mapping or a tensor, got {type(batch).__name__}"
+                )
+            observer.end_of_forward(meters)
+            if shown is not None:
+                shown.update()
+    if not ran:
+        raise ValueError("there are no calibration batches")
+    idle = [meter.name for meter in meters if meter.group is None]
+    if idle:
+        raise ValueError(f"the calibration batches never reached {_some(idle)}")
+
+
+def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
+    """The statistics of a pass, whose sums are freed."""
+    inputs: dict[Pair, InputStatistics] = {}
+    finished: dict[_Sums, InputStatistics] = {}
+    for meter in meters:
+        assert meter.group is not None
+        sums = meter.group.sums
+        if sums not in finished:
+            finished[sums] = sums.finish(meter.name)
+        inputs[meter.module, meter.attribute] = finished[sums]
+        meter.group = None
+    return inputs
+
+
+@contextmanager
+def _observed(model: nn.Module, meters: Sequence[_Meter], observer: _Observer) -> Iterator[None]:
+    """Hooks on the modules, and evaluation mode; everything as it was at the end."""
+
+    def hook_of(meter: _Meter) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            meter.add(args, kwargs, mask)
+            observer.observe(meter, meter.input(args, kwargs))
 
         return hook
 
+    training = {module: module.training for module in model.modules()}
     handles = [
-        meter.module.register_forward_pre_hook(observe(meter), with_kwargs=True) for meter in meters
+        meter.module.register_forward_pre_hook(hook_of(meter), with_kwargs=True) for meter in meters
     ]
     try:
         model.eval()
-        ran = False
-        with torch.no_grad():
-            for batch in _shown(batches) if progress else batches:
-                ran = True
-                if isinstance(batch, Tensor):
-                    mask = None
-                    model(batch.to(device))
-                elif isinstance(batch, Mapping):
-                    there = {
-                        key: value.to(device) if isinstance(value, Tensor) else value
-                        for key, value in batch.items()
-                    }
-                    found = there.get("attention_mask")
-                    mask = found if isinstance(found, Tensor) and found.dim() == 2 else None
-                    model(**there)
-                else:
-                    raise TypeError(
-                        f"a batch should be a mapping or a tensor, got {type(batch).__name__}"
-                    )
+        yield
     finally:
         for handle in handles:
             handle.remove()
         for module, flag in training.items():
             module.training = flag
-    if not ran:
-        raise ValueError("there are no calibration batches")
-    idle = [meter.name for meter in meters if meter.squares is None]
-    if idle:
-        more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
-        raise ValueError(f"the calibration batches never reached {', '.join(idle[:5])}{more}")
-    return {pair: meter.root_mean_square() for pair, meter in zip(pairs, meters, strict=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """A tensor that a module was called with, and where in it the features are.
+
+    Attributes:
+        tensor: the tensor itself, which tells layers that share it from others.
+        features: the dimension of the features.
+        batch: the dimension of the batch, for the mask; None where there are no tokens to mask.
+    """
+
+    tensor: Tensor
+    features: int = -1
+    batch: int | None = 0
+
+    @property
+    def layout(self) -> tuple[int, int | None]:
+        return self.features, self.batch
+
+    @property
+    def version(self) -> int | None:
+        """How often the tensor was changed in place."""
+        return None if self.tensor.is_inference() else self.tensor._version
+
+    def rows(self, mask: Tensor | None) -> Tensor:
+        """Shape (tokens that count, features)."""
+        tensor = self.tensor.detach()
+        if self.batch is None:
+            return tensor.movedim(self.features, -1).reshape(-1, tensor.shape[self.features])
+        if self.batch:
+            tensor = tensor.transpose(0, self.batch)
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        if mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),)):
+            rows = rows[mask.reshape(-1) != 0]
+        return rows
+
+
+class _Sums:
+    """The running sums of an input's statistics, in float64."""
+
+    def __init__(self, features: int, dtype: torch.dtype, covariance: bool) -> None:
+        self.features = features
+        self.dtype = dtype  # of the result
+        self.covariance = covariance
+        self.count = 0
+        self.total: Tensor | None = None
+        self.squares: Tensor | None = None
+        # Of x - shift: squares of a mean far from 0 would drown the differences.
+        self.shift: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def clone(self) -> _Sums:
+        other = _Sums(self.features, self.dtype, self.covariance)
+        other.count = self.count
+        for name in ("total", "squares", "shift", "products"):
+            tensor = getattr(self, name)
+            setattr(other, name, None if tensor is None else tensor.clone())
+        return other
+
+    def add(self, rows: Tensor) -> None:
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square_()
+        total = rows.sum(dim=0, dtype=torch.float64)
+        self.squares = squares if self.squares is None else self.squares.add_(squares)
+        self.total = total if self.total is None else self.total.add_(total)
+        self.count += rows.shape[0]
+        if self.covariance and rows.shape[0]:
+            self._add_products(rows)
+
+    def _add_products(self, rows: Tensor) -> None:
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        if self.shift is None or self.products is None:
+            self.shift = rows.mean(dim=0, dtype=torch.float64).to(wide)
+            size = (self.features, self.features)
+            self.products = torch.zeros(size, dtype=torch.float64, device=rows.device)
+        # A model may run parts of itself in half precision; this is none of them.
+        with torch.autocast(rows.device.type, enabled=False):
+            for part in rows.split(_ROWS):
+                apart = part.to(wide) - self.shift
+                self.products += apart.T @ apart
+
+    def finish(self, name: str) -> InputStatistics:
+        if self.count == 0 or self.squares is None or self.total is None:
+            raise ValueError(f"the calibration batches hold no tokens for {name}")
+        norms = (self.squares / self.count).sqrt_()
+        mean = self.total / self.count
+        covariance = None
+        finite = norms.isfinite().all() & mean.isfinite().all()
+        if self.covariance:
+            assert self.products is not None and self.shift is not None
+            apart = mean - self.shift
+            covariance = (self.products / self.count).addr_(apart, apart, alpha=-1)
+            finite &= covariance.isfinite().all()
+        if not finite:
+            raise ValueError(f"NaN or infinity in the inputs of {name}")
+        return InputStatistics(
+            self.count,
+            norms.to("cpu", self.dtype),
+            mean.to("cpu", self.dtype),
+            None if covariance is None else covariance.to("cpu", self.dtype),
+        )
+
+
+class _Group:
+    """Parameters that had the same inputs so far, and the sums of these."""
+
+    def __init__(self, member: _Meter, sums: _Sums) -> None:
+        self.members = [member]
+        self.sums = sums
+        # The latest input, not added yet because not all members had it, and those that had it.
+        self.pending: _Input | None = None
+        self.version: int | None = None
+        self.reached: list[_Meter] = []
+
+
+class _Observer:
+    """Adds up inputs, once for all the parameters that get the same tensor.
+
+    Which ones these are shows at their first call: the tensor is the one that another parameter
+    has just been called with. From the second call on an input waits until all of them had it, so
+    that one that goes its own way from there can leave with the sums so far.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        # The groups that had one input so far, and what that was.
+        self.begun: list[tuple[_Group, weakref.ref[Tensor], object]] = []
+
+    def observe(self, meter: _Meter, given: _Input) -> None:
+        group = meter.group
+        if group is None:
+            self._begin(meter, given)
+        elif len(group.members) == 1:
+            self._add(group, given)
+        elif group.pending is None:
+            group.pending, group.version, group.reached = given, given.version, [meter]
+        elif (
+            meter not in group.reached
+            and given.tensor is group.pending.tensor
+            and given.layout == group.pending.layout
+            and given.version == group.version
+        ):
+            group.reached.append(meter)
+            if len(group.reached) == len(group.members):
+                self._settle(group)
+        else:
+            self._settle(group)
+            self.observe(meter, given)
+
+    def end_of_forward(self, meters: Iterable[_Meter]) -> None:
+        for meter in meters:
+            if meter.group is not None and meter.group.pending is not None:
+                self._settle(meter.group)
+        self.begun.clear()
+
+    def _begin(self, meter: _Meter, given: _Input) -> None:
+        state = (given.layout, given.version, meter.features)
+        for group, tensor, known in self.begun:
+            if group.pending is None and tensor() is given.tensor and known == state:
+                meter.group = group
+                group.members.append(meter)
+                return
+        meter.group = _Group(meter, meter.new_sums())
+        self._add(meter.group, given)
+        self.begun.append((meter.group, weakref.ref(given.tensor), state))
+
+    def _add(self, group: _Group, given: _Input) -> None:
+        self.begun = [entry for entry in self.begun if entry[0] is not group]
+        rows = given.rows(self.mask)
+        features, name = group.sums.features, group.members[0].name
+        if rows.shape[1] != features:
+            raise ValueError(
+                f"the inputs of {name} should have {features} features, got {rows.shape[1]}"
+            )
+        group.sums.add(rows)
+
+    def _settle(self, group: _Group) -> None:
+        """Adds the pending input for those that had it; the others become a group of their own."""
+        assert group.pending is not None
+        given = group.pending
+        if given.version != group.version:
+            raise ValueError(
+                f"the input of {group.reached[0].name} was changed in place before "
+                "other layers that used to share it had run"
+            )
+        others = [member for member in group.members if member not in group.reached]
+        if others:
+            apart = _Group(others[0], group.sums.clone())
+            apart.members = others
+            for member in others:
+                member.group = apart
+        group.members, group.pending, group.reached = group.reached, None, []
+        self._add(group, given)
 
 
 class _Meter:
-    """The running sum of squares of one parameter's inputs."""
+    """A parameter whose inputs are observed."""
 
-    def __init__(self, module: nn.Module, name: str, label: str) -> None:
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(f"{label} belongs to an embedding, which has no input features")
-        weight = stored(module, name)
-        if weight.dim() < 2:
-            raise ValueError(
-                f"{label} should have outputs and inputs, got shape {tuple(weight.shape)}"
-            )
+    def __init__(self, module: nn.Module, attribute: str, name: str, covariance: bool) -> None:
         self.module = module
-        self.attribute = name
-        self.name = label
-        self.squares: Tensor | None = None
-        self.count = 0
-        # Of a grouped convolution the weight does not show all input channels.
-        channels = getattr(module, "in_channels", None)
-        fallback = weight.shape[1 - unit_dimension(module, name)]
-        self.features = channels if isinstance(module, _CONVOLUTIONS) else fallback
-
-    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Tensor | None) -> None:
-        inputs = self._inputs(args, kwargs).detach()
-        if isinstance(self.module, _CONVOLUTIONS):
-            # (batch, channels, *positions), or without a batch.
-            channels = inputs.dim() - self.module.weight.dim() + 1
-            rows = inputs.movedim(channels, -1).reshape(-1, inputs.shape[channels])
-        else:
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            leading = inputs.shape[:-1]
-            if mask is not None and leading in (mask.shape, (mask.numel(),)):
-                rows = rows[mask.reshape(-1) != 0]
-        if rows.shape[1] != self.features:
+        self.attribute = attribute
+        self.name = name
+        self.features = _features(module, attribute, name)
+        self.covariance = covariance
+        self.group: _Group | None = None
+        if covariance and isinstance(module, CONVOLUTIONS):
             raise ValueError(
-                f"the inputs of {self.name} should have {self.features} features, got "
-                f"{rows.shape[1]}"
+                f"{name} belongs to a convolution, of which no covariance is taken: leave it out, "
+                'or take statistics="norms"'
             )
-        norms = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64)
-        squares = norms.square_()
-        self.squares = squares if self.squares is None else self.squares + squares
-        self.count += rows.shape[0]
 
-    def root_mean_square(self) -> Tensor:
-        assert self.squares is not None
-        if self.count == 0:
-            raise ValueError(f"the calibration batches hold no tokens for {self.name}")
-        found = (self.squares / self.count).sqrt()
-        if not found.isfinite().all():
-            raise ValueError(f"NaN or infinity in the inputs of {self.name}")
+    def new_sums(self) -> _Sums:
         weight = stored(self.module, self.attribute)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return found.to(weight.device, wide)
+        return _Sums(self.features, wide, self.covariance)
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Input:
         if isinstance(self.module, nn.MultiheadAttention):
             return self._projected(args, kwargs)
         found = args[0] if args else next(iter(kwargs.values()), None)
@@ -184,9 +709,13 @@ class _Meter:
             raise ValueError(
                 f"the first input of {self.name} should be a tensor, got {type(found).__name__}"
             )
-        return found
+        if isinstance(self.module, CONVOLUTIONS):
+            # (batch, channels, *positions), or without a batch.
+            channels = found.dim() - stored(self.module, self.attribute).dim() + 1
+            return _Input(found, channels, None)
+        return _Input(found)
 
-    def _projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _projected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Input:
         assert isinstance(self.module, nn.MultiheadAttention)
         called = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         query, key, value = called["query"], called["key"], called["value"]
@@ -200,17 +729,38 @@ class _Meter:
         else:
             found = {"q": query, "k": key, "v": value}[self.attribute[0]]
         assert isinstance(found, Tensor)
-        batched = found.dim() == 3
-        return found if self.module.batch_first or not batched else found.transpose(0, 1)
+        return _Input(found, batch=0 if self.module.batch_first or found.dim() != 3 else 1)
 
 
-def _shown(batches: Iterable[Any]) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'progress=True needs tqdm: pip install "torchalignprune[transformers]"'
-        ) from error
-    total = len(batches) if isinstance(batches, Sized) else None
-    shown: Iterable[Any] = tqdm(batches, total=total, desc="calibrating", unit="batch", leave=False)
-    return shown
+def _features(module: nn.Module, attribute: str, name: str) -> int:
+    """How many numbers one input of a parameter has."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        raise ValueError(f"{name} belongs to an embedding, which has no input features")
+    weight = stored(module, attribute)
+    if weight.dim() < 2:
+        raise ValueError(f"{name} should have outputs and inputs, got shape {tuple(weight.shape)}")
+    # Of a grouped convolution the weight does not show all input channels.
+    channels = getattr(module, "in_channels", None)
+    if isinstance(module, CONVOLUTIONS) and isinstance(channels, int):
+        return channels
+    return weight.shape[1 - unit_dimension(module, attribute)]
+
+
+class _Bar:
+    """A progress bar over all the batches of all the passes."""
+
+    def __init__(self, batches: Batches, passes: int) -> None:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as error:
+            raise ImportError(
+                'progress=True needs tqdm: pip install "torchalignprune[transformers]"'
+            ) from error
+        total = passes * len(batches) if isinstance(batches, Sized) else None
+        self._bar = tqdm(total=total, desc="calibrating", unit="batch", leave=False)
+
+    def update(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()

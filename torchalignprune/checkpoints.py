@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchalignprune.parameters import DTYPES
+from torchalignprune.weight_files import WeightFiles
+
 __all__ = [
     "Checkpoint",
     "check_output",
     "copy_other_files",
+    "empty_model",
     "load_checkpoint",
     "new_folder",
     "quiet_transformers",
@@ -28,14 +32,6 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _WEIGHT_SUFFIXES = {
     ".bin",
     ".ckpt",
@@ -84,20 +80,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers or safetensors is not installed.
     """
-    transformers = _transformers()
-    config = _json(folder, "config.json")
-    if "quantization_config" in config:
-        raise ValueError(f"{folder} is quantized: only float weights can be pruned")
-    stored = _stored(folder)
-    kinds = {dtype for _, dtype in stored.values() if dtype.startswith(("F", "BF"))}
-    if not kinds or not kinds <= _DTYPES.keys():
+    kind = _architecture(folder)
+    stored = WeightFiles(folder)
+    kinds = {kind for kind in map(stored.dtype, stored) if kind.is_floating_point}
+    if not kinds or not kinds <= set(DTYPES):
+        got = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise ValueError(
             f"the weights of {folder} should be float32, float64, float16 or bfloat16, got "
-            f"{', '.join(sorted(kinds)) or 'no floating-point tensors'}"
+            f"{got or 'no floating-point tensors'}"
         )
-    dtype = functools.reduce(torch.promote_types, (_DTYPES[kind] for kind in sorted(kinds)))
-    names = config.get("architectures") or [None]
-    kind = getattr(transformers, str(names[0]), transformers.AutoModel)
+    dtype = functools.reduce(torch.promote_types, kinds)
     try:
         model, found = kind.from_pretrained(
             folder,
@@ -107,8 +99,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"transformers cannot load {folder}: {reason}") from error
+        raise _cannot_load(folder, error) from error
     if found["mismatched_keys"]:
         name, *shapes = min(found["mismatched_keys"])
         there, expected = (tuple(shape) for shape in shapes)
@@ -119,6 +110,25 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, model, frozenset(found["missing_keys"]), unused, lost)
 
 
+def empty_model(folder: Path) -> Any:
+    """The model of a checkpoint folder on the meta device: modules, names and shapes, no weights.
+
+    Args:
+        folder: with ``config.json``; the class is found as in :func:`load_checkpoint`.
+
+    Raises:
+        ValueError: the folder is not such a checkpoint, or quantized.
+        ImportError: transformers is not installed.
+    """
+    kind = _architecture(folder)
+    try:
+        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _cannot_load(folder, error) from error
+
+
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes the model's config and weights, and the stored tensors that its class does not use.
 
@@ -127,7 +137,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     state: dict[str, Tensor] = checkpoint.model.state_dict()
     for name in checkpoint.missing:
         state.pop(name, None)
-    state |= _read(checkpoint.folder, checkpoint.unused)
+    stored = WeightFiles(checkpoint.folder)
+    state |= {name: stored[name] for name in sorted(checkpoint.unused)}
     checkpoint.model.save_pretrained(folder, state_dict=state)
     # Some versions of safetensors make files that nobody else may read.
     for file in folder.glob("*.safetensors"):
@@ -255,6 +266,21 @@ def _transformers() -> Any:
     return transformers
 
 
+def _architecture(folder: Path) -> Any:
+    """The class of the model, which has ``from_pretrained``."""
+    transformers = _transformers()
+    config = _json(folder, "config.json")
+    if "quantization_config" in config:
+        raise ValueError(f"{folder} is quantized: only float weights can be pruned")
+    names = config.get("architectures") or [None]
+    return getattr(transformers, str(names[0]), transformers.AutoModel)
+
+
+def _cannot_load(folder: Path, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"transformers cannot load {folder}: {reason}")
+
+
 def _json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
@@ -262,38 +288,6 @@ def _json(folder: Path, name: str) -> Any:
         raise ValueError(f"{folder} is not a checkpoint folder: it has no {name}") from None
     except ValueError as error:
         raise ValueError(f"{folder / name} is not JSON: {error}") from error
-
-
-def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
-    """For each stored tensor its file and its dtype, as safetensors spells it."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / _WEIGHTS).is_file():
-        shards = {_WEIGHTS}
-    elif (folder / _INDEX).is_file():
-        shards = set(_json(folder, _INDEX)["weight_map"].values())
-    else:
-        raise ValueError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}")
-    stored = {}
-    for shard in sorted(shards):
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is not a mapping)
-                    stored[name] = (folder / shard, file.get_slice(name).get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / shard} cannot be read: {error}") from error
-    return stored
-
-
-def _read(folder: Path, names: frozenset[str]) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    stored = _stored(folder)
-    tensors = {}
-    for name in sorted(names):
-        with safe_open(stored[name][0], framework="pt") as file:
-            tensors[name] = file.get_tensor(name)
-    return tensors
 
 
 def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[str], frozenset[str]]:

@@ -1,4 +1,4 @@
-"""The command line: ``torchalignprune prune``, ``demo`` and ``info``."""
+"""The command line: ``torchalignprune prune``, ``report``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,9 +25,11 @@ from torch.nn.utils.prune import remove
 
 import torchalignprune
 from torchalignprune import criteria, methods
-from torchalignprune.layer_report import layer_report
-from torchalignprune.parameters import PrunableParameters, prunable_parameters
+from torchalignprune.alignment_report import AlignmentReport, alignment_report, checkpoint_report
+from torchalignprune.calibration import Calibration
+from torchalignprune.parameters import PrunableParameters, prunable_parameters, stored
 from torchalignprune.pruning import PruningMethod, global_unstructured
+from torchalignprune.realign import Realigned, What, realign
 
 __all__ = ["main"]
 
@@ -38,7 +41,8 @@ exit codes:
   130  interrupted (143: terminated): the output folder is as it was
 """
 _BATCH = 32
-_Norms = dict[tuple[nn.Module, str], Tensor]
+_SUFFIXES = (".json", ".png", ".pdf", ".svg")
+_Scores = dict[tuple[nn.Module, str], Tensor]
 
 
 class _InputError(Exception):
@@ -159,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
         help="text, a sentence a line: weigh by the layers' inputs (aligned-*, wanda)",
     )
     prune.add_argument(
+        "--realign",
+        choices=["bias", "weights"],
+        help="afterwards move the biases, or the surviving weights too, so that the layers' "
+        "outputs on the calibration text change least; needs --calibration, of any method",
+    )
+    prune.add_argument(
         "--include", action="append", metavar="PATTERN", help="prune exactly what matches; repeat"
     )
     prune.add_argument(
@@ -172,6 +182,40 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     prune.add_argument("--json", action="store_true", help="print the report as JSON, nothing else")
     prune.set_defaults(run=_prune)
+
+    report = commands.add_parser(
+        "report",
+        help="compare a pruned Transformers checkpoint folder with the dense one",
+        description=(
+            "Compare the weight matrices of a pruned Transformers checkpoint folder with those of\n"
+            "the dense one: sparsity, alignment of the units, distortion, dead units. The weights\n"
+            "are read from the files one matrix at a time; the models are not loaded."
+        ),
+        **shared,
+    )
+    report.add_argument("dense", metavar="DENSE", type=Path, help="the folder of the dense model")
+    report.add_argument("pruned", metavar="PRUNED", type=Path, help="that of the pruned model")
+    report.add_argument(
+        "--include", action="append", metavar="PATTERN", help="exactly what matches; repeat"
+    )
+    report.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="leave out what matches; repeat"
+    )
+    report.add_argument(
+        "--no-matching",
+        action="store_true",
+        help="do not look for moved units, which takes most of the time",
+    )
+    report.add_argument(
+        "--out",
+        nargs="+",
+        type=_report_file,
+        default=[],
+        metavar="FILE",
+        help=f"write the report to files, by their suffix: {', '.join(_SUFFIXES)}",
+    )
+    report.add_argument("--json", action="store_true", help="print the report as JSON")
+    report.set_defaults(run=_report)
 
     demo = commands.add_parser(
         "demo",
@@ -206,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
-    from torchalignprune.figures import draw_layers, require_matplotlib
+    from torchalignprune.figures import require_matplotlib
 
     plan = _Plan(options)
     sentences = _sentences(options.calibration) if options.calibration else []
@@ -215,7 +259,13 @@ def _prune(options: argparse.Namespace) -> None:
         checkpoints.check_output(options.out, options.checkpoint, overwrite=options.overwrite)
     torch.manual_seed(options.seed)
     stages = _Stages(
-        ["load", *["calibrate"] * bool(sentences), "prune", "report", "write", "verify"]
+        [
+            "load",
+            *["calibrate"] * bool(sentences),
+            "prune",
+            *["realign"] * bool(options.realign),
+            *["report", "write", "verify"],
+        ]
     )
     with checkpoints.quiet_transformers(), stages:
         with stages("load"), _input():
@@ -228,14 +278,24 @@ def _prune(options: argparse.Namespace) -> None:
                     f"{options.checkpoint} has no weights for {min(absent)}"
                     + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
                 )
-        norms = None
+        calibration = None
         if sentences:
             with stages("calibrate"):
-                norms = _norms(options.checkpoint, model, params, sentences, stages.visible)
+                calibration = _calibration(
+                    options.checkpoint, model, params, sentences, options.realign, stages.visible
+                )
         with stages("prune"), _input():
-            plan.prune(params, norms, options.seed)
+            plan.prune(params, calibration, options.seed)
+        dense: dict[tuple[nn.Module, str], Tensor] | None = None
+        realigned: list[Realigned] = []
+        if options.realign:
+            assert calibration is not None
+            with stages("realign"), _input():
+                # What the report compares with: the weights that survive are about to move.
+                dense = {pair: stored(*pair).detach().clone() for pair in params}
+                realigned = realign(params, calibration, options.realign)
         with stages("report"):
-            report = layer_report(params)
+            report = alignment_report(params, dense, matching=False)
             for module, name in params:
                 remove(module, name)
         with checkpoints.new_folder(options.out, overwrite=options.overwrite) as folder:
@@ -253,6 +313,7 @@ def _prune(options: argparse.Namespace) -> None:
                 "seed": options.seed,
                 "totals": report.totals,
                 "layers": list(report),
+                "realigned": [asdict(entry) for entry in realigned],
                 "left_out": params.left_out,
                 "carried_over": sorted(checkpoint.unused),
                 "not_carried_over": sorted(checkpoint.lost),
@@ -262,7 +323,7 @@ def _prune(options: argparse.Namespace) -> None:
             }
             _write_json(folder / "report.json", written)
             title = _title(options.checkpoint, plan, report.totals)
-            draw_layers(report, title, folder / "report.png")
+            report.plot(folder / "report.png", title)
     if options.json:
         _print_json(written)
     else:
@@ -276,6 +337,51 @@ def _prune(options: argparse.Namespace) -> None:
         )
 
 
+def _report(options: argparse.Namespace) -> None:
+    from torchalignprune import checkpoints
+    from torchalignprune.figures import require_matplotlib
+
+    if any(file.suffix != ".json" for file in options.out):
+        require_matplotlib()
+    started = time.perf_counter()
+    with checkpoints.quiet_transformers(), _input():
+        report, params = checkpoint_report(
+            options.dense,
+            options.pruned,
+            options.include,
+            options.exclude,
+            matching=not options.no_matching,
+            progress=sys.stderr.isatty(),
+        )
+    written = {
+        "dense": str(options.dense),
+        "pruned": str(options.pruned),
+        "totals": report.totals,
+        "layers": list(report),
+        "left_out": params.left_out,
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": _versions(),
+        "command": options.command_line,
+    }
+    for file in options.out:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            _write_json(file, written)
+        else:
+            report.plot(file, _report_title(options, report))
+    if options.json:
+        _print_json(written)
+        return
+    _print_report(report)
+    print(
+        "mean, median, p5 (5th percentile) and worst: cosine between an output unit's pruned and "
+        "its dense weights;\ndead: units that are all zero"
+        + ("" if options.no_matching else "; moved: units that fit another unit better")
+    )
+    if options.out:
+        print(f"written: {', '.join(map(str, options.out))}")
+
+
 class _Plan:
     """The method and its options, as far as they make sense together."""
 
@@ -286,11 +392,15 @@ class _Plan:
             raise _InputError(f"--criterion goes with --method magnitude, not {name}")
         if options.criterion == "wanda" and not options.calibration:
             raise _InputError("--criterion wanda needs --calibration FILE")
-        if options.calibration and not (aligned or n_of_m or options.criterion == "wanda"):
+        if options.realign and not options.calibration:
+            raise _InputError("--realign needs --calibration FILE")
+        seen = aligned or n_of_m or options.criterion == "wanda"
+        if options.calibration and not (seen or options.realign):
             raise _InputError(
-                "--calibration goes with --method aligned-magnitude or aligned-nm, or with "
-                "--criterion wanda"
+                "--calibration goes with --method aligned-magnitude or aligned-nm, with "
+                "--criterion wanda, or with --realign"
             )
+        self.calibrated = bool(options.calibration) and seen
         for option in ("alignment", "units"):
             if getattr(options, option) and not aligned:
                 raise _InputError(f"--{option} goes with --method aligned-magnitude, not {name}")
@@ -322,23 +432,25 @@ class _Plan:
             "criterion": options.criterion,
             **self.options,
             "calibration": [str(path) for path in options.calibration or ()],
+            "realign": options.realign,
             "include": options.include,
             "exclude": options.exclude,
         }
 
     def __str__(self) -> str:
         details = [f"{key} {value}" for key, value in self.options.items() if key != "amount"]
-        inputs = ["inputs"] if self.described["calibration"] else []
-        return ", ".join([self.criterion or self.name, *details, *inputs])
+        inputs = ["inputs"] if self.calibrated else []
+        realigned = [f"{self.described['realign']} realigned"] if self.described["realign"] else []
+        return ", ".join([self.criterion or self.name, *details, *inputs, *realigned])
 
-    def prune(self, params: PrunableParameters, norms: _Norms | None, seed: int) -> None:
+    def prune(self, params: PrunableParameters, calibration: Calibration | None, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         options = dict(self.options)
         scores = None
         if self.criterion:
-            scores = self._scores(params, norms, generator)
-        elif norms is not None:
-            options["input_norms"] = norms
+            scores = self._scores(params, calibration, generator)
+        elif self.calibrated:
+            options["input_norms"] = calibration
         if self.name == "random":
             options["generator"] = generator
         kinds: dict[str, type[PruningMethod]] = {
@@ -350,11 +462,14 @@ class _Plan:
         global_unstructured(params, kinds[self.name], importance_scores=scores, **options)
 
     def _scores(
-        self, params: PrunableParameters, norms: _Norms | None, generator: torch.Generator
-    ) -> _Norms:
+        self,
+        params: PrunableParameters,
+        calibration: Calibration | None,
+        generator: torch.Generator,
+    ) -> _Scores:
         if self.criterion == "wanda":
-            assert norms is not None
-            return criteria.wanda(params, norms)
+            assert calibration is not None
+            return criteria.wanda(params, calibration)
         if self.criterion == "lookahead":
             return criteria.lookahead(params, criteria.transformer_chains(params))
         if self.criterion == "random":
@@ -481,12 +596,15 @@ def _sentences(files: Sequence[Path]) -> list[str]:
     return sentences
 
 
-def _norms(
-    folder: Path, model: nn.Module, params: PrunableParameters, sentences: list[str], visible: bool
-) -> _Norms:
+def _calibration(
+    folder: Path,
+    model: nn.Module,
+    params: PrunableParameters,
+    sentences: list[str],
+    realign: What | None,
+    visible: bool,
+) -> Calibration:
     from transformers import AutoTokenizer
-
-    from torchalignprune.calibration import input_norms
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -512,7 +630,33 @@ def _norms(
         for start in range(0, len(ordered), _BATCH)
     ]
     with _input():
-        return input_norms(model, batches, params, progress=visible)
+        return Calibration.collect(
+            model,
+            batches,
+            params,
+            statistics="covariance" if realign == "weights" else "norms",
+            progress=visible,
+        )
+
+
+def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:
+    return (
+        f"{options.pruned.resolve().name} against {options.dense.resolve().name}\n"
+        f"{report.totals['sparsity']:.1%} sparse, mean unit alignment "
+        f"{_figure(report.totals['mean_alignment'])}"
+    )
+
+
+def _print_report(report: AlignmentReport) -> None:
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ImportError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report)
 
 
 def _title(checkpoint: Path, plan: _Plan, totals: Mapping[str, Any]) -> str:
@@ -577,6 +721,15 @@ def _tqdm() -> Any:
     from tqdm import tqdm
 
     return tqdm
+
+
+def _report_file(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in _SUFFIXES:
+        raise argparse.ArgumentTypeError(f"should end in {', '.join(_SUFFIXES)}, got {text}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder")
+    return path
 
 
 def _share(text: str) -> float:

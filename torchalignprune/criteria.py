@@ -22,6 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
@@ -215,7 +216,7 @@ def transformer_chains(params: PrunableParameters) -> list[tuple[Pair, ...]]:
     return chains
 
 
-def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor]) -> Scores:
+def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor] | Calibration) -> Scores:
     r"""Weights and activations (Sun et al. 2023, "A simple and effective pruning approach for
     large language models", equation 1).
 
@@ -227,9 +228,9 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor]) -> Scores:
 
     Args:
         params: ``(module, name)`` pairs.
-        input_norms: for each pair a vector with the root mean square (or the norm) of each input
-            feature, of a convolution each input channel; see
-            :func:`torchalignprune.calibration.input_norms`.
+        input_norms: a :class:`torchalignprune.Calibration`, or for each pair a vector with the
+            root mean square (or the norm) of each input feature, of a convolution each input
+            channel.
 
     Raises:
         ValueError: a parameter without input norms; a vector of the wrong length; NaN, infinity or
@@ -245,8 +246,9 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor]) -> Scores:
     """
     params = params if isinstance(params, PrunableParameters) else list(params)
     names = dict(zip(params, parameter_names(params), strict=True))
+    by_pair = input_norms.norms() if isinstance(input_norms, Calibration) else input_norms
     for pair, name in names.items():
-        norms = input_norms.get(pair)
+        norms = by_pair.get(pair)
         if norms is None:
             raise ValueError(f"input_norms has no entry for {name}")
         expected = _fan(pair)[1] * _groups(pair[0])
@@ -259,7 +261,7 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor]) -> Scores:
             raise ValueError(f"the input norms of {name} should be finite and not negative")
 
     def score(pair: Pair, weight: Tensor) -> Tensor:
-        norms = input_norms[pair].detach().to(weight)
+        norms = by_pair[pair].detach().to(weight)
         module, unit = pair[0], unit_dimension(*pair)
         groups = _groups(module)
         if groups == 1 or unit == 1:

@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune import criteria, methods
-from torchalignprune.calibration import input_norms
+from torchalignprune.alignment_report import alignment_report
+from torchalignprune.calibration import Calibration
 from torchalignprune.checkpoints import load_checkpoint, quiet_transformers
-from torchalignprune.layer_report import layer_report
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
 from torchalignprune.pruning import PruningMethod, global_unstructured
+from torchalignprune.realign import realign
 
 __all__ = [
     "RUNS",
@@ -41,7 +42,7 @@ SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 _CALIBRATION_SENTENCES = 256
 _BATCH = 32
 
-Norms = dict[tuple[nn.Module, str], Tensor]
+Scores = dict[tuple[nn.Module, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,44 @@ class Run:
         call: the same in code, for ``torchalignprune.global_unstructured``.
         method: the pruning method.
         options: its options.
-        scores: makes its ``importance_scores`` from the parameters and the input norms.
-        calibrated: it is given the input norms.
+        scores: makes its ``importance_scores`` from the parameters and the calibration.
+        calibrated: it is given the calibration.
+        realigned: the surviving weights are realigned afterwards.
     """
 
     label: str
     call: str
     method: type[PruningMethod]
     options: Mapping[str, Any] = field(default_factory=dict)
-    scores: Callable[[PrunableParameters, Norms], Norms] | None = None
+    scores: Callable[[PrunableParameters, Calibration], Scores] | None = None
     calibrated: bool = False
+    realigned: bool = False
 
-    def prune(self, params: PrunableParameters, norms: Norms, sparsity: float) -> None:
+    def prune(self, params: PrunableParameters, calibration: Calibration, sparsity: float) -> None:
         """Prunes the share ``sparsity`` of the parameters, once."""
         options = dict(self.options)
         if self.calibrated and self.scores is None:
-            options["input_norms"] = norms
-        scores = None if self.scores is None else self.scores(params, norms)
+            options["input_norms"] = calibration
+        scores = None if self.scores is None else self.scores(params, calibration)
         global_unstructured(
             params, self.method, importance_scores=scores, amount=sparsity, **options
+        )
+        if self.realigned:
+            realign(params, calibration)
+
+    def then_realigned(self) -> Run:
+        """The same with the surviving weights realigned."""
+        return replace(
+            self,
+            label=f"{self.label}, realigned",
+            call=f"{self.call}; realign(params, calibration)",
+            realigned=True,
         )
 
 
 def _aligned(label: str, calibrated: bool = False, **options: str) -> Run:
     written = [f'{key}="{value}"' for key, value in options.items()]
-    written += ["input_norms=norms"] if calibrated else []
+    written += ["input_norms=calibration"] if calibrated else []
     return Run(
         label,
         f"AlignedMagnitude, {', '.join(written)}".removesuffix(", "),
@@ -86,6 +100,15 @@ def _aligned(label: str, calibrated: bool = False, **options: str) -> Run:
         calibrated=calibrated,
     )
 
+
+_WANDA = Run(
+    "Wanda",
+    'Magnitude, importance_scores=criteria.wanda(params, calibration), budget="unit"',
+    methods.Magnitude,
+    {"budget": "unit"},
+    scores=criteria.wanda,
+    calibrated=True,
+)
 
 RUNS: tuple[Run, ...] = (
     Run("magnitude", "Magnitude", methods.Magnitude),
@@ -99,7 +122,7 @@ RUNS: tuple[Run, ...] = (
         "LAMP",
         "Magnitude, importance_scores=criteria.lamp(params)",
         methods.Magnitude,
-        scores=lambda params, norms: criteria.lamp(params),
+        scores=lambda params, calibration: criteria.lamp(params),
     ),
     _aligned("aligned"),
     _aligned("aligned, units=in", units="in"),
@@ -109,14 +132,9 @@ RUNS: tuple[Run, ...] = (
     _aligned("aligned, units=both, per unit", units="both", budget="unit"),
     _aligned("aligned + inputs", calibrated=True),
     _aligned("aligned + inputs, per unit", calibrated=True, budget="unit"),
-    Run(
-        "Wanda",
-        'Magnitude, importance_scores=criteria.wanda(params, norms), budget="unit"',
-        methods.Magnitude,
-        {"budget": "unit"},
-        scores=criteria.wanda,
-        calibrated=True,
-    ),
+    _WANDA,
+    _WANDA.then_realigned(),
+    _aligned("aligned + inputs", calibrated=True).then_realigned(),
 )
 """What the demo compares; those with ``calibrated`` see the inputs of the layers."""
 
@@ -144,7 +162,7 @@ def run_demo(
         sentences of the cosine between the pruned and the dense encoder's embedding), ``low`` and
         ``high`` (its 95% bootstrap interval over the sentences), ``dead_units_out``,
         ``dead_units_in``, ``mean_alignment``, the ``sparsity`` reached and the ``seconds`` of the
-        pruning call, scores included.
+        pruning call, scores and realignment included.
 
     Raises:
         ValueError: a sparsity out of range, or fewer sentences than asked for.
@@ -170,22 +188,30 @@ def run_demo(
     embeddings = _embed(dense, batches)
     params = prunable_parameters(dense)
     started = time.perf_counter()
-    norms = input_norms(dense, (batch for _, batch in _batches(tokenizer, calibration)), params)
+    collected = Calibration.collect(
+        dense,
+        (batch for _, batch in _batches(tokenizer, calibration)),
+        params,
+        statistics="covariance" if any(run.realigned for run in runs) else "norms",
+    )
     calibration_seconds = time.perf_counter() - started
-    named = {name: norms[pair] for name, pair in zip(params.names, params, strict=True)}
 
     results = []
     todo = [(sparsity, run) for sparsity in sparsities for run in runs]
     for sparsity, run in todo if progress is None else progress(todo, len(todo)):
         model = copy.deepcopy(dense)
         own = prunable_parameters(model)
-        own_norms = {pair: named[name] for name, pair in zip(own.names, own, strict=True)}
+        pairs = zip(own, params, strict=True)
+        own_calibration = Calibration({pair: collected[dense_pair] for pair, dense_pair in pairs})
         started = time.perf_counter()
-        run.prune(own, own_norms, sparsity)
+        run.prune(own, own_calibration, sparsity)
         seconds = time.perf_counter() - started
         cosines = (_embed(model, batches) * embeddings).sum(dim=1)
         low, high = bootstrap_interval(cosines)
-        totals = layer_report(own).totals
+        unpruned = {
+            pair: getattr(*dense_pair) for pair, dense_pair in zip(own, params, strict=True)
+        }
+        totals = alignment_report(own, unpruned, matching=False).totals
         results.append(
             {
                 "method": run.label,

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_comparison", "draw_layers", "require_matplotlib"]
+import numpy as np
+
+__all__ = ["draw_comparison", "draw_report", "require_matplotlib"]
 
 _ROWS, _COLUMNS = 24, 64  # more than that is a list, not a grid
 
@@ -29,16 +31,19 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw_layers(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draws the mean unit alignment and the sparsity of each layer into a PNG.
+def draw_report(layers: Sequence[Mapping[str, Any]], alignments: Sequence[Any], title: str) -> Any:
+    """Draws the mean unit alignment and the sparsity of each layer, and how the units spread.
 
     Layers that are numbered, as in a transformer, make a grid with the depth on x and a row for
     each kind of module; any others are listed one below the other.
 
     Args:
-        layers: a :class:`torchalignprune.layer_report.LayerReport`, or its ``layers`` read back.
+        layers: a :class:`torchalignprune.AlignmentReport`.
+        alignments: the alignments of the units, in arrays.
         title: one line above.
-        path: where to write.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -51,21 +56,29 @@ def draw_layers(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         "sparsity": [layer["sparsity"] for layer in layers],
     }
     cells = _grid([layer["name"] for layer in layers])
+    spread = 2.2  # inches
     if cells:
         rows = list(dict.fromkeys(row for row, _ in cells))
         columns = sorted({column for _, column in cells})
-        size = (3.5 + 0.5 * min(len(columns), 30), 2.2 + 0.7 * len(rows))
-        figure = Figure(figsize=(max(size[0], 7.0), size[1]), layout="constrained")
-        for axes, (label, values) in zip(figure.subplots(2, 1), panels.items(), strict=True):
+        width = max(3.5 + 0.5 * min(len(columns), 30), 7.0)
+        height = 1.1 + 0.35 * len(rows)
+        figure = Figure(figsize=(width, 2 * height + spread), layout="constrained")
+        *above, below = figure.subplots(3, 1, height_ratios=[height, height, spread])
+        for axes, (label, values) in zip(above, panels.items(), strict=True):
             _draw_grid(figure, axes, label, values, cells, rows, columns)
     else:
-        figure = Figure(figsize=(10, 1.6 + min(0.2 * len(layers), 40)), layout="constrained")
-        for axes, (label, values) in zip(
-            figure.subplots(1, 2, sharey=True), panels.items(), strict=True
-        ):
+        height = 1.6 + min(0.2 * len(layers), 40)
+        figure = Figure(figsize=(10, height + spread), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=[height, spread])
+        left = figure.add_subplot(grid[0, 0])
+        right = figure.add_subplot(grid[0, 1], sharey=left)
+        right.tick_params(labelleft=False)
+        below = figure.add_subplot(grid[1, :])
+        for axes, (label, values) in zip((left, right), panels.items(), strict=True):
             _draw_list(axes, label, values, [_plain(layer["name"]) for layer in layers])
+    _draw_spread(below, alignments)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def draw_comparison(
@@ -212,6 +225,26 @@ def _draw_list(axes: Any, label: str, values: Sequence[float | None], names: Seq
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_title(label, fontsize=10)
+
+
+def _draw_spread(axes: Any, alignments: Sequence[Any]) -> None:
+    every = np.concatenate([np.zeros(0), *alignments])
+    axes.set_title("alignment of the units", fontsize=10)
+    axes.set_xlabel("cosine between a unit's pruned and its reference weights")
+    axes.set_ylabel("units")
+    if not every.size:
+        return
+    low = min(math.floor(10 * every.min()) / 10, 0.9)
+    axes.hist(every, bins=100, range=(low, 1.0), color="tab:blue", log=True)
+    axes.set_xlim(low, 1.0)
+    median, p5 = np.quantile(every, [0.5, 0.05])
+    marks = {"mean": (every.mean(), "-"), "median": (median, "--"), "5th percentile": (p5, ":")}
+    for label, (value, style) in marks.items():
+        axes.axvline(
+            value, color="black", linestyle=style, linewidth=1, label=f"{label} {value:.3f}"
+        )
+    axes.legend(fontsize=8, loc="best")
+    axes.grid(axis="y", alpha=0.3)
 
 
 def _scale(label: str, values: Sequence[float | None]) -> tuple[float, float, int]:

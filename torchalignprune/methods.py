@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune import ops
+from torchalignprune.calibration import Calibration
+from torchalignprune.matching import Method, Metric
 from torchalignprune.parameters import Parameters
 from torchalignprune.pruning import Budget, PruningMethod
-from torchalignprune.ranking import Ranking, frobenius, two_sided, unit_gains, within_unit
+from torchalignprune.ranking import (
+    Ranking,
+    frobenius,
+    two_sided,
+    unit_gains,
+    with_matched_reference,
+    within_unit,
+)
 from torchalignprune.targets import PerParameter, Target, with_input_norms, with_references
 
 __all__ = [
@@ -92,10 +101,16 @@ class AlignedMagnitude(PruningMethod):
         reference: the weights to stay aligned with, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the current weights,
             without their masks.
-        input_norms: the root mean square of each input feature over some text
-            (:func:`torchalignprune.input_norms`), one vector for each parameter, likewise: every
-            ``w`` and ``r`` is multiplied by its input's norm first, so that the units' outputs are
-            kept aligned instead of their weights. Parameters of one dimension have no inputs.
+        input_norms: a :class:`torchalignprune.Calibration`, or the root mean square of each input
+            feature over some text, one vector for each parameter, likewise: every ``w`` and ``r``
+            is multiplied by its input's norm first, so that the units' outputs are kept aligned
+            instead of their weights. Parameters of one dimension have no inputs.
+        matching: ``"greedy"`` or ``"hungarian"``: the units of the reference are not compared with
+            those in the same place, but permuted first to match the current ones, without what is
+            pruned of them (:func:`torchalignprune.match_units`): by cosine, or by Euclidean
+            distance for ``"frobenius"``; outputs after they were multiplied by the input norms.
+            Goes with a reference and with ``units="out"`` or ``"in"``: to permute the units of one
+            side is to tear those of the other apart. Parameters of one dimension are one unit.
         structure: for torch's ``global_unstructured`` where the weights have no autograd history:
             its ``parameters`` once more.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
@@ -103,7 +118,9 @@ class AlignedMagnitude(PruningMethod):
 
     Raises:
         TypeError: amount is not a number.
-        ValueError: amount is out of range; an unknown alignment, units or budget.
+        ValueError: amount is out of range; an unknown alignment, units, matching or budget;
+            matching without a reference or with ``units="both"``.
+        ImportError: ``matching="hungarian"`` without scipy.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -122,7 +139,8 @@ class AlignedMagnitude(PruningMethod):
         alignment: Alignment = "cosine",
         units: Units = "out",
         reference: PerParameter | None = None,
-        input_norms: PerParameter | None = None,
+        input_norms: PerParameter | Calibration | None = None,
+        matching: Method | None = None,
         structure: Parameters | None = None,
         budget: Budget = "global",
     ) -> None:
@@ -131,10 +149,24 @@ class AlignedMagnitude(PruningMethod):
             raise ValueError(f"alignment should be one of {get_args(Alignment)}, got {alignment!r}")
         if units not in get_args(Units):
             raise ValueError(f"units should be one of {get_args(Units)}, got {units!r}")
+        if matching is not None:
+            if matching not in get_args(Method):
+                raise ValueError(
+                    f"matching should be one of {get_args(Method)} or None, got {matching!r}"
+                )
+            if reference is None:
+                raise ValueError(
+                    f"matching={matching!r} needs a reference, whose units it permutes"
+                )
+            if units == "both":
+                raise ValueError(
+                    f"matching={matching!r} goes with units='out' or units='in', got 'both'"
+                )
         self.alignment = alignment
         self.units = units
         self.reference = reference
         self.input_norms = input_norms
+        self.matching = matching
 
     def unit_dim(self, target: Target) -> int:
         return target.in_dim if self.units == "in" else target.out_dim
@@ -143,7 +175,14 @@ class AlignedMagnitude(PruningMethod):
         return True
 
     def prepare(self, targets: Sequence[Target]) -> list[Target]:
-        return with_input_norms(with_references(targets, self.reference), self.input_norms)
+        found = with_input_norms(with_references(targets, self.reference), self.input_norms)
+        if self.matching is None:
+            return found
+        metric: Metric = "cosine" if self.alignment == "cosine" else "euclidean"
+        return [
+            with_matched_reference(target, self.unit_dim(target), metric, self.matching)
+            for target in found
+        ]
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         if self.alignment == "frobenius":
@@ -185,7 +224,7 @@ class AlignedNM(PruningMethod):
         m: int = 4,
         *,
         reference: PerParameter | None = None,
-        input_norms: PerParameter | None = None,
+        input_norms: PerParameter | Calibration | None = None,
         structure: Parameters | None = None,
     ) -> None:
         for value, which in ((n, "n"), (m, "m")):

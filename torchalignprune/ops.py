@@ -21,6 +21,8 @@ Score = Literal["value", "magnitude", "worth"]
 __all__ = [
     "apply_mask",
     "cosine_gains",
+    "greedy_match",
+    "match_in_order",
     "select_global",
     "select_rows",
     "square_sums",
@@ -191,6 +193,83 @@ def cosine_gains(
     return gains
 
 
+def greedy_match(similarity: Tensor, *, name: str = "similarity") -> Tensor:
+    """Match rows with columns: the largest entry first, then the largest of what is left.
+
+    The row and the column of an entry that is taken are struck. Among equal entries the lowest row
+    goes first, then the lowest column; -0 and 0 are equal. The result is that of the sequential
+    definition, and the same on every device and with any number of threads. For entries that are
+    not negative the sum over the matched ones is at least half of the largest possible one.
+
+    Equivalent to::
+
+        index = torch.full((U,), -1)
+        while similarity.numel() and similarity.max() > -inf:
+            i, j = divmod(int(similarity.argmax()), V)
+            index[i] = j
+            similarity[i, :] = similarity[:, j] = -inf
+
+    Args:
+        similarity: shape ``(..., U, V)``, float32, float64, float16 or bfloat16; copied if it is
+            not contiguous. -inf forbids a pair, inf is larger than every number.
+        name: what to call the tensor in an error.
+
+    Returns:
+        int64, shape ``(..., U)``: the column that each row is matched with, -1 for none.
+
+    Raises:
+        ValueError: NaN; fewer than two dimensions.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> greedy_match(torch.tensor([[0.9, 0.8, 0.1], [1.0, 0.2, 0.3]]))
+        tensor([1, 0])
+    """
+    index: Tensor = torch.ops.torchalignprune.greedy_match(similarity.detach(), name)
+    return index
+
+
+@torch.library.register_fake("torchalignprune::greedy_match")
+def _(similarity: Tensor, name: str) -> Tensor:
+    return similarity.new_empty(similarity.shape[:-1], dtype=torch.int64)
+
+
+def match_in_order(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tensor:
+    """Go through pairs and keep each whose row and column no pair before it has.
+
+    Of pairs by falling similarity these are the ones that :func:`greedy_match` matches. One pass on
+    the CPU, where pairs on another device are copied to.
+
+    Args:
+        rows: shape ``(n,)``, int64, in ``[0, row_count)``.
+        columns: shape ``(n,)``, int64, in ``[0, column_count)``.
+        row_count: how many rows there are.
+        column_count: how many columns there are.
+
+    Returns:
+        bool, shape ``(n,)``, on the device of the pairs.
+
+    Raises:
+        ValueError: a shape that does not fit, or a row or column out of range.
+        TypeError: not int64.
+
+    Example:
+        >>> import torch
+        >>> match_in_order(torch.tensor([0, 1, 1]), torch.tensor([2, 2, 0]), 2, 3)
+        tensor([ True, False,  True])
+    """
+    kept: Tensor = torch.ops.torchalignprune.match_in_order(
+        rows.cpu(), columns.cpu(), row_count, column_count
+    )
+    return kept.to(rows.device)
+
+
+@torch.library.register_fake("torchalignprune::match_in_order")
+def _(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tensor:
+    return torch.empty_like(rows, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight * mask`` without a mask in the dtype of the weights; no gradient.
 
@@ -284,12 +363,15 @@ def unit_products(
     dims: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    r"""Of every unit of every tensor :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
-    :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference weights.
+    r"""The inner products of the units of all tensors: what alignment and distortion are made of.
 
-    Alignment and distortion are made of these. One pass over the tensors, with sums in float64 and
-    in an order that does not depend on the number of threads. The gradient reaches the weights, by
-    :func:`unit_combination`; nothing but the inputs is kept for it.
+    Of each unit :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
+    :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference
+    weights.
+
+    One pass over the tensors, with sums in float64 and in an order that does not depend on the
+    number of threads. The gradient reaches the weights, by :func:`unit_combination`; nothing but
+    the inputs is kept for it.
 
     Equivalent to, for each tensor::
 
@@ -301,8 +383,9 @@ def unit_products(
         weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
             one device.
         masks: bool, shaped like the weights. Default: nothing is pruned.
-        references: shaped like the weights, any of the dtypes, on the device of the weights or on
-            the CPU; constants. Default: the weights without the masks.
+        references: shaped like the weights, any of the dtypes (read as float32 unless the weight is
+            float64), on the device of the weights or on the CPU; constants. Default: the weights
+            without the masks.
         indices: int64, shape ``(units,)`` each: unit ``i`` of a weight goes with unit ``index[i]``
             of its reference. Default: with its own.
         dims: the dimension of each tensor's units, 0 or 1; 0 for a tensor of at most one dimension,
@@ -324,15 +407,8 @@ def unit_products(
                 [25.,  4.],
                 [25.,  5.]], dtype=torch.float64)
     """
-    none = [None] * len(weights)
-    products: Tensor = torch.ops.torchalignprune.unit_products(
-        list(weights),
-        none if masks is None else list(masks),
-        none if references is None else _constants(references),
-        none if indices is None else list(indices),
-        [0] * len(weights) if dims is None else list(dims),
-        [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
-    )
+    *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
+    products: Tensor = torch.ops.torchalignprune.unit_products(*lists, dims, names)
     return products
 
 
@@ -375,22 +451,31 @@ def unit_combination(
         [tensor([[6., 8.],
                 [0., 4.]])]
     """
-    none = [None] * len(weights)
-    return list(
-        torch.ops.torchalignprune.unit_combination(
-            list(weights),
-            none if masks is None else list(masks),
-            none if references is None else _constants(references),
-            none if indices is None else list(indices),
-            coefficients,
-            [0] * len(weights) if dims is None else list(dims),
-            [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names),
-        )
+    *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
+    return list(torch.ops.torchalignprune.unit_combination(*lists, coefficients, dims, names))
+
+
+def _unit_arguments(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None] | None,
+    references: Sequence[Tensor | None] | None,
+    indices: Sequence[Tensor | None] | None,
+    dims: Sequence[int] | None,
+    names: Sequence[str] | None,
+) -> tuple[Any, ...]:
+    """The same with the defaults filled in."""
+    count = len(weights)
+    if count == 0:
+        raise ValueError("weights should have at least one tensor, got none")
+    none = [None] * count
+    return (
+        list(weights),
+        none if masks is None else list(masks),
+        none if references is None else [r if r is None else r.detach() for r in references],
+        none if indices is None else list(indices),
+        [0] * count if dims is None else list(dims),
+        [f"weights[{i}]" for i in range(count)] if names is None else list(names),
     )
-
-
-def _constants(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def _units(weight: Tensor, dim: int) -> int:

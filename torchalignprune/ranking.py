@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torchalignprune import ops
+from torchalignprune.matching import Method, Metric, match_units
 from torchalignprune.targets import Target
 
-__all__ = ["Ranking", "along", "frobenius", "two_sided", "unit_gains", "within_unit"]
+__all__ = [
+    "Ranking",
+    "along",
+    "frobenius",
+    "two_sided",
+    "unit_gains",
+    "with_matched_reference",
+    "within_unit",
+]
+
+# From so many units on, their similarities are not all in memory at once.
+_MANY_UNITS = 1 << 15
 
 
 @dataclass
@@ -48,6 +60,34 @@ class Ranking:
             v, u = scaled
             scores.append({"value": v, "magnitude": v.abs(), "worth": v * (2 * u - v)}[self.score])
         return scores
+
+
+def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method: Method) -> Target:
+    """The target with the units of its reference permuted to match its own.
+
+    Raises:
+        ValueError: NaN or infinity in the weight or the reference.
+        ImportError: ``method="hungarian"`` without scipy.
+    """
+    w, reference = target.weight, target.reference
+    assert reference is not None
+    if w.dim() < 2:
+        return target
+    current = w if target.mask is None else w * target.mask
+    both = []
+    for tensor in (current, reference):
+        # A unit of an input is multiplied as a whole, by the norm of the place that it comes to.
+        if target.input_norms is not None and unit_dim == target.out_dim:
+            tensor = tensor * along(target.input_norms, target.in_dim, tensor)
+        both.append(tensor.movedim(unit_dim, 0))
+    block = 4096 if method == "greedy" and w.size(unit_dim) > _MANY_UNITS else None
+    try:
+        index = match_units(both[0], both[1], metric=metric, method=method, block=block).index
+    except ValueError as error:
+        raise ValueError(
+            f"{target.name} (a) cannot be matched with its reference (b): {error}"
+        ) from error
+    return replace(target, reference=reference.index_select(unit_dim, index))
 
 
 def unit_gains(target: Target, unit_dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A schedule is a function from the step (an int, from 0 on) to a float. It has no state, so a run
 that is resumed goes on where it was. Every one holds its first value before ``begin`` and its last
-one from ``end`` on; with ``every=n`` it changes at ``begin``, ``begin + n``, ... and at ``end`` only.
+one from ``end`` on; with ``every=n`` it changes at ``begin``, ``begin + n``, ... and at ``end``.
 
     >>> sparsity = cubic(0.0, 0.7, begin=100, end=900, every=100)
     >>> [round(sparsity(step), 3) for step in (0, 100, 200, 299, 500, 900, 5000)]
@@ -11,6 +11,7 @@ one from ``end`` on; with ``every=n`` it changes at ``begin``, ``begin + n``, ..
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -54,8 +55,8 @@ def linear(start: float, stop: float, *, begin: int = 0, end: int, every: int = 
         ValueError: not 0 <= begin < end, every < 1, or a value that is not finite.
 
     Example:
-        >>> [linear(0.0, 0.8, begin=1, end=5)(step) for step in range(7)]
-        [0.0, 0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
+        >>> [linear(0.0, 1.0, begin=1, end=5)(step) for step in range(7)]
+        [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     """
     return _between(start, stop, begin, end, every, lambda t: t)
 
@@ -77,8 +78,8 @@ def cubic(start: float, stop: float, *, begin: int = 0, end: int, every: int = 1
         ValueError: as :func:`linear`.
 
     Example:
-        >>> [cubic(0.0, 0.8, end=4)(step) for step in range(6)]
-        [0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
+        >>> [cubic(0.0, 0.5, end=4)(step) for step in range(6)]
+        [0.0, 0.2890625, 0.4375, 0.4921875, 0.5, 0.5]
     """
     return _between(start, stop, begin, end, every, lambda t: 1 - (1 - t) ** 3)
 
@@ -165,7 +166,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
             f"{len(boundaries)}"
         )
     starts = [0, *boundaries]
-    if any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(starts)):
         raise ValueError(f"boundaries should be positive and rise, got {list(boundaries)}")
     parts = list(zip(starts, schedules, strict=True))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (
     DTYPES,
     Parameters,
@@ -154,11 +155,10 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each.
+    """The targets with the reference that belongs to each, on the weight's device.
 
     Raises:
-        ValueError: too few or too many, none for a target, or another shape than the weight's.
-        TypeError: not tensors.
+        ValueError, TypeError: as :func:`references_of`.
     """
     if reference is None:
         return list(targets)
@@ -169,7 +169,12 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
 
 
 def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Tensor]:
-    """The reference that belongs to each target, where it is; raises as with_references."""
+    """The reference that belongs to each target, wherever it is.
+
+    Raises:
+        ValueError: too few or too many, none for a target, or another shape than the weight's.
+        TypeError: not tensors.
+    """
     references = []
     for target, own in _per_target(targets, reference, "reference"):
         assert own is not None
@@ -182,7 +187,9 @@ def references_of(targets: Sequence[Target], reference: PerParameter) -> list[Te
     return references
 
 
-def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> list[Target]:
+def with_input_norms(
+    targets: Sequence[Target], norms: PerParameter | Calibration | None
+) -> list[Target]:
     """The targets with the input norms that belong to each; parameters of one dimension have none.
 
     Raises:
@@ -190,6 +197,8 @@ def with_input_norms(targets: Sequence[Target], norms: PerParameter | None) -> l
             inputs, or negative, infinite or NaN.
         TypeError: not tensors.
     """
+    if isinstance(norms, Calibration):
+        norms = norms.norms()
     results = []
     for target, own in _per_target(targets, norms, "input_norms"):
         if own is None or target.weight.dim() < 2:

@@ -79,6 +79,11 @@ struct ScoreKernels {
   void (*combine)(
       const Acc* weight, const uint8_t* mask, const Acc* reference, const double* of_reference,
       const double* of_weight, int64_t step, int64_t n, Acc* out);
+
+  // Writes the places of the values > bound, with above[1] of those >= bound, to `places`; returns
+  // how many there are. Sets `nan` if a value is NaN. They should be few.
+  using Above = int64_t (*)(const Acc* values, int64_t n, Acc bound, uint32_t* places, bool* nan);
+  Above above[2];
 };
 
 struct Kernels {

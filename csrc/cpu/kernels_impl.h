@@ -394,6 +394,36 @@ void combine(
                    : combine_as<Acc, 1>(weight, mask, reference, of_reference, of_weight, n, out);
 }
 
+template <class Acc, bool or_equal>
+int64_t above(
+    const Acc* __restrict values, int64_t n, Acc bound, uint32_t* __restrict places, bool* nan) {
+  using Key = typename KeyOf<Acc>::type;
+  const auto is_hit = [&](Acc value) { return or_equal ? value >= bound : value > bound; };
+  constexpr int64_t width = 64;
+  Key bad = 0;
+  int64_t found = 0;
+  const auto write = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      places[found] = static_cast<uint32_t>(i);
+      found += is_hit(values[i]) ? 1 : 0;
+    }
+  };
+  int64_t start = 0;
+  for (; start + width <= n; start += width) {
+    Key any = 0;
+    for (int64_t i = start; i < start + width; ++i) {
+      const Acc value = values[i];
+      any |= is_hit(value) ? 1 : 0;
+      bad |= value != value ? 1 : 0;
+    }
+    if (any != 0) write(start, start + width);
+  }
+  for (int64_t i = start; i < n; ++i) bad |= values[i] != values[i] ? 1 : 0;
+  write(start, n);
+  if (bad != 0) *nan = true;
+  return found;
+}
+
 inline void gains(const double* squares, double* sums, double norm, int64_t n, double* out) {
   // The roots replace the sums; sums[-1] is there and is zero.
   for (int64_t k = 0; k < n; ++k) sums[k] = __builtin_sqrt(sums[k]);
@@ -413,7 +443,8 @@ constexpr ScoreKernels<Acc> score_kernels() {
       add_squares<Acc>,
       add_products<Acc>,
       add_each_product<Acc>,
-      combine<Acc>};
+      combine<Acc>,
+      {above<Acc, false>, above<Acc, true>}};
 }
 
 extern const Kernels table;

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -328,6 +329,29 @@ std::tuple<at::Tensor, at::Tensor> square_sums(
   return {row_sums, column_sums};
 }
 
+at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
+  check_greedy_match(similarity, name);
+  const c10::cuda::CUDAGuard guard(similarity.device());
+  const auto options = similarity.options().dtype(at::kLong);
+  const auto shape = similarity.sizes().slice(0, similarity.dim() - 1);
+  if (similarity.numel() == 0) return at::full(shape, -1, options);
+  at::Tensor index = at::empty(shape, options);
+  const at::Tensor own = similarity.contiguous();
+  cuda::GreedyMatch call{};
+  call.similarity = own.const_data_ptr();
+  call.element = element_of(own);
+  call.rows = own.size(-2);
+  call.columns = own.size(-1);
+  call.batch = own.numel() / (call.rows * call.columns);
+  call.index = index.mutable_data_ptr<int64_t>();
+  const at::Tensor memory = workspace(cuda::greedy_match_workspace(call), own);
+  bool has_nan = false;
+  C10_CUDA_CHECK(
+      cuda::greedy_match(call, memory.data_ptr(), &has_nan, c10::cuda::getCurrentCUDAStream()));
+  TORCH_CHECK_VALUE(!has_nan, name, " should be numbers, got NaN");
+  return index;
+}
+
 // A weight read as units and what goes with it, contiguous and on the device.
 struct UnitInputs {
   explicit UnitInputs(const UnitArguments& call) {
@@ -473,6 +497,7 @@ TORCH_LIBRARY_IMPL(torchalignprune, CUDA, m) {
   m.impl("select_rows", &select_rows);
   m.impl("cosine_gains", &cosine_gains);
   m.impl("square_sums", &square_sums);
+  m.impl("greedy_match", &greedy_match);
   m.impl("unit_products", &unit_products);
   m.impl("unit_combination", &unit_combination);
 }

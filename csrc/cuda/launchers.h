@@ -94,6 +94,20 @@ size_t square_sums_workspace(const SquareSums& call);
 
 cudaError_t square_sums(const SquareSums& call, void* workspace, cudaStream_t stream);
 
+// The greedy matching of each matrix of a batch.
+struct GreedyMatch {
+  const void* similarity;  // contiguous
+  Element element;
+  int64_t batch, rows, columns;  // none of them 0
+  int64_t* index;                // contiguous; the column of each row, or -1
+};
+
+size_t greedy_match_workspace(const GreedyMatch& call);
+
+// The matching counts for nothing if there is NaN.
+cudaError_t greedy_match(
+    const GreedyMatch& call, void* workspace, bool* has_nan, cudaStream_t stream);
+
 // A weight that is read as units, and what goes with it, all contiguous: `outer` times the units
 // one after the other, with `inner` entries of each side by side. None of the sizes is zero.
 struct UnitTensor {

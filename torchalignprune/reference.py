@@ -1,0 +1,292 @@
+"""The weights of the unpruned network, which pruning is to stay aligned with."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters
+from torchalignprune.targets import targets_of
+from torchalignprune.weight_files import WeightFiles, find_weights, plain_names, write_tensors
+
+__all__ = ["Reference"]
+
+_FORMAT, _VERSION = "torchalignprune.reference", "1"
+
+
+class Reference(Mapping[tuple[nn.Module, str], Tensor]):
+    """The weights of the unpruned network, by ``(module, name)``.
+
+    It goes wherever a reference is asked for: ``AlignedMagnitude(reference=...)``,
+    :func:`torchalignprune.alignment_report`, the regularizers. Make it before pruning with
+    :meth:`capture`, or from the files of the unpruned model with :meth:`from_checkpoint`. It keeps
+    the modules of its parameters alive, and nothing else of the model. What it gives for a tied
+    parameter is one tensor at all its places.
+
+    A reference does not change; its tensors are not to be written to. It need not be where the
+    model is: what uses it moves one tensor at a time.
+
+    ``copy.deepcopy`` of a model together with its reference, such as one that a regularizer in the
+    model holds, makes a reference of the copied modules, which shares the tensors. Pickling is
+    refused: :meth:`save` and :meth:`load` say which tensors belong to which parameters.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> params = tap.prunable_parameters(model)
+        >>> reference = tap.Reference.capture(params, dtype=torch.bfloat16)
+        >>> reference
+        Reference(2 parameters, 24 entries, bfloat16, cpu)
+        >>> model[0].weight.data.mul_(2).shape  # training goes on
+        torch.Size([4, 4])
+        >>> tap.global_unstructured(params, tap.AlignedMagnitude, reference=reference, amount=0.5)
+        >>> reference[model[0], "weight"].shape
+        torch.Size([4, 4])
+    """
+
+    _tensors: dict[tuple[nn.Module, str], Tensor]
+    _names: dict[tuple[nn.Module, str], str] | None  # dotted; None where they are not known
+
+    def __init__(self) -> None:
+        raise TypeError("use Reference.capture, Reference.from_checkpoint or Reference.load")
+
+    @classmethod
+    def _of(
+        cls,
+        tensors: dict[tuple[nn.Module, str], Tensor],
+        names: dict[tuple[nn.Module, str], str] | None,
+    ) -> Reference:
+        made = cls.__new__(cls)
+        made._tensors, made._names = tensors, names
+        return made
+
+    @classmethod
+    def capture(
+        cls,
+        params: Parameters,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Reference:
+        """A copy of the weights as they are now; of pruned ones without their masks.
+
+        Args:
+            params: ``(module, name)`` pairs. Those of :func:`torchalignprune.prunable_parameters`
+                have names, which :meth:`save` needs.
+            dtype: float32, float64, float16 or bfloat16, which takes half the memory of float32.
+                Default: that of each weight.
+            device: where to keep it. Default: where each weight is.
+
+        Returns:
+            A reference that shares no memory with the model.
+
+        Raises:
+            TypeError: not pairs of a module and a name; not a floating-point parameter; another
+                dtype.
+            ValueError: no pairs, or weights on the meta device, which have no values.
+        """
+        _check_dtype(dtype)
+        pairs = list(params) if not isinstance(params, list) else params
+        targets = targets_of(pairs)
+        for target in targets:
+            if target.weight.is_meta:
+                raise ValueError(f"{target.name} has no values: it is on the meta device")
+        tensors: dict[tuple[nn.Module, str], Tensor] = {}
+        for target in targets:
+            copied = target.weight.to(device, dtype, copy=True)
+            tensors |= dict.fromkeys(target.places, copied)
+        names = _names(pairs) if isinstance(pairs, PrunableParameters) else None
+        return cls._of({pair: tensors[pair] for pair in map(tuple, pairs)}, names)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
+        """The weights that a safetensors checkpoint has for the parameters, without a copy.
+
+        The tensors are views of the files, mapped into memory. They take no memory of the process
+        and are read when they are used, so that a checkpoint may be larger than the memory. The
+        files are not to be written to meanwhile; they may be replaced by others. ``.to(dtype=...)``
+        makes a copy in memory.
+
+        Names are matched as they are, or with one prefix taken off, put on or replaced for all of
+        them: the base model's checkpoint for a task model, a task model's for its base model,
+        either for a wrapper around it. The checkpoint may be that of a pruned model, with
+        ``name_orig`` and ``name_mask``, and may hold more than the parameters.
+
+        Args:
+            path: a folder with ``model.safetensors`` or ``model.safetensors.index.json``, a
+                safetensors file, or an index.
+            params: from :func:`torchalignprune.prunable_parameters`, because it is their names
+                that are looked for. For other pairs, or for names that differ otherwise, there is
+                ``PrunableParameters(pairs, names, left_out={})``.
+
+        Returns:
+            A reference in the dtypes of the checkpoint, on the CPU.
+
+        Raises:
+            TypeError: ``params`` are pairs without names.
+            ValueError: no such checkpoint; parameters without a partner in it, or with one of
+                another shape, all of them listed; or a prefix that is ambiguous.
+            ImportError: safetensors is not installed.
+        """
+        files = WeightFiles(path)
+        return cls._from_files(files, params, plain_names(files), "from_checkpoint")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
+        """A reference that :meth:`save` wrote, mapped into memory as by :meth:`from_checkpoint`.
+
+        Args:
+            path: the file.
+            params: the parameters to load it for, with names, as for :meth:`from_checkpoint`; all
+                that it was made of, or some of them, of the same model or of another of its kind.
+
+        Raises:
+            TypeError: ``params`` are pairs without names.
+            ValueError: not such a file, or one that does not fit; see :meth:`from_checkpoint`.
+            ImportError: safetensors is not installed.
+        """
+        files = WeightFiles(path)
+        if files.metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} was not written by Reference.save; Reference.from_checkpoint reads "
+                "checkpoints"
+            )
+        if files.metadata.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} has format version {files.metadata.get('version')}, expected {_VERSION}: "
+                "it needs another version of torchalignprune"
+            )
+        return cls._from_files(files, params, json.loads(files.metadata["names"]), "load")
+
+    @classmethod
+    def _from_files(
+        cls,
+        files: WeightFiles,
+        params: PrunableParameters,
+        known: Mapping[str, str],
+        caller: str,
+    ) -> Reference:
+        if not isinstance(params, PrunableParameters):
+            raise TypeError(
+                f"Reference.{caller} goes by names, which plain pairs do not have: params should "
+                "come from prunable_parameters(model) or be a PrunableParameters(pairs, names, "
+                f"left_out={{}}), got {type(params).__name__}"
+            )
+        names = _names(params)
+        targets = targets_of(params)
+        keys = find_weights(
+            files,
+            [[names[place] for place in target.places] for target in targets],
+            [tuple(target.weight.shape) for target in targets],
+            known,
+        )
+        tensors: dict[tuple[nn.Module, str], Tensor] = {}
+        for target, key in zip(targets, keys, strict=True):
+            tensors |= dict.fromkeys(target.places, files[key])
+        return cls._of({pair: tensors[pair] for pair in names}, names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the tensors and the names of their parameters into one safetensors file.
+
+        It appears under its name when it is complete. A tied parameter is in it once.
+
+        Args:
+            path: the file; one that is there is replaced.
+
+        Raises:
+            TypeError: the parameters have no names: they were captured from plain pairs.
+            OSError: it cannot be written.
+            ImportError: safetensors is not installed.
+        """
+        if self._names is None:
+            raise TypeError(
+                "Reference.save needs the names of the parameters, which plain pairs do not have: "
+                "capture it from prunable_parameters(model)"
+            )
+        first: dict[int, str] = {}
+        keys, tensors = {}, {}
+        for pair, tensor in self._tensors.items():
+            key = first.setdefault(id(tensor), self._names[pair])
+            keys[self._names[pair]] = key
+            tensors[key] = tensor
+        metadata = {"format": _FORMAT, "version": _VERSION, "names": json.dumps(keys)}
+        write_tensors(path, tensors, metadata)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Reference:
+        """The same reference on another device or in another dtype.
+
+        Args:
+            device: default: where each tensor is.
+            dtype: float32, float64, float16 or bfloat16. Default: that of each tensor.
+
+        Returns:
+            A new reference. Tensors that are there in that dtype already are shared with this one.
+
+        Raises:
+            TypeError: another dtype.
+        """
+        _check_dtype(dtype)
+        moved = {id(tensor): tensor for tensor in self._tensors.values()}
+        moved = {key: tensor.to(device, dtype) for key, tensor in moved.items()}
+        return self._of(
+            {pair: moved[id(tensor)] for pair, tensor in self._tensors.items()}, self._names
+        )
+
+    def __getitem__(self, pair: tuple[nn.Module, str]) -> Tensor:
+        try:
+            return self._tensors[pair]
+        except (KeyError, TypeError):
+            known = isinstance(pair, tuple) and len(pair) == 2
+            what = f"{type(pair[0]).__name__}, {pair[1]!r}" if known else repr(pair)
+            raise KeyError(f"the reference has no entry for ({what})") from None
+
+    def __iter__(self) -> Iterator[tuple[nn.Module, str]]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    # A mapping would compare tensors, and could be no key.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        tensors = {id(tensor): tensor for tensor in self._tensors.values()}.values()
+        entries = sum(tensor.numel() for tensor in tensors)
+        dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
+        return (
+            f"Reference({len(self)} parameters, {entries:,} entries, {'/'.join(dtypes)}, "
+            f"{'/'.join(devices)})"
+        )
+
+    def __copy__(self) -> Reference:
+        return self._of(self._tensors, self._names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        copies = {pair: (copy.deepcopy(pair[0], memo), pair[1]) for pair in self._tensors}
+        names = self._names
+        return self._of(
+            {copies[pair]: tensor for pair, tensor in self._tensors.items()},
+            None if names is None else {copies[pair]: name for pair, name in names.items()},
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Reference cannot be pickled: use Reference.save and Reference.load")
+
+
+def _names(params: PrunableParameters) -> dict[tuple[nn.Module, str], str]:
+    return dict(zip(params, params.names, strict=True))
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        expected = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise TypeError(f"dtype should be one of {expected}, got {dtype}")

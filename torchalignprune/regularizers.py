@@ -1,0 +1,389 @@
+"""The two regularizers of the paper: penalties that keep pruned and unpruned units aligned.
+
+Both are scalars with a gradient to the weights under the masks, for any training loop::
+
+    penalty = CosineAlignment(params, Reference.capture(params))
+    loss = task_loss + strength * penalty()
+
+From "Aligned Weight Regularizers for Pruning Pretrained Neural Networks" (O'Neill, Dutta and Assem,
+Findings of ACL 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchalignprune import ops
+from torchalignprune.matching import match_units
+from torchalignprune.parameters import Parameters, mask_of, stored
+from torchalignprune.targets import Pair, PerParameter, Target, references_of, targets_of
+
+__all__ = ["CosineAlignment", "FrobeniusAlignment"]
+
+Weights = Mapping[Pair, float] | Sequence[float]
+
+
+class _Penalty(nn.Module):
+    """A weighted mean over parameters of what :meth:`_of` makes of the units of each."""
+
+    def __init__(
+        self, params: Parameters, reference: PerParameter, weights: Weights | None
+    ) -> None:
+        super().__init__()
+        if reference is None:
+            raise TypeError(
+                "reference should hold the unpruned weights, such as Reference.capture(params), "
+                "got None"
+            )
+        targets = targets_of(params)
+        self._references = references_of(targets, reference)
+        self._weights = _weights(targets, weights)
+        # Without the tensors of now: the model's may be replaced, as by ``model.to``.
+        self._targets = [replace(t, weight=t.weight.to("meta"), mask=None) for t in targets]
+        self._indices: list[Tensor | None] = [None] * len(self._targets)
+
+    @abstractmethod
+    def _sides(self, target: Target) -> tuple[int, ...]:
+        """The dimensions whose units are looked at; the penalty is the mean over them."""
+
+    @abstractmethod
+    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The penalty of each parameter, and 1 or 0 for whether it counts; both float64.
+
+        Args:
+            products: those of the units (:func:`torchalignprune.ops.unit_products`).
+            owners: for each unit the number of its parameter.
+            count: the number of parameters.
+        """
+
+    def forward(self) -> Tensor:
+        """The penalty of the weights and masks as they are now.
+
+        Returns:
+            A scalar, float32 (float64 if a parameter is), on the first parameter's device.
+        """
+        values, shares = self._contributions()
+        mean = (values * shares).sum()
+        weights = [stored(*target.places[0]) for target in self._targets]
+        wide = any(weight.dtype == torch.float64 for weight in weights)
+        return mean if wide else mean.float()
+
+    def per_parameter(self) -> dict[str, float]:
+        """What each parameter contributes to the penalty; they add up to it.
+
+        Returns:
+            By the names of the parameters; tied weights are one, under the first of their names.
+        """
+        with torch.no_grad():
+            values, shares = self._contributions()
+        names = [target.name for target in self._targets]
+        return dict(zip(names, (values * shares).tolist(), strict=True))
+
+    def suggest_strength(self, task_loss: Tensor, share: float = 0.1) -> float:
+        """The factor that makes the penalty's gradient norm a given share of the task's.
+
+        Both norms are over the parameters of the penalty. Their ``.grad`` is not touched, and the
+        graph of ``task_loss`` is kept for its own backward. Where weights have not moved since the
+        reference was taken, the penalty has no gradient, whatever is pruned: no entry that is left
+        could be better. So this is to be called after some steps of training.
+
+        Args:
+            task_loss: a scalar with a graph that leads to the parameters.
+            share: of the task's gradient norm.
+
+        Returns:
+            ``share * |task's gradient| / |penalty's gradient|``.
+
+        Raises:
+            ValueError: a gradient norm is zero, up to rounding, or not finite.
+
+        Example:
+            >>> import torch, torchalignprune as tap
+            >>> layer = torch.nn.Linear(8, 8)
+            >>> params = [(layer, "weight")]
+            >>> penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+            >>> _ = tap.magnitude(layer, "weight", amount=0.5)
+            >>> optimizer = torch.optim.AdamW(layer.parameters())
+            >>> layer(torch.randn(4, 8)).square().mean().backward()
+            >>> optimizer.step()
+            >>> loss = layer(torch.randn(4, 8)).square().mean()
+            >>> strength = penalty.suggest_strength(loss, share=0.1)
+            >>> (loss + strength * penalty()).backward()
+        """
+        if not (math.isfinite(share) and share > 0):
+            raise ValueError(f"share should be a positive number, got {share}")
+        leaves = [stored(*target.places[0]) for target in self._targets]
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        if not leaves:
+            raise ValueError("none of the parameters of the penalty requires a gradient")
+        norms = {}
+        for what, value in (("task_loss", task_loss), ("the penalty", self())):
+            if not value.requires_grad:
+                raise ValueError(f"{what} has no autograd history")
+            grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            norms[what] = _norm([grad for grad in grads if grad is not None])
+        size = self._size(_norm(leaves))
+        for what, negligible in (("task_loss", 0.0), ("the penalty", 1e-6 * size)):
+            if not negligible < norms[what] < math.inf:
+                raise ValueError(
+                    f"the gradient of {what} with respect to the parameters should be finite and "
+                    f"not zero, got the norm {norms[what]:.1e}"
+                    + (
+                        ": have the weights moved since the reference?"
+                        if what != "task_loss"
+                        else ""
+                    )
+                )
+        return share * norms["task_loss"] / norms["the penalty"]
+
+    def _size(self, norm: float) -> float:
+        """The size of a gradient that is not small, for weights of this norm."""
+        return 1 / norm if norm else 0.0
+
+    def _contributions(self) -> tuple[Tensor, Tensor]:
+        """The penalty of each parameter and its share of the mean."""
+        places = [stored(*target.places[0]).device for target in self._targets]
+        groups = [
+            [i for i, place in enumerate(places) if place == device]
+            for device in dict.fromkeys(places)
+        ]
+        parts = [self._together(numbers) for numbers in groups]
+        order = [number for numbers in groups for number in numbers]
+        values, counted = (
+            torch.cat([part[which].to(places[0]) for part in parts]) for which in (0, 1)
+        )
+        shares = counted * counted.new_tensor([self._weights[number] for number in order])
+        whole = shares.sum()
+        return values, shares / whole.where(whole > 0, 1)
+
+    def _together(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same of parameters that are on one device, and for whether each counts 1 or 0."""
+        targets = [self._targets[number] for number in numbers]
+        weights = [stored(*target.places[0]) for target in targets]
+        masks = [mask_of(*target.places[0]) for target in targets]
+        device = weights[0].device
+        # What is on the CPU stays there: the operators fetch it, one tensor at a time.
+        references = [self._references[number] for number in numbers]
+        sides = []
+        for side in range(len(self._sides(targets[0]))):
+            dims = [self._sides(target)[side] for target in targets]
+            products = ops.unit_products(
+                weights,
+                masks=[m if m is None or m.dtype == torch.bool else m != 0 for m in masks],
+                references=[r if r.is_cpu else r.to(device) for r in references],
+                indices=[self._indices[number] for number in numbers],
+                dims=dims,
+                names=[target.name for target in targets],
+            )
+            sizes = [
+                1 if w.dim() < 2 else w.size(dim) for w, dim in zip(weights, dims, strict=True)
+            ]
+            owners = torch.repeat_interleave(
+                torch.tensor(sizes, device=device), output_size=sum(sizes)
+            )
+            sides.append(self._of(products, owners, len(targets)))
+        return torch.stack([values for values, _ in sides]).mean(dim=0), sides[0][1]
+
+
+class CosineAlignment(_Penalty):
+    r"""One minus the alignment of pruned and reference units, averaged.
+
+    The mean over parameters of the mean over units of :math:`1 - A`, where
+    :math:`A = \langle p, r\rangle / (|p||r|)`, :math:`p = m w` are a unit's pruned weights under
+    the mask of the moment and ``r`` its reference. ``A`` is 0 where ``p`` is all zero; a unit whose
+    reference is zero does not count. The gradient with respect to a unit is
+
+    .. math:: -m \left(\frac{r}{|p||r|} - A \frac{p}{|p|^2}\right)
+
+    (0 for a unit that is all zero), and goes to ``name_orig`` of a pruned parameter, or to the
+    parameter itself before the first pruning. It takes two passes over the weights, masks and
+    references, one forward and one backward, and no memory but the gradient's; sums are in float64.
+
+    Args:
+        params: ``(module, name)`` pairs, pruned or not; tied weights count once.
+        reference: the unpruned weights, one tensor for each parameter
+            (:class:`torchalignprune.Reference`, or by ``(module, name)``, or in the order of the
+            parameters). May lie on the CPU while the model is on a GPU: each tensor is fetched when
+            it is used. Constant: it gets no gradient.
+        units: a unit is an output (``"out"``) or an input (``"in"``); ``"both"`` is the mean of the
+            two. Parameters of one dimension are one unit.
+        weights: how much each parameter counts in the mean, not negative: by ``(module, name)``, or
+            in the order of the parameters. Default: all the same.
+        matching: ``"greedy"`` or ``"hungarian"``: each unit is compared with the reference unit
+            that :func:`torchalignprune.match_units` gives it, because units may have changed places
+            in training. Default: each with its own. Not for ``units="both"``.
+        match_every: how many calls that need a gradient a matching is kept for.
+
+    Raises:
+        TypeError: no reference; not pairs; not tensors.
+        ValueError: a reference that is missing or of another shape; an unknown option; weights that
+            do not fit.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0]]))
+        >>> params = [(layer, "weight")]
+        >>> penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+        >>> _ = tap.magnitude(layer, "weight", amount=1)
+        >>> loss = penalty()
+        >>> round(loss.item(), 4)
+        0.2
+        >>> loss.backward()
+        >>> layer.weight_orig.grad
+        tensor([[0., 0.]])
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        reference: PerParameter,
+        *,
+        units: Literal["out", "in", "both"] = "out",
+        weights: Weights | None = None,
+        matching: Literal["greedy", "hungarian"] | None = None,
+        match_every: int = 100,
+    ) -> None:
+        super().__init__(params, reference, weights)
+        if units not in ("out", "in", "both"):
+            raise ValueError(f"units should be one of ('out', 'in', 'both'), got {units!r}")
+        if matching not in (None, "greedy", "hungarian"):
+            raise ValueError(
+                f"matching should be one of ('greedy', 'hungarian') or None, got {matching!r}"
+            )
+        if matching is not None and units == "both":
+            raise ValueError("matching goes with units='out' or 'in', not with 'both'")
+        if match_every < 1:
+            raise ValueError(f"match_every should be at least 1, got {match_every}")
+        self.units = units
+        self.matching = matching
+        self.match_every = match_every
+        self._calls = 0
+
+    def _sides(self, target: Target) -> tuple[int, ...]:
+        if target.weight.dim() < 2:
+            return (0, 0) if self.units == "both" else (0,)
+        out, into = target.out_dim, target.in_dim
+        return {"out": (out,), "in": (into,), "both": (out, into)}[self.units]
+
+    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        pp, pr, rr = products
+        # The root has no gradient at 0, so a unit that is all zero is kept away from it.
+        alive, counted = pp > 0, rr > 0
+        sizes = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
+        gaps = torch.where(counted, 1 - torch.where(alive, pr / sizes, 0), 0)
+        units = products.new_zeros(count).index_add(0, owners, counted.double())
+        return gaps.new_zeros(count).index_add(0, owners, gaps) / units.clamp(min=1), units.sign()
+
+    def _contributions(self) -> tuple[Tensor, Tensor]:
+        if self.matching is not None:
+            if self._calls % self.match_every == 0:
+                self._match(self.matching)
+            self._calls += torch.is_grad_enabled()
+        return super()._contributions()
+
+    @torch.no_grad()
+    def _match(self, method: Literal["greedy", "hungarian"]) -> None:
+        for number, target in enumerate(self._targets):
+            weight, mask = stored(*target.places[0]), mask_of(*target.places[0])
+            if weight.dim() < 2:
+                continue
+            (dim,) = self._sides(target)
+            pruned = weight if mask is None else weight * (mask != 0)
+            reference = self._references[number].to(weight.device, weight.dtype)
+            self._indices[number] = match_units(
+                pruned.movedim(dim, 0), reference.movedim(dim, 0), method=method
+            ).index
+
+
+class FrobeniusAlignment(_Penalty):
+    r"""The distance of the pruned weights from the reference, relative to its size.
+
+    The mean over parameters of the distortion :math:`D = |P - R|_F^2 / |R|_F^2`, where
+    :math:`P = M W` are the pruned weights under the mask of the moment and ``R`` the reference; a
+    parameter whose reference is all zero does not count. The gradient,
+    :math:`2 m (p - r) / |R|_F^2`, goes to ``name_orig`` of a pruned parameter, or to the parameter
+    itself before the first pruning. Passes and memory are as in :class:`CosineAlignment`.
+
+    Args:
+        params: as in :class:`CosineAlignment`.
+        reference: as in :class:`CosineAlignment`.
+        normalize: divide by :math:`|R|_F^2`, so that every parameter counts the same.
+        weights: as in :class:`CosineAlignment`.
+
+    Raises:
+        TypeError: as :class:`CosineAlignment`.
+        ValueError: as :class:`CosineAlignment`.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0]]))
+        >>> params = [(layer, "weight")]
+        >>> penalty = tap.FrobeniusAlignment(params, tap.Reference.capture(params))
+        >>> _ = tap.magnitude(layer, "weight", amount=1)
+        >>> round(penalty().item(), 4)
+        0.36
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        reference: PerParameter,
+        *,
+        normalize: bool = True,
+        weights: Weights | None = None,
+    ) -> None:
+        super().__init__(params, reference, weights)
+        self.normalize = normalize
+
+    def _sides(self, target: Target) -> tuple[int, ...]:
+        return (0,)
+
+    def _size(self, norm: float) -> float:
+        return super()._size(norm) if self.normalize else norm
+
+    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        pp, pr, rr = products.new_zeros(3, count).index_add(1, owners, products)
+        # Rounding may leave a little less than nothing of what is equal.
+        distance = (pp - 2 * pr + rr).clamp(min=0)
+        if not self.normalize:
+            return distance, torch.ones_like(rr)
+        return distance / rr.where(rr > 0, 1), rr.detach().sign()
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t.detach().double())) for t in tensors))
+
+
+def _weights(targets: Sequence[Target], weights: Weights | None) -> list[float]:
+    if weights is None:
+        return [1.0] * len(targets)
+    if isinstance(weights, Mapping):
+        given = []
+        for target in targets:
+            own = [weights[place] for place in target.places if place in weights]
+            if not own:
+                raise ValueError(f"weights has no entry for {target.name}")
+            given.append(own[0])
+    else:
+        given = list(weights)
+    if len(given) != len(targets):
+        raise ValueError(
+            f"weights should have one number for each of the {len(targets)} parameters, got "
+            f"{len(given)}"
+        )
+    shares = [float(share) for share in given]
+    for target, share in zip(targets, shares, strict=True):
+        if not (math.isfinite(share) and share >= 0):
+            raise ValueError(f"the weight of {target.name} should not be negative, got {share}")
+    if not any(shares):
+        raise ValueError("weights should not all be zero")
+    return shares

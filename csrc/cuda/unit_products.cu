@@ -1,9 +1,9 @@
 // Of every unit the inner products that alignment and distortion are made of, in one pass.
 //
 // Everything is summed in float64: one minus the alignment of a unit that has hardly moved is no
-// more than what sums in float32 would lose. Three products and two conversions for each entry take
-// less time than its bytes, on devices whose float64 has half the rate of float32 by far, and for
-// float32 tensors with references even on those where it has a 64th.
+// more than what sums in float32 would lose. By the data sheets, three products and two conversions
+// for each entry take much less time than its bytes where float64 has half the rate of float32, and
+// no more for float32 tensors with references where it has a 64th.
 #include <vector>
 
 #include "unit_pieces.cuh"

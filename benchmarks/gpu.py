@@ -349,6 +349,99 @@ def whole_calls(model: str, repeats: int = 5) -> dict[str, Any]:
     return {"weights": n, "calls": found}
 
 
+def pruned_encoder(dtype: torch.dtype) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
+    """The encoder's weights, half of them pruned and then moved a little, and their references."""
+    references = weights_of(ENCODER, dtype)
+    layers: list[tuple[nn.Module, str]] = []
+    for weight in references:
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight = nn.Parameter(weight.clone())
+        layers.append((layer, "weight"))
+    tap.global_unstructured(layers, tap.Magnitude, amount=AMOUNT)
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for layer, _ in layers:
+            noise = torch.empty_like(layer.weight_orig).normal_(generator=generator)
+            layer.weight_orig.add_(noise, alpha=0.002)
+    return layers, references
+
+
+def cosine_by_torch(layers: list[tuple[nn.Module, str]], references: list[Tensor]) -> Tensor:
+    gaps = []
+    for (layer, _), reference in zip(layers, references, strict=True):
+        pruned = layer.weight_orig * layer.weight_mask
+        gaps.append((1 - nn.functional.cosine_similarity(pruned, reference, dim=1)).mean())
+    return torch.stack(gaps).mean()
+
+
+def frobenius_by_torch(layers: list[tuple[nn.Module, str]], references: list[Tensor]) -> Tensor:
+    gaps = []
+    for (layer, _), reference in zip(layers, references, strict=True):
+        pruned = layer.weight_orig * layer.weight_mask
+        gaps.append((pruned - reference).square().sum() / reference.square().sum())
+    return torch.stack(gaps).mean()
+
+
+def regularizer(name: str, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """Forward and backward of a penalty, with fresh gradients each time."""
+    kind, by_torch = {
+        "cosine": (tap.CosineAlignment, cosine_by_torch),
+        "frobenius": (tap.FrobeniusAlignment, frobenius_by_torch),
+    }[name]
+    layers, references = pruned_encoder(dtype)
+    leaves = [layer.weight_orig for layer, _ in layers]
+    penalty = kind(layers, references)
+
+    doubles: list[tuple[nn.Module, str]] = []
+    for layer, _ in layers:
+        other = nn.Module()
+        other.weight_orig = nn.Parameter(layer.weight_orig.detach().double())
+        other.weight_mask = layer.weight_mask.double()
+        doubles.append((other, "weight"))
+    plain = by_torch(doubles, [reference.double() for reference in references])
+    value = penalty()
+    torch.testing.assert_close(value.double(), plain, rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(plain, [other.weight_orig for other, _ in doubles])
+    for found, gradient in zip(torch.autograd.grad(value, leaves), expected, strict=True):
+        largest = gradient.abs().max().item()
+        tolerance = torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            found.double(), gradient, rtol=2 * tolerance, atol=1e-6 * largest
+        )
+    del doubles, expected, plain, value
+
+    def step(run: Run) -> Run:
+        def forward_and_backward() -> list[Tensor]:
+            return list(torch.autograd.grad(run(), leaves))
+
+        return forward_and_backward
+
+    def peak(run: Run) -> float:
+        """Memory on top of what is there, in the size of the weights."""
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        extra = torch.cuda.max_memory_allocated() - before
+        return extra / sum(leaf.nbytes for leaf in leaves)
+
+    # Forward and backward each read the weights, the masks and the references; backward writes.
+    masks = sum(layer.weight_mask.nbytes for layer, _ in layers)
+    moved = 5 * sum(leaf.nbytes for leaf in leaves) + 2 * masks
+    peers = {"plain torch": step(lambda: by_torch(layers, references))}
+    found = compared(step(penalty), peers, moved, bandwidth)
+    at_home = kind(layers, [reference.cpu().pin_memory() for reference in references])
+    return {
+        "weights": size(leaves),
+        **found,
+        "forward_ms": times(penalty)["ms"],
+        "memory_on_top": peak(step(penalty)),
+        "memory_on_top_by_torch": peak(step(lambda: by_torch(layers, references))),
+        "references_on_the_cpu_ms": times(step(at_home))["ms"],
+    }
+
+
 def read_tests(junit: Path) -> dict[str, Any]:
     """How many tests did what, and the messages of those that failed."""
     if not junit.exists():
@@ -391,6 +484,13 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
         yield f"  {peer:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x"
     if result.get("share_of_optimum") is not None:
         yield f"  {'total':34} {result['share_of_optimum']:.4f} of the optimum"
+    if "forward_ms" in result:
+        yield f"  {'ours, forward alone':34} {result['forward_ms']:9.2f} ms"
+        yield f"  {'ours, references on the CPU':34} {result['references_on_the_cpu_ms']:9.2f} ms"
+        yield (
+            f"  memory on top: {result['memory_on_top']:.2f} x the weights, "
+            f"by torch {result['memory_on_top_by_torch']:.2f} x"
+        )
     if "with_reference" in result:
         yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"
 
@@ -444,6 +544,11 @@ def main() -> int:
             )
         cases[f"match_units {kind}"] = lambda k=kind: match_units(k, bandwidth)
         cases[f"match_units {kind}, embeddings in blocks"] = lambda k=kind: match_embeddings(k)
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("cosine", "frobenius"):
+            cases[f"regularizer {name} {str(dtype)[6:]}"] = lambda n=name, d=dtype: regularizer(
+                n, d, bandwidth
+            )
     cases["whole calls float32 85 M"] = lambda: whole_calls("85 M")
 
     print(f"{report['machine']['gpu']}: copies {report['copy_gb_per_s']:.0f} GB/s")

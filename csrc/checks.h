@@ -236,6 +236,14 @@ inline std::vector<UnitArguments> check_unit_arguments(
   return calls;
 }
 
+// An entry of the index.
+inline void check_partner(const UnitArguments& call, int64_t partner) {
+  const int64_t units = units_of(call.weight, call.dim);
+  TORCH_CHECK_VALUE(
+      partner >= 0 && partner < units, "the index of ", call.name, " should be in [0, ", units,
+      "), got ", partner);
+}
+
 inline int64_t total_units(const std::vector<UnitArguments>& calls) {
   return calls.back().first + units_of(calls.back().weight, calls.back().dim);
 }

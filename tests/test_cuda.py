@@ -450,6 +450,257 @@ def test_square_sums_equal_the_cpu(seed: int) -> None:
         assert_same(sums, cpu)
 
 
+# unit_products and unit_combination
+
+
+def random_units(seed: int) -> tuple[list[Tensor], dict[str, Any]]:
+    draw = Draw(seed)
+    dtypes = draw.one([DTYPES, *([dtype] for dtype in DTYPES)])
+    shapes = [(700, 900), (3, 50_001), (2000, 7), (40, 6, 3, 3), (5000, 4), (300, 64, 2)]
+    # Now and then more tensors than go into one launch.
+    number = draw.one([1, 3, 5]) if seed % 10 else 70
+    weights = [
+        draw.tensor(draw.one([draw.shape(), *shapes]) if number < 70 else draw.shape(), dtype)
+        for dtype in (draw.one(dtypes) for _ in range(number))
+    ]
+    dims = [draw.index(2) if weight.dim() > 1 else 0 for weight in weights]
+
+    def some(make: Callable[[Tensor, int], Tensor]) -> list[Tensor | None]:
+        pairs_of = zip(weights, dims, strict=True)
+        return [make(w, dim) if draw.share() < 0.6 else None for w, dim in pairs_of]
+
+    def reference_of(weight: Tensor, dim: int) -> Tensor:
+        near = (weight.double() + 0.3 * draw.normal(*weight.shape)).to(weight.dtype)
+        return draw.one([near, draw.tensor(tuple(weight.shape), draw.one(DTYPES))])
+
+    def index_of(weight: Tensor, dim: int) -> Tensor:
+        units = weight.size(dim) if weight.dim() > 1 else 1
+        index = torch.randperm(units, generator=draw.generator)
+        return laid_out(index, draw.one(["contiguous", "strided"]))
+
+    return weights, {
+        "masks": some(lambda weight, dim: draw.mask(tuple(weight.shape))),
+        "references": some(reference_of),
+        "indices": some(index_of) if draw.share() < 0.5 else None,
+        "dims": dims,
+    }
+
+
+def assert_same_products(
+    found: Tensor, expected: Tensor, weights: list[Tensor], options: dict[str, Any]
+) -> None:
+    """The sums may be in another order: they differ by no more than the rounding of float64."""
+    assert found.device.type == torch.device(DEVICE).type
+    assert found.dtype == expected.dtype
+    references = [None if r is None else r.abs() for r in options["references"]]
+    sizes = ops.unit_products([w.abs() for w in weights], **{**options, "references": references})
+    assert bool(((found.cpu() - expected).abs() <= 1e-12 * sizes).all())
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_unit_products_equal_the_cpu(seed: int) -> None:
+    weights, options = random_units(seed)
+    expected = ops.unit_products(weights, **options)
+    moved, with_them = on_gpu(weights), on_gpu(options)
+    found = ops.unit_products(moved, **with_them)
+    assert_same_products(found, expected, weights, options)
+    assert torch.equal(ops.unit_products(moved, **with_them), found)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_unit_combination_equals_the_cpu(seed: int) -> None:
+    weights, options = random_units(seed)
+    units = ops.unit_products(weights, **options).size(1)
+    coefficients = Draw(seed).normal(units, 2).double().t()
+    expected = ops.unit_combination(weights, coefficients, **options)
+    found = ops.unit_combination(on_gpu(weights), on_gpu(coefficients), **on_gpu(options))
+    for tensor, cpu in zip(found, expected, strict=True):
+        assert_same(tensor, cpu)
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_the_sums_of_a_unit_do_not_depend_on_the_other_tensors(seed: int) -> None:
+    weights, options = random_units(seed)
+    weights, options = on_gpu(weights), on_gpu(options)
+    together = ops.unit_products(weights, **options)
+    each = [
+        ops.unit_products(
+            [weight], **{name: None if all is None else [all[i]] for name, all in options.items()}
+        )
+        for i, weight in enumerate(weights)
+    ]
+    assert torch.equal(torch.cat(each, dim=1), together)
+
+
+@pytest.mark.parametrize("shape", [(SAMPLED,), (1, SAMPLED), (SAMPLED, 1), (3_000_001, 4)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_long_units_equal_the_cpu(shape: tuple[int, ...], dim: int) -> None:
+    dim = dim if len(shape) > 1 else 0
+    weight, r = torch.randn(shape), torch.randn(shape)
+    options = {"masks": [r > -1], "references": [r], "dims": [dim]}
+    expected = ops.unit_products([weight], **options)  # type: ignore[arg-type]
+    found = ops.unit_products(on_gpu([weight]), **on_gpu(options))
+    assert_same_products(found, expected, [weight], options)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_references_may_stay_on_the_cpu(seed: int, pinned: bool) -> None:
+    weights, options = random_units(seed)
+    at_home = {**on_gpu(options), "references": options["references"]}
+    if pinned:
+        at_home["references"] = [
+            None if r is None else r.pin_memory() for r in at_home["references"]
+        ]
+    weights, options = on_gpu(weights), on_gpu(options)
+    expected = ops.unit_products(weights, **options)
+    assert torch.equal(ops.unit_products(weights, **at_home), expected)
+    coefficients = torch.randn(2, expected.size(1), dtype=torch.float64, device=DEVICE)
+    combined = ops.unit_combination(weights, coefficients, **at_home)
+    others = ops.unit_combination(weights, coefficients, **options)
+    for found, other in zip(combined, others, strict=True):
+        assert torch.equal(found, other)
+
+
+def test_few_references_from_the_cpu_are_on_the_device_at_a_time() -> None:
+    weights = [torch.randn(1000, 1000, device=DEVICE) for _ in range(12)]
+    references = [torch.randn(1000, 1000).pin_memory() for _ in weights]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.unit_products(weights, references=references)
+    assert torch.cuda.max_memory_allocated() - before < 2.5 * references[0].nbytes
+
+
+def test_units_are_looked_at_without_waiting_for_the_device() -> None:
+    weights = [torch.randn(60, 70, device=DEVICE), torch.randn(9000, device=DEVICE)]
+    masks = [weights[0] > 0, None]
+    references = [torch.randn(60, 70, device=DEVICE), torch.randn(9000).pin_memory()]
+    coefficients = torch.ones(2, 61, dtype=torch.float64, device=DEVICE)
+    ops.unit_products(weights, masks=masks, references=references)  # what is loaded once
+    ops.unit_combination(weights, coefficients, masks=masks, references=references)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        ops.unit_products(weights, masks=masks, references=references)
+        ops.unit_combination(weights, coefficients, masks=masks, references=references)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_units_in_a_cuda_graph() -> None:
+    weights = [torch.randn(60, 70, device=DEVICE), torch.randn(50_000, device=DEVICE)]
+    references = [torch.randn_like(weight) for weight in weights]
+    ops.unit_products(weights, references=references)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.unit_products(weights, references=references)
+    for weight in weights:
+        weight.mul_(3)
+    graph.replay()
+    assert torch.equal(found, ops.unit_products(weights, references=references))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        (((1 << 31) + 12_345,), 0),
+        ((4, (1 << 29) + 99), 0),
+        (((1 << 29) + 99, 4), 1),
+        ((65_600, 32_768), 0),
+        ((65_600, 32_768), 1),
+        ((65_537, 32_771), 0),
+        ((65_537, 32_771), 1),
+    ],
+)
+def test_units_of_more_than_two_to_the_31_entries(shape: tuple[int, ...], dim: int) -> None:
+    needs_memory(12 * GIB)
+    weight = torch.ones(shape, dtype=torch.bfloat16, device=DEVICE)
+    weight.view(-1)[-1] = 3
+    units = shape[dim] if len(shape) > 1 else 1
+    each = weight.numel() // units
+    products = ops.unit_products([weight], dims=[dim])
+    expected = torch.full((3, units), each, dtype=torch.float64, device=DEVICE)
+    expected[:, -1] += 8
+    assert torch.equal(products, expected)
+    coefficients = torch.ones(2, units, dtype=torch.float64, device=DEVICE)
+    coefficients[:, -1] = 4
+    (found,) = ops.unit_combination([weight], coefficients, dims=[dim])
+    assert float(found.view(-1)[-1]) == 24
+    total = 2 * (units - 1) * each + 8 * (each - 1) + 24
+    assert float(found.sum(dtype=torch.float64)) == total
+
+
+@pytest.mark.parametrize("wrong", [-1, 20, 1 << 62])
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_indices_out_of_range_are_errors_like_those_of_the_cpu(wrong: int, place: int) -> None:
+    weights = [torch.randn(5, 3), torch.randn(20, 30), torch.randn(20, 4)]
+    index = torch.randperm(20)
+    index[place] = wrong
+    options: dict[str, Any] = {
+        "indices": [None, index, torch.randperm(20)],
+        "names": ["a", "b", "c"],
+    }
+    message = outcome(lambda: ops.unit_products(weights, **options))
+    assert message.startswith("ValueError: the index of b should be in [0, 20), got ")
+    moved, with_them = on_gpu(weights), on_gpu(options)
+    assert outcome(lambda: ops.unit_products(moved, **with_them)) == message
+    coefficients = torch.ones(2, 45, dtype=torch.float64, device=DEVICE)
+    assert outcome(lambda: ops.unit_combination(moved, coefficients, **with_them)) == message
+    torch.cuda.synchronize()  # nothing was read out of range
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("at_home", [False, True])
+def test_gradients_of_units(dim: int, at_home: bool) -> None:
+    def double(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=grad)
+
+    w, v, r = double(3, 4, 2), double(5), double(3, 4, 2, grad=False)
+    options: dict[str, Any] = {
+        "masks": [torch.rand(3, 4, 2, device=DEVICE) > 0.3, None],
+        "references": [r.cpu() if at_home else r, double(5, grad=False)],
+        "indices": [torch.randperm(w.size(dim), device=DEVICE), None],
+        "dims": [dim, 0],
+    }
+
+    def products(w: Tensor, v: Tensor) -> Tensor:
+        return ops.unit_products([w, v], **options)
+
+    def combination(w: Tensor, v: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.unit_combination([w, v], coefficients, **options))
+
+    coefficients = double(2, w.size(dim) + 1)
+    for function, inputs in ((products, (w, v)), (combination, (w, v, coefficients))):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_penalties_and_their_gradients_are_those_of_the_cpu() -> None:
+    found: dict[str, list[Tensor]] = {}
+    for device in ("cpu", DEVICE):
+        model = network(1, torch.float32).to(device)
+        layers = pairs(model)
+        kept = tap.Reference.capture(layers, device="cpu")
+        tap.global_unstructured(layers, tap.Magnitude, amount=0.5)
+        leaves = [getattr(layer, f"{name}_orig") for layer, name in layers]
+        with torch.no_grad():
+            for number, leaf in enumerate(leaves):
+                noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(number))
+                leaf.add_(noise.to(device), alpha=0.01)
+        found[device] = []
+        for penalty in (
+            tap.CosineAlignment(layers, kept),
+            tap.CosineAlignment(layers, kept, units="both"),
+            tap.FrobeniusAlignment(layers, kept),
+        ):
+            value = penalty()
+            found[device] += [value.detach(), *torch.autograd.grad(value, leaves)]
+    for own, cpu in zip(found[DEVICE], found["cpu"], strict=True):
+        torch.testing.assert_close(own.cpu(), cpu, rtol=1e-5, atol=1e-9)
+
+
 # What every operator has to take
 
 
@@ -519,6 +770,8 @@ def test_what_is_given_does_not_change() -> None:
     ops.select_rows(w, mask.sum(dim=1) // 2, mask=mask)
     ops.cosine_gains(w, mask=mask, reference=r, column_scale=columns)
     ops.square_sums(w, row_scale=rows, column_scale=columns)
+    products = ops.unit_products([w], masks=[mask], references=[r])
+    ops.unit_combination([w], products[:2], masks=[mask], references=[r])
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(tensor, copy)
 
@@ -542,7 +795,9 @@ def test_work_goes_to_the_current_stream() -> None:
     expected_sums = ops.square_sums(host)
     source = host.to(DEVICE)
     counts = torch.full((300,), 450, device=DEVICE)
-    for check in range(4):
+    expected_products = ops.unit_products([host.sign()], references=[host.sign()])
+    pinned = host.sign().pin_memory()
+    for check in range(5):
         late = torch.full_like(source, NAN if check in (0, 1, 2) else 0)
         with busy_stream():
             late.copy_(source)
@@ -553,6 +808,9 @@ def test_work_goes_to_the_current_stream() -> None:
                 found, expected = [ops.select_rows(late, counts)], [expected_rows]
             elif check == 2:
                 found, expected = [ops.cosine_gains(late)], [expected_gains]
+            elif check == 3:  # sums of whole numbers, which are the same in any order
+                found = [ops.unit_products([late.sign_()], references=[pinned])]
+                expected = [expected_products]
             else:
                 found, expected = list(ops.square_sums(late)), list(expected_sums)
         torch.cuda.synchronize()
@@ -582,6 +840,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(operators.select_rows.default, (w, None, counts, "w"))
     torch.library.opcheck(operators.cosine_gains.default, (w, mask, w * w, scale, "w"))
     torch.library.opcheck(operators.square_sums.default, (w, None, scale, "w"))
+    leaf, vector = w.clone().requires_grad_(), torch.randn(5, device=DEVICE)
+    units = ([leaf, vector], [mask, None], [w.cpu(), vector], [counts.cumsum(0) - 1, None])
+    coefficients = torch.randn(2, 301, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    rest = ([0, 0], ["a", "b"])
+    torch.library.opcheck(operators.unit_products.default, (*units, *rest))
+    torch.library.opcheck(operators.unit_combination.default, (*units, coefficients, *rest))
 
 
 # The methods

@@ -384,10 +384,12 @@ def unit_products(
             one device.
         masks: bool, shaped like the weights. Default: nothing is pruned.
         references: shaped like the weights, any of the dtypes (read as float32 unless the weight is
-            float64), on the device of the weights or on the CPU; constants. Default: the weights
-            without the masks.
+            float64), on the device of the weights or on the CPU, from where a GPU fetches them one
+            at a time (pinned ones without waiting); constants. Default: the weights without the
+            masks.
         indices: int64, shape ``(units,)`` each: unit ``i`` of a weight goes with unit ``index[i]``
-            of its reference. Default: with its own.
+            of its reference. Default: with its own. A GPU is waited for once a call, to know that
+            they are in range.
         dims: the dimension of each tensor's units, 0 or 1; 0 for a tensor of at most one dimension,
             which is one unit. Default: 0.
         names: what to call the tensors in an error. Default: ``weights[i]``.

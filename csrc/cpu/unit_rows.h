@@ -22,13 +22,8 @@ class UnitRows {
     inner = row_size == 0 ? 1 : row_size / columns_of(weight_);
     if (!call.index) return;
     index_ = call.index->contiguous();
-    const int64_t units = units_of(weight_, dim_);
     const auto* at = index_.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < units; ++i) {
-      TORCH_CHECK_VALUE(
-          at[i] >= 0 && at[i] < units, "the index of ", call.name, " should be in [0, ", units,
-          "), got ", at[i]);
-    }
+    for (int64_t i = 0; i < index_.numel(); ++i) check_partner(call, at[i]);
   }
 
   // Calls use(at, n, weight, mask, reference) for the stretches [at, at + n) of a row.

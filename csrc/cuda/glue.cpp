@@ -352,12 +352,154 @@ at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
   return index;
 }
 
+// A weight read as units and what goes with it, contiguous and on the device.
+struct UnitInputs {
+  explicit UnitInputs(const UnitArguments& call) {
+    tensor.weight = use(call.weight);
+    if (call.mask) tensor.mask = static_cast<const uint8_t*>(use(*call.mask));
+    if (call.index) tensor.index = static_cast<const int64_t*>(use(*call.index));
+    tensor.weight_element = tensor.reference_element = element_of(call.weight);
+    if (call.reference) {
+      const at::Tensor& reference = *call.reference;
+      const bool moved = reference.device() != call.weight.device();
+      copied = copied || moved;
+      tensor.reference =
+          use(moved ? reference.to(
+                          call.weight.device(), reference.scalar_type(),
+                          /*non_blocking=*/reference.is_pinned())
+                    : reference);
+      tensor.reference_element = element_of(reference);
+    } else if (call.index) {
+      tensor.reference = tensor.weight;
+    }
+    // Along dim 0 the units are rows, along dim 1 columns of each row.
+    tensor.units = units_of(call.weight, call.dim);
+    tensor.outer = call.dim == 0 ? 1 : rows_of(call.weight);
+    tensor.inner = call.dim == 0 ? row_size_of(call.weight) : inner_of(call.weight);
+    tensor.first = call.first;
+  }
+
+  cuda::UnitTensor tensor;
+  bool copied = false;
+
+ private:
+  const void* use(const at::Tensor& given) {
+    kept_.push_back(given.contiguous());
+    copied = copied || !kept_.back().is_same(given);
+    return kept_.back().const_data_ptr();
+  }
+  std::vector<at::Tensor> kept_;
+};
+
+// Calls launch(tensors) for all tensors that can be taken as they are, together, and before that
+// for each of the others by itself, so that there is the copy of one at a time. With `outs` they
+// are what is to be written.
+template <class Launch>
+void launch_units(
+    const std::vector<UnitArguments>& calls, const std::vector<at::Tensor>* outs, Launch launch) {
+  std::vector<cuda::UnitTensor> together;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const at::Tensor& weight = calls[i].weight;
+    if (weight.numel() == 0) continue;
+    UnitInputs inputs(calls[i]);
+    at::Tensor written;
+    if (outs != nullptr) {
+      const at::Tensor& out = (*outs)[i];
+      written = out.is_contiguous() ? out : at::empty(out.sizes(), out.options());
+      inputs.tensor.out = written.data_ptr();
+      inputs.copied = inputs.copied || !written.is_same(out);
+    }
+    if (!inputs.copied) {
+      together.push_back(inputs.tensor);
+      continue;
+    }
+    launch(std::vector<cuda::UnitTensor>{inputs.tensor});
+    if (outs != nullptr && !written.is_same((*outs)[i])) (*outs)[i].copy_(written);
+  }
+  if (!together.empty()) launch(together);
+}
+
+// Waits for the device, and that only if there are indices.
+void check_indices(const std::vector<UnitArguments>& calls) {
+  std::vector<at::Tensor> kept;
+  std::vector<cuda::UnitTensor> tensors;
+  for (const UnitArguments& call : calls) {
+    if (!call.index || call.index->numel() == 0) continue;
+    kept.push_back(call.index->contiguous());
+    cuda::UnitTensor tensor;
+    tensor.index = kept.back().const_data_ptr<int64_t>();
+    tensor.units = kept.back().numel();
+    tensor.first = call.first;
+    tensors.push_back(tensor);
+  }
+  if (tensors.empty()) return;
+  const at::Tensor memory = workspace(cuda::check_indices_workspace(), kept[0]);
+  int64_t unit = -1;
+  C10_CUDA_CHECK(
+      cuda::check_indices(
+          tensors.data(), static_cast<int64_t>(tensors.size()), memory.data_ptr(), &unit,
+          c10::cuda::getCurrentCUDAStream()));
+  for (const UnitArguments& call : calls) {
+    if (unit < call.first || unit >= call.first + units_of(call.weight, call.dim)) continue;
+    check_partner(call, call.index->select(0, unit - call.first).item<int64_t>());
+  }
+}
+
+at::Tensor unit_products(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& indices, at::IntArrayRef dims,
+    c10::List<std::string> names) {
+  const auto calls = check_unit_arguments(
+      weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  check_indices(calls);
+  const int64_t units = total_units(calls);
+  at::Tensor products = at::zeros({3, units}, weights[0].options().dtype(at::kDouble));
+  launch_units(calls, nullptr, [&](const std::vector<cuda::UnitTensor>& tensors) {
+    cuda::UnitProducts call{};
+    call.tensors = tensors.data();
+    call.length = static_cast<int64_t>(tensors.size());
+    call.units = units;
+    call.products = products.mutable_data_ptr<double>();
+    const at::Tensor memory = workspace(cuda::unit_products_workspace(call), products);
+    C10_CUDA_CHECK(cuda::unit_products(call, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  });
+  return products;
+}
+
+std::vector<at::Tensor> unit_combination(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& indices, const at::Tensor& coefficients,
+    at::IntArrayRef dims, c10::List<std::string> names) {
+  const auto calls = check_unit_arguments(
+      weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
+  check_coefficients(calls, coefficients);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  check_indices(calls);
+  const at::Tensor factors = coefficients.contiguous();
+  std::vector<at::Tensor> outs;
+  for (const at::Tensor& weight : weights) outs.push_back(at::empty_like(weight));
+  launch_units(calls, &outs, [&](const std::vector<cuda::UnitTensor>& tensors) {
+    cuda::UnitCombination call{};
+    call.tensors = tensors.data();
+    call.length = static_cast<int64_t>(tensors.size());
+    call.units = factors.size(1);
+    call.coefficients = factors.const_data_ptr<double>();
+    C10_CUDA_CHECK(cuda::unit_combination(call, c10::cuda::getCurrentCUDAStream()));
+  });
+  return outs;
+}
+
 TORCH_LIBRARY_IMPL(torchalignprune, CUDA, m) {
   m.impl("select_global", &select_global);
   m.impl("select_rows", &select_rows);
   m.impl("cosine_gains", &cosine_gains);
   m.impl("square_sums", &square_sums);
   m.impl("greedy_match", &greedy_match);
+  m.impl("unit_products", &unit_products);
+  m.impl("unit_combination", &unit_combination);
 }
 
 }  // namespace

@@ -108,5 +108,49 @@ size_t greedy_match_workspace(const GreedyMatch& call);
 cudaError_t greedy_match(
     const GreedyMatch& call, void* workspace, bool* has_nan, cudaStream_t stream);
 
+// A weight that is read as units, and what goes with it, all contiguous: `outer` times the units
+// one after the other, with `inner` entries of each side by side. None of the sizes is zero.
+struct UnitTensor {
+  const void* weight = nullptr;
+  const uint8_t* mask = nullptr;    // or null
+  const void* reference = nullptr;  // or null: the weight, without the mask
+  const int64_t* index = nullptr;   // or null: unit i goes with unit index[i] of the reference
+  void* out = nullptr;              // of a combination, in the dtype of the weight
+  int64_t outer = 1, units = 1, inner = 1;
+  int64_t first = 0;  // the number of units before its own
+  Element weight_element = Element::f32;
+  Element reference_element = Element::f32;
+};
+
+// Of the units of a list of tensors, whose number is `units` together with those of empty ones,
+// <p, p>, <p, r> and <r, r>, in three rows.
+struct UnitProducts {
+  const UnitTensor* tensors;  // on the host
+  int64_t length;
+  int64_t units;
+  double* products;
+};
+
+size_t unit_products_workspace(const UnitProducts& call);
+
+cudaError_t unit_products(const UnitProducts& call, void* workspace, cudaStream_t stream);
+
+// mask * (a reference + b weight), with the a of all units in the first row of the coefficients and
+// the b in the second.
+struct UnitCombination {
+  const UnitTensor* tensors;  // on the host
+  int64_t length;
+  int64_t units;
+  const double* coefficients;
+};
+
+cudaError_t unit_combination(const UnitCombination& call, cudaStream_t stream);
+
+size_t check_indices_workspace();
+
+// Finds the first unit, counted over all tensors, whose index is out of range, or -1.
+cudaError_t check_indices(
+    const UnitTensor* tensors, int64_t length, void* workspace, int64_t* unit, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace torchalignprune

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import reference
 import torchalignprune as tap
@@ -210,6 +212,32 @@ def test_blocks_go_in_rounds(
     assert rounds == []
     assert_same(match_units(a, b, block=16), whole)
     assert rounds == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.size = max(self.size, value.numel())
+        return result
+
+
+def test_blocks_make_no_large_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "TILE", 16)
+    a, b = torch.randn(400, 8), torch.randn(420, 8)
+    with LargestTensor() as whole:
+        match_units(a, b)
+    assert whole.size == 400 * 420
+    with LargestTensor() as blocks:
+        match_units(a, b, block=16)
+    assert blocks.size <= 3 * matching._PAIRS_EACH * 400
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -15,7 +15,8 @@ schedule; they differ in the penalty only:
     cosine      the same with CosineAlignment to the pretrained weights in the loss
     frobenius   the same with FrobeniusAlignment
 
-A penalty's strength makes its gradient a given share of the task's, measured once, early on.
+A penalty's strength makes its gradient a given share of the task's. It is measured again and again,
+because the penalty's gradient grows with the distance that the weights have moved.
 Results are written after every run, and runs that are there already are not repeated, so that the
 command can be given again after it was stopped.
 """
@@ -164,7 +165,7 @@ def train(variant: str, seed: int, options: argparse.Namespace, data: dict[str, 
         for rows in torch.randperm(len(train_on)).split(options.batch):
             batch = train_on[rows]
             loss = cross_entropy(model(batch), batch.topics)
-            if penalty is not None and step == max(1, steps // 10):
+            if penalty is not None and step > 0 and step % max(1, steps // 20) == 0:
                 strength = penalty.suggest_strength(loss, share=options.share)
             if penalty is not None and strength:
                 loss = loss + strength * penalty()
@@ -241,9 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--share", type=float, default=0.3, help="of the task's gradient norm")
     options = parser.parse_args(arguments)
 

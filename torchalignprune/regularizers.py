@@ -53,13 +53,12 @@ class _Penalty(nn.Module):
         """The dimensions whose units are looked at; the penalty is the mean over them."""
 
     @abstractmethod
-    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """The penalty of each parameter, and 1 or 0 for whether it counts; both float64.
 
         Args:
             products: those of the units (:func:`torchalignprune.ops.unit_products`).
-            owners: for each unit the number of its parameter.
-            count: the number of parameters.
+            sizes: how many units each parameter has.
         """
 
     def forward(self) -> Tensor:
@@ -184,10 +183,7 @@ class _Penalty(nn.Module):
             sizes = [
                 1 if w.dim() < 2 else w.size(dim) for w, dim in zip(weights, dims, strict=True)
             ]
-            owners = torch.repeat_interleave(
-                torch.tensor(sizes, device=device), output_size=sum(sizes)
-            )
-            sides.append(self._of(products, owners, len(targets)))
+            sides.append(self._of(products, sizes))
         return torch.stack([values for values, _ in sides]).mean(dim=0), sides[0][1]
 
 
@@ -272,14 +268,14 @@ class CosineAlignment(_Penalty):
         out, into = target.out_dim, target.in_dim
         return {"out": (out,), "in": (into,), "both": (out, into)}[self.units]
 
-    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         pp, pr, rr = products
         # The root has no gradient at 0, so a unit that is all zero is kept away from it.
         alive, counted = pp > 0, rr > 0
-        sizes = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
-        gaps = torch.where(counted, 1 - torch.where(alive, pr / sizes, 0), 0)
-        units = products.new_zeros(count).index_add(0, owners, counted.double())
-        return gaps.new_zeros(count).index_add(0, owners, gaps) / units.clamp(min=1), units.sign()
+        norms = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
+        gaps = torch.where(counted, 1 - torch.where(alive, pr / norms, 0), 0)
+        units = _sums(counted.double(), sizes)
+        return _sums(gaps, sizes) / units.clamp(min=1), units.sign()
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
         if self.matching is not None:
@@ -350,13 +346,18 @@ class FrobeniusAlignment(_Penalty):
     def _size(self, norm: float) -> float:
         return super()._size(norm) if self.normalize else norm
 
-    def _of(self, products: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        pp, pr, rr = products.new_zeros(3, count).index_add(1, owners, products)
+    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        pp, pr, rr = _sums(products, sizes)
         # Rounding may leave a little less than nothing of what is equal.
         distance = (pp - 2 * pr + rr).clamp(min=0)
         if not self.normalize:
             return distance, torch.ones_like(rr)
         return distance / rr.where(rr > 0, 1), rr.detach().sign()
+
+
+def _sums(values: Tensor, sizes: list[int]) -> Tensor:
+    """Over the units of each parameter; in an order of its own, unlike index_add on a GPU."""
+    return torch.stack([part.sum(dim=-1) for part in values.split(sizes, dim=-1)], dim=-1)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

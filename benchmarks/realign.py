@@ -265,7 +265,9 @@ def sib200(folder: Path, split: str, language: str) -> list[str]:
         return [line.rstrip("\n").split("\t")[2] for line in file]
 
 
-def by_language(encoder: Encoder, folder: Path, sentences: int) -> dict[str, Any]:
+def by_language(
+    encoder: Encoder, folder: Path, sparsities: list[float], sentences: int
+) -> dict[str, Any]:
     every = languages(folder)
     judged = {
         language: encoder.batches(sib200(folder, "test", language)[:sentences])
@@ -280,7 +282,7 @@ def by_language(encoder: Encoder, folder: Path, sentences: int) -> dict[str, Any
     }
     print(f"\ncalibrated on {share * len(every)} sentences; judged on {sentences} a language")
     results = []
-    for sparsity in (0.5, 0.7):
+    for sparsity in sparsities:
         for name in ("Wanda", "aligned + inputs"):
             for update, run in UPDATES.items():
                 for text, calibration in texts.items():
@@ -328,7 +330,9 @@ def main() -> None:
         where = "--data was not given" if options.data is None else f"no sib200/ in {options.data}"
         print(f"skipped: calibration by language needs SIB-200, and {where}")
         return
-    save("realign_languages", by_language(encoder, options.data, 100))
+    sparsities = [sparsity for sparsity in options.sparsity if sparsity in (0.5, 0.7)]
+    judged = min(100, options.sentences)
+    save("realign_languages", by_language(encoder, options.data, sparsities, judged))
 
 
 if __name__ == "__main__":

@@ -178,14 +178,16 @@ PEERS: dict[str, Callable[..., None]] = {
 
 def sparsegpt_alone(
     encoder: Encoder, params: Params, calibration: tap.Calibration, sparsity: float
-) -> None:
-    """As published: its own masks, every layer pruned by the same share, the biases left alone."""
+) -> float:
+    """With its own masks, every layer pruned by the same share, the biases left alone."""
+    start = time.perf_counter()
     for (module, name), dense in encoder.dense(params).items():
         moments = calibration[module, name].second_moment
         assert moments is not None
         new, mask = sparsegpt(dense, moments, sparsity=sparsity)
         prune.custom_from_mask(module, name, mask)
         set_weight(module, name, new)
+    return time.perf_counter() - start
 
 
 def in_english(encoder: Encoder, sparsities: list[float], sentences: int) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def in_english(encoder: Encoder, sparsities: list[float], sentences: int) -> dic
     print(f"{norms!r}: {norms_seconds:.1f} s\n{calibration!r}: {seconds:.1f} s")
     results = []
     for sparsity in sparsities:
-        rows: list[tuple[str, Callable[..., Any]]] = [
+        rows: list[tuple[str, Callable[..., float]]] = [
             (f"{name} {update}".strip(), both(masks, run))
             for name, masks in MASKS.items()
             for update, run in {**UPDATES, **(PEERS if name == "Wanda" else {})}.items()
@@ -228,7 +230,7 @@ def in_english(encoder: Encoder, sparsities: list[float], sentences: int) -> dic
             )
             print(
                 f"{sparsity:.0%}  {label:38} {results[-1]['cosine']:.3f}  "
-                f"({low:.3f} to {high:.3f})" + ("" if took is None else f"  {took:6.2f} s"),
+                f"({low:.3f} to {high:.3f})  {took:6.2f} s",
                 flush=True,
             )
     return {

@@ -38,7 +38,7 @@ lint: $(COMPILED)
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 bench: $(COMPILED)
-	set -e; for script in $(filter-out %/common.py %/gpu.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out %/common.py %/gpu.py %/sentences.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 clean:

@@ -210,8 +210,9 @@ def interval(values: Sequence[float]) -> str:
 
 def summary(runs: list[dict[str, Any]]) -> str:
     by = {variant: [run for run in runs if run["variant"] == variant] for variant in VARIANTS}
-    lines = [f"{'':24}{'English':>16}{'others':>16}{'alignment':>16}{'dead outputs':>16}"]
-    keys = ("english", "others", "alignment", "dead_units_out")
+    keys = ["english", "others", "alignment", "dead_units_out"]
+    keys = [key for key in keys if all(run[key] is not None for run in runs)]
+    lines = ["".join([f"{'':24}", *(f"{key:>16}" for key in keys)])]
     for variant, own in by.items():
         if own:
             cells = "".join(f"{interval([run[key] for run in own]):>16}" for key in keys)
@@ -291,9 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.append(run)
             with path.open("a") as file:
                 file.write(json.dumps(run) + "\n")
+            others = math.nan if run["others"] is None else run["others"]
             print(
-                f"seed {seed}  {variant:10} English {run['english']:.3f}  others "
-                f"{run['others']:.3f}  alignment {run['alignment']:.3f}  {run['seconds']:.0f} s",
+                f"seed {seed}  {variant:10} English {run['english']:.3f}  others {others:.3f}  "
+                f"alignment {run['alignment']:.3f}  {run['seconds']:.0f} s",
                 flush=True,
             )
     print(summary(runs))

@@ -370,3 +370,8 @@ def test_the_model_is_left_alone() -> None:
     before = _weight(params).clone()
     tap.alignment_report(params)
     assert torch.equal(_weight(params), before) and _weight(params).grad is None
+
+
+def test_matching_is_yes_or_no() -> None:
+    with pytest.raises(TypeError, match="matching should be True or False"):
+        tap.alignment_report([(nn.Linear(2, 2), "weight")], matching="greedy")  # type: ignore[arg-type]

@@ -677,3 +677,13 @@ def test_methods_and_criteria_take_a_calibration() -> None:
         one, other = pruned("calibration", wanda), pruned("norms", wanda)
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a.weight_mask, b.weight_mask)
+
+
+def test_a_single_batch_is_refused_and_so_is_what_cannot_be_merged() -> None:
+    layer = nn.Linear(2, 2)
+    for batch in (torch.ones(3, 2), {"input": torch.ones(3, 2)}):
+        with pytest.raises(TypeError, match="put it into a list"):
+            Calibration.collect(layer, batch, [(layer, "weight")])  # type: ignore[arg-type]
+    calibration = Calibration.collect(layer, [torch.ones(3, 2)], [(layer, "weight")])
+    with pytest.raises(TypeError, match=r"calibrations\[0\] should be a Calibration, got tuple"):
+        Calibration.merge(calibration)

@@ -20,6 +20,9 @@ from models import Record, Tied
 from torchalignprune import Calibration
 from torchalignprune.parameters import prunable_parameters, stored
 
+# Few tokens are enough for what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:the calibration has:UserWarning")
+
 Pair = tuple[nn.Module, str]
 
 
@@ -518,3 +521,60 @@ def test_other_text_gains_too() -> None:
     tap.realign([pair], calibration)
     assert relative_error(outputs(layer, unseen), expected) < 0.7 * before
     assert stored(*pair).shape == (16, 32)
+
+
+def error_of(model: nn.Module, x: Tensor, expected: Tensor) -> float:
+    return relative_error(outputs(model, x), expected)
+
+
+def test_bias_may_be_realigned_again() -> None:
+    layer, x = nn.Linear(8, 6), inputs(200, 8)
+    params = prunable_parameters(nn.Sequential(layer))
+    expected, calibration = outputs(layer, x), covariances(layer, x, params)
+    tap.global_unstructured(params, tap.Magnitude, amount=0.3)
+    (first,) = tap.realign(params, calibration, "bias")
+    once, bias = error_of(layer, x, expected), layer.bias.detach().clone()
+    (second,) = tap.realign(params, calibration, "bias")
+    torch.testing.assert_close(layer.bias.detach(), bias)
+    assert error_of(layer, x, expected) == pytest.approx(once, rel=1e-4)
+    assert second.before == pytest.approx(first.after, rel=1e-4)
+    # After further pruning the mean output is still what it was.
+    tap.global_unstructured(params, tap.Magnitude, amount=0.3)
+    tap.realign(params, calibration, "bias")
+    mean_gap = (outputs(layer, x) - expected).mean(dim=0)
+    torch.testing.assert_close(mean_gap, torch.zeros_like(mean_gap), atol=1e-5, rtol=0)
+
+
+def test_weights_may_be_realigned_again_with_a_reference() -> None:
+    layer, x = nn.Linear(8, 6), inputs(400, 8)
+    params = prunable_parameters(nn.Sequential(layer))
+    expected, calibration = outputs(layer, x), covariances(layer, x, params)
+    reference = tap.Reference.capture(params)
+    tap.global_unstructured(params, tap.Magnitude, amount=0.3)
+    (first,) = tap.realign(params, calibration)
+    record = Record(layer)
+    with pytest.raises(ValueError, match=r"was realigned before, .* give a reference from before"):
+        tap.realign(params, calibration)
+    record.assert_untouched()
+    (second,) = tap.realign(params, calibration, reference=reference)
+    assert second.before == pytest.approx(first.after, rel=1e-3)
+    assert second.after <= second.before
+    tap.global_unstructured(params, tap.Magnitude, amount=0.3)
+    (third,) = tap.realign(params, calibration, reference=reference)
+    assert third.after < third.before
+    gap = (outputs(layer, x) - expected).mean(dim=0)
+    torch.testing.assert_close(gap, torch.zeros_like(gap), atol=1e-4, rtol=0)
+    own = error_of(layer, x, expected)
+    again = expected + x.double() @ (layer.weight - reference[params[0]]).detach().double().T
+    again += outputs(layer, x).mean(dim=0) - again.mean(dim=0)
+    assert own == pytest.approx(relative_error(again, expected), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_tokens_are_warned_of() -> None:
+    layer = nn.Linear(8, 6)
+    params = [(layer, "weight")]
+    calibration = covariances(layer, inputs(5, 8), params)
+    tap.magnitude(layer, "weight", amount=0.5)
+    with pytest.warns(UserWarning, match=r"has 5 tokens for the 8 inputs of .*Linear.weight"):
+        tap.realign(params, calibration)

@@ -402,6 +402,51 @@ def test_a_matching_is_kept_for_so_many_calls(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 3 * len(params)
 
 
+def test_a_copy_shares_the_reference() -> None:
+    params = pairs(mlp())
+    penalty = tap.FrobeniusAlignment(params, references_near(params))
+    for twin, target in zip(copy.deepcopy(penalty)._targets, penalty._targets, strict=True):
+        assert twin.reference is target.reference
+
+
+@pytest.mark.parametrize("kind", [tap.CosineAlignment, tap.FrobeniusAlignment])
+def test_nan_is_not_hidden(kind: type[Penalty]) -> None:
+    params = pairs(mlp())
+    references = references_near(params)
+    references[1][0, 0] = math.nan
+    assert math.isnan(kind(params, references)().item())
+    penalty = kind(params, references_near(params))
+    params[0][0].weight.data[0, 0] = math.nan
+    assert math.isnan(penalty().item())
+
+
+def test_the_parameters_themselves_are_no_reference() -> None:
+    params = pairs(mlp())
+    with pytest.raises(ValueError, match=r"the reference of .* is the parameter itself"):
+        tap.CosineAlignment(params, {pair: getattr(*pair) for pair in params})
+
+
+def test_a_coarse_reference_does_not_look_like_movement() -> None:
+    model = mlp()
+    params = pairs(model)
+    penalty = tap.CosineAlignment(params, tap.Reference.capture(params, dtype=torch.bfloat16))
+    loss = model(torch.randn(6, 12)).square().mean()
+    with pytest.raises(ValueError, match="have the weights moved since"):
+        penalty.suggest_strength(loss)
+    with pytest.raises(TypeError, match="task_loss should be a scalar tensor"):
+        penalty.suggest_strength(model(torch.randn(6, 12)))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, where the graph breaks
+def test_matching_compiles() -> None:
+    params = pairs(mlp())
+    penalty = tap.CosineAlignment(params, references_near(params), matching="greedy", match_every=2)
+    expected = penalty()
+    compiled = torch.compile(penalty, backend="eager")
+    for _ in range(4):
+        torch.testing.assert_close(compiled(), expected)
+
+
 def test_a_copy_looks_at_the_copied_model() -> None:
     model = mlp()
     params = pairs(model)
@@ -413,7 +458,7 @@ def test_a_copy_looks_at_the_copied_model() -> None:
 
 
 P = pairs(mlp())
-R = [module.weight.detach() for module, _ in P]
+R = [module.weight.detach().clone() for module, _ in P]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +497,7 @@ R = [module.weight.detach() for module, _ in P]
         (
             lambda: tap.FrobeniusAlignment(P, R, weights=[1, -1]),
             ValueError,
-            r"the weight of parameters\[1\] .* should not be negative, got -1",
+            r"the weight of parameters\[1\] .* should be finite and not negative, got -1",
         ),
         (lambda: tap.CosineAlignment(P, R, weights=[0, 0]), ValueError, "not all be zero"),
         (lambda: tap.CosineAlignment(P, R, weights={P[0]: 1}), ValueError, "weights has no entry"),

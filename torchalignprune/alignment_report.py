@@ -213,6 +213,11 @@ def alignment_report(
         >>> report
         AlignmentReport(1 parameters: 25.0% sparse, mean unit alignment 0.900)
     """
+    if not isinstance(matching, bool):
+        raise TypeError(
+            "matching should be True or False, whether to look for units that moved, got "
+            f"{matching!r}"
+        )
     pairs = params if isinstance(params, list) else list(params)
     targets = with_references(targets_of(pairs), reference)
 

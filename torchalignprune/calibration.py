@@ -166,7 +166,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
             layer one number per input feature, of a convolution one per input channel.
 
         Raises:
-            TypeError: a batch is neither a mapping nor a tensor.
+            TypeError: a batch is neither a mapping nor a tensor, or ``batches`` is a single one.
             ValueError: there are no batches, or no tokens in them; a module never ran; NaN or
                 infinity in an input; a module without input features (``nn.Embedding``); the
                 covariance of a convolution, whose inputs overlap; an ``nn.MultiheadAttention``
@@ -178,6 +178,11 @@ class Calibration(Mapping[Pair, InputStatistics]):
         if statistics not in get_args(Statistics):
             raise ValueError(
                 f"statistics should be one of {get_args(Statistics)}, got {statistics!r}"
+            )
+        if isinstance(batches, Tensor | Mapping):
+            raise TypeError(
+                f"batches should be an iterable of batches, got one {type(batches).__name__}: put "
+                "it into a list"
             )
         pairs = list(params)
         if not pairs:
@@ -224,6 +229,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                 :meth:`collect` would give over all the batches together.
 
         Raises:
+            TypeError: not calibrations.
             ValueError: no calibrations; different parameters or statistics; not one weight for
                 each, or weights that are negative, all zero or not finite.
 
@@ -243,6 +249,11 @@ class Calibration(Mapping[Pair, InputStatistics]):
         every = list(calibrations)
         if not every:
             raise ValueError("there are no calibrations to merge")
+        for i, one in enumerate(every):
+            if not isinstance(one, Calibration):
+                raise TypeError(
+                    f"calibrations[{i}] should be a Calibration, got {type(one).__name__}"
+                )
         first = every[0]
         for i, other in enumerate(every[1:], 1):
             if other.keys() != first.keys():

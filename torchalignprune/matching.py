@@ -27,7 +27,7 @@ TILE = 2048
 _PAIRS_EACH = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matching:
     """Units of ``a`` and the units of ``b`` that they are matched with.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchalignprune.calibration import CONVOLUTIONS, Calibration, InputStatistics
 from torchalignprune.parameters import Parameters, mask_of, stored
@@ -23,6 +25,10 @@ from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with
 __all__ = ["Realigned", "realign"]
 
 What = Literal["bias", "weights"]
+
+# What earlier calls added to a bias, and which weights they moved.
+_SHIFTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _STEPS = 20  # From ten on, hardly anything is won on a real encoder.
 
@@ -73,8 +79,14 @@ def realign(
     weight's dtype would see to that, the unit stays as it was. Tied weights are moved once, for the
     inputs of all their places.
 
-    Call it once, after the last pruning: a second call would add to the bias once more. It takes
-    as much memory as the parameters, so that a call that fails changes nothing.
+    After further pruning it may be called again: what an earlier call added to a bias is taken off
+    first (this is remembered as long as the bias lives, not in its state dict), and once weights
+    were moved, a reference from before has to be given. A report without a reference compares with
+    the moved weights then. It takes as much memory as the parameters, so that a call that fails
+    changes nothing.
+
+    Statistics of few tokens say little: with fewer tokens than a layer has inputs there is a
+    warning, because the outputs on other text may well become worse.
 
     This is the least squares problem of Frantar and Alistarh, "SparseGPT" (2023), equation 2, and
     of Boza, "Fast and effective weight update for pruned large language models" (2024), with the
@@ -102,7 +114,8 @@ def realign(
         ValueError: a parameter that is not pruned, or of a convolution; one without an entry in
             the calibration, or without a covariance for ``"weights"``; ``"bias"`` where no layer
             has one; two layers with one bias; a reference of the wrong shape; NaN or infinity in
-            the weights; a negative ridge. The error names the parameter.
+            the weights; weights that were moved before, without a reference; a negative ridge. The
+            error names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
 
     Example:
@@ -127,6 +140,13 @@ def realign(
     targets = with_references(targets_of(params), reference)
     layers = [_Layer(target, calibration, what) for target in targets]
     _check_biases(layers, what)
+    for target in targets:
+        if target.reference is None and stored(*target.places[0]) in _MOVED:
+            raise ValueError(
+                f"{target.name} was realigned before, so that its weights are not those to come "
+                "back to: give a reference from before that"
+            )
+    _warn_of_few_tokens(layers)
     with torch.no_grad():
         moves = [layer.solve(ridge) for layer in layers]
         for layer, (weight, biases, _) in zip(layers, moves, strict=True):
@@ -148,9 +168,25 @@ class _Bias:
     def values(self) -> Tensor:
         return stored(self.module, self.name).detach()[self.part]
 
+    @property
+    def shift(self) -> Tensor:
+        """What earlier calls added."""
+        whole = stored(self.module, self.name)
+        if whole not in _SHIFTS:
+            _SHIFTS[whole] = torch.zeros_like(whole.detach())
+        shift: Tensor = _SHIFTS[whole].to(whole.device)[self.part]
+        return shift
+
+    def write(self, new: Tensor) -> None:
+        whole = stored(self.module, self.name)
+        shift = self.shift + (new - self.values)
+        _SHIFTS[whole] = _SHIFTS[whole].to(whole.device)
+        _SHIFTS[whole][self.part] = shift
+        self.values.copy_(new)
+
     def moved(self, by: Tensor) -> Tensor:
-        """The bias with something added, where it is not pruned itself."""
-        new = (self.values.to(by.dtype) + by).to(self.values.dtype)
+        """The bias with something added in the place of earlier shifts, where it is not pruned."""
+        new = (self.values.to(by.dtype) - self.shift.to(by.dtype) + by).to(self.values.dtype)
         mask = mask_of(self.module, self.name)
         return new if mask is None else torch.where(mask[self.part] != 0, new, self.values)
 
@@ -185,6 +221,19 @@ def _check_biases(layers: Sequence[_Layer], what: What) -> None:
             owners[key] = layer.target.name
     if what == "bias" and not owners:
         raise ValueError('what="bias" needs a layer with a bias, and none of these has one')
+
+
+def _warn_of_few_tokens(layers: Sequence[_Layer]) -> None:
+    for layer in layers:
+        for found in layer.statistics:
+            if found.count < len(found.mean):
+                warnings.warn(
+                    f"the calibration has {found.count} tokens for the {len(found.mean)} inputs of "
+                    f"{layer.target.name}: on other text the outputs may become worse",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                return
 
 
 class _Layer:
@@ -255,7 +304,7 @@ class _Layer:
             None if new is None or old is None else torch.where(better, new, old)
             for new, old in zip(moved, still, strict=True)
         ]
-        size = float(_sum(place.error(w, None) for place in places).sum())
+        size = float(_sum(place.error(w, None, bias_too=False) for place in places).sum())
         known = all(found.covariance is not None for found in self.statistics) and size > 0
         result = Realigned(
             target.name,
@@ -272,9 +321,10 @@ class _Layer:
         if weight is not None:
             here = self.target.weight
             here.copy_(torch.where(mask, weight, here))
+            _MOVED[stored(*self.target.places[0])] = True
         for bias, new in zip(self.biases, biases, strict=True):
             if bias is not None and new is not None:
-                bias.values.copy_(new)
+                bias.write(new)
 
     def refresh(self) -> None:
         """Puts the product with the mask where the layer reads its weight."""
@@ -312,17 +362,19 @@ class _Place:
             return self.share * self.covariance
         return self.share * torch.addr(self.covariance, self.mean, self.mean)
 
-    def error(self, change: Tensor, bias: Tensor | None) -> Tensor:
+    def error(self, change: Tensor, bias: Tensor | None, *, bias_too: bool = True) -> Tensor:
         """The mean square of the change of each unit's output; without covariance that of its mean.
 
         Args:
             change: of the weights, shape (units, inputs).
             bias: what the bias becomes; None if it stays.
+            bias_too: the change of the bias by earlier calls counts.
         """
         apart = change @ self.mean
-        if bias is not None:
-            assert self.bias is not None
-            apart = apart + (bias.to(apart) - self.bias.values.to(apart))
+        if self.bias is not None and bias_too:
+            shift = self.bias.shift.to(apart)
+            moved = 0 if bias is None else bias.to(apart) - self.bias.values.to(apart)
+            apart = apart + shift + moved
         squares = apart.square()
         if self.covariance is not None:
             squares = squares + ((change @ self.covariance) * change).sum(dim=1)

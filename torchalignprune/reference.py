@@ -153,7 +153,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             ImportError: safetensors is not installed.
         """
         files = WeightFiles(path)
-        if files.metadata.get("format") != _FORMAT:
+        if files.metadata.get("format") != _FORMAT or "names" not in files.metadata:
             raise ValueError(
                 f"{path} was not written by Reference.save; Reference.from_checkpoint reads "
                 "checkpoints"
@@ -219,12 +219,14 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
         write_tensors(path, tensors, metadata)
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Reference:
         """The same reference on another device or in another dtype.
 
         Args:
-            device: default: where each tensor is.
+            device: default: where each tensor is. A dtype may stand in its place.
             dtype: float32, float64, float16 or bfloat16. Default: that of each tensor.
 
         Returns:
@@ -233,6 +235,8 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
         Raises:
             TypeError: another dtype.
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         _check_dtype(dtype)
         moved = {id(tensor): tensor for tensor in self._tensors.values()}
         moved = {key: tensor.to(device, dtype) for key, tensor in moved.items()}

@@ -11,11 +11,12 @@ Findings of ACL 2022).
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from torchalignprune import ops
 from torchalignprune.matching import match_units
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CosineAlignment", "FrobeniusAlignment"]
 
@@ -43,6 +47,13 @@ class _Penalty(nn.Module):
                 "got None"
             )
         targets = with_references(targets_of(params), reference)
+        for target in targets:
+            assert target.reference is not None
+            if target.weight.numel() and _memory(target.reference) == _memory(target.weight):
+                raise ValueError(
+                    f"the reference of {target.name} is the parameter itself, which training will "
+                    "move: take Reference.capture(params), or clones"
+                )
         self._weights = _weights(targets, weights)
         # Without the tensors of now: the model's may be replaced, as by ``model.to``.
         self._targets = [replace(t, weight=t.weight.to("meta"), mask=None) for t in targets]
@@ -68,7 +79,8 @@ class _Penalty(nn.Module):
             A scalar, float32 (float64 if a parameter is), on the first parameter's device.
         """
         values, shares = self._contributions()
-        mean = (values * shares).sum()
+        # Rounding may leave a little less than nothing.
+        mean = (values * shares).sum().clamp(min=0)
         weights = [stored(*target.places[0]) for target in self._targets]
         wide = any(weight.dtype == torch.float64 for weight in weights)
         return mean if wide else mean.float()
@@ -84,6 +96,13 @@ class _Penalty(nn.Module):
         names = [target.name for target in self._targets]
         return dict(zip(names, (values * shares).tolist(), strict=True))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A reference does not change, so that the copy of a model shares it.
+        memo |= {id(t.reference): t.reference for t in self._targets}
+        memo[id(self)] = twin = self.__class__.__new__(self.__class__)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def suggest_strength(self, task_loss: Tensor, share: float = 0.1) -> float:
         """The factor that makes the penalty's gradient norm a given share of the task's.
 
@@ -93,7 +112,7 @@ class _Penalty(nn.Module):
         could be better. So this is to be called after some steps of training.
 
         Args:
-            task_loss: a scalar with a graph that leads to the parameters.
+            task_loss: a scalar with a graph that leads to the parameters, before its backward.
             share: of the task's gradient norm.
 
         Returns:
@@ -101,6 +120,7 @@ class _Penalty(nn.Module):
 
         Raises:
             ValueError: a gradient norm is zero, up to rounding, or not finite.
+            TypeError: ``task_loss`` is not a scalar tensor.
 
         Example:
             >>> import torch, torchalignprune as tap
@@ -117,6 +137,8 @@ class _Penalty(nn.Module):
         """
         if not (math.isfinite(share) and share > 0):
             raise ValueError(f"share should be a positive number, got {share}")
+        if not isinstance(task_loss, Tensor) or task_loss.numel() != 1:
+            raise TypeError(f"task_loss should be a scalar tensor, got {task_loss!r}")
         leaves = [stored(*target.places[0]) for target in self._targets]
         leaves = [leaf for leaf in leaves if leaf.requires_grad]
         if not leaves:
@@ -127,8 +149,19 @@ class _Penalty(nn.Module):
                 raise ValueError(f"{what} has no autograd history")
             grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             norms[what] = _norm([grad for grad in grads if grad is not None])
-        size = self._size(_norm(leaves))
-        for what, negligible in (("task_loss", 0.0), ("the penalty", 1e-6 * size)):
+        # What rounding, also of the reference, may look like.
+        noise = max(
+            [
+                1e-6,
+                *(
+                    torch.finfo(t.reference.dtype).eps / 2
+                    for t in self._targets
+                    if t.reference is not None
+                ),
+            ]
+        )
+        negligible_penalty = noise * self._size(_norm(leaves))
+        for what, negligible in (("task_loss", 0.0), ("the penalty", negligible_penalty)):
             if not negligible < norms[what] < math.inf:
                 raise ValueError(
                     f"the gradient of {what} with respect to the parameters should be finite and "
@@ -271,7 +304,7 @@ class CosineAlignment(_Penalty):
     def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         pp, pr, rr = products
         # The root has no gradient at 0, so a unit that is all zero is kept away from it.
-        alive, counted = pp > 0, rr > 0
+        alive, counted = pp != 0, rr != 0
         norms = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
         gaps = torch.where(counted, 1 - torch.where(alive, pr / norms, 0), 0)
         units = _sums(counted.double(), sizes)
@@ -279,10 +312,15 @@ class CosineAlignment(_Penalty):
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
         if self.matching is not None:
-            if self._calls % self.match_every == 0:
-                self._match(self.matching)
-            self._calls += torch.is_grad_enabled()
+            self._count_call()
         return super()._contributions()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count_call(self) -> None:
+        assert self.matching is not None
+        if self._calls % self.match_every == 0:
+            self._match(self.matching)
+        self._calls += torch.is_grad_enabled()
 
     @torch.no_grad()
     def _match(self, method: Literal["greedy", "hungarian"]) -> None:
@@ -348,16 +386,20 @@ class FrobeniusAlignment(_Penalty):
 
     def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         pp, pr, rr = _sums(products, sizes)
-        # Rounding may leave a little less than nothing of what is equal.
-        distance = (pp - 2 * pr + rr).clamp(min=0)
+        distance = pp - 2 * pr + rr
         if not self.normalize:
             return distance, torch.ones_like(rr)
-        return distance / rr.where(rr > 0, 1), rr.detach().sign()
+        counted = rr != 0
+        return distance / rr.where(counted, 1), counted.double()
 
 
 def _sums(values: Tensor, sizes: list[int]) -> Tensor:
     """Over the units of each parameter; in an order of its own, unlike index_add on a GPU."""
     return torch.stack([part.sum(dim=-1) for part in values.split(sizes, dim=-1)], dim=-1)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -384,7 +426,9 @@ def _weights(targets: Sequence[Target], weights: Weights | None) -> list[float]:
     shares = [float(share) for share in given]
     for target, share in zip(targets, shares, strict=True):
         if not (math.isfinite(share) and share >= 0):
-            raise ValueError(f"the weight of {target.name} should not be negative, got {share}")
+            raise ValueError(
+                f"the weight of {target.name} should be finite and not negative, got {share}"
+            )
     if not any(shares):
         raise ValueError("weights should not all be zero")
     return shares

@@ -356,7 +356,8 @@ calls, before = [], set(sys.modules)
 torch.cuda._lazy_init = lambda: calls.append("CUDA was initialised")
 import torchalignprune
 new = set(sys.modules) - before
-extras = {"transformers", "safetensors", "matplotlib", "rich", "tqdm"} & new
+extras = {"transformers", "safetensors", "matplotlib", "rich", "tqdm", "scipy", "pandas"} & new
+extras |= {"torch._dynamo"} & new  # a second of its own
 print(calls, torch.cuda.is_initialized(), sorted(extras))
 """
     done = run(sys.executable, "-c", program)

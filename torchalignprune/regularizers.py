@@ -294,6 +294,10 @@ class CosineAlignment(_Penalty):
         self.matching = matching
         self.match_every = match_every
         self._calls = 0
+        # The count would make torch.compile compile anew at each step. The decorator imports much,
+        # so it is not applied to the class.
+        disable = torch.compiler.disable
+        self._count = None if matching is None else disable(CosineAlignment._count_call)  # type: ignore[no-untyped-call]
 
     def _sides(self, target: Target) -> tuple[int, ...]:
         if target.weight.dim() < 2:
@@ -311,11 +315,10 @@ class CosineAlignment(_Penalty):
         return _sums(gaps, sizes) / units.clamp(min=1), units.sign()
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
-        if self.matching is not None:
-            self._count_call()
+        if self._count is not None:
+            self._count(self)
         return super()._contributions()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_call(self) -> None:
         assert self.matching is not None
         if self._calls % self.match_every == 0:

@@ -409,6 +409,6 @@ def test_a_checkpoint_takes_no_memory(tmp_path: Path) -> None:
         )
         for kind in ("view", "half")
     }
-    # A tensor of 16 MB at a time is there in float32; the copies in bfloat16 are half the size.
+    # Some tensors of 16 MB are there in float32; the copies in bfloat16 are half the size.
     assert grown["view"] < size / 8
-    assert size / 2 < grown["half"] < size / 2 + size / 8
+    assert size / 2 < grown["half"] < 0.9 * size

@@ -5,8 +5,8 @@ that is resumed goes on where it was. Every one holds its first value before ``b
 one from ``end`` on; with ``every=n`` it changes at ``begin``, ``begin + n``, ... and at ``end``.
 
     >>> sparsity = cubic(0.0, 0.7, begin=100, end=900, every=100)
-    >>> [round(sparsity(step), 3) for step in (0, 100, 200, 299, 500, 900, 5000)]
-    [0.0, 0.0, 0.231, 0.231, 0.613, 0.7, 0.7]
+    >>> [round(sparsity(step), 3) for step in (0, 100, 200, 299, 400, 900, 5000)]
+    [0.0, 0.0, 0.231, 0.231, 0.529, 0.7, 0.7]
 """
 
 from __future__ import annotations

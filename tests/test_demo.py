@@ -118,9 +118,9 @@ def test_the_methods_rank_as_they_should() -> None:
     runs += [run for run in RUNS if run.realigned]
     seen = []
 
-    def progress(todo: Any, total: int) -> Any:
+    def progress(pending: Any, total: int) -> Any:
         seen.append(total)
-        return todo
+        return pending
 
     found = run_demo([0.5, 0.7], sentences=48, runs=runs, progress=progress)
     assert seen == [12]

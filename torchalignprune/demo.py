@@ -197,8 +197,8 @@ def run_demo(
     calibration_seconds = time.perf_counter() - started
 
     results = []
-    todo = [(sparsity, run) for sparsity in sparsities for run in runs]
-    for sparsity, run in todo if progress is None else progress(todo, len(todo)):
+    pending = [(sparsity, run) for sparsity in sparsities for run in runs]
+    for sparsity, run in pending if progress is None else progress(pending, len(pending)):
         model = copy.deepcopy(dense)
         own = prunable_parameters(model)
         pairs = zip(own, params, strict=True)

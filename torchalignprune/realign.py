@@ -26,7 +26,7 @@ __all__ = ["Realigned", "realign"]
 
 What = Literal["bias", "weights"]
 
-# What earlier calls added to a bias, and which weights they moved.
+# What earlier calls added to a bias, with the bias as they left it, and which weights they moved.
 _SHIFTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -80,8 +80,9 @@ def realign(
     inputs of all their places.
 
     After further pruning it may be called again: what an earlier call added to a bias is taken off
-    first (this is remembered as long as the bias lives, not in its state dict), and once weights
-    were moved, a reference from before has to be given. A report without a reference compares with
+    first, and once weights were moved, a reference from before has to be given. Both are remembered
+    as long as the parameters live, not in their state dict; a bias that changed in between, by
+    training or loading, is refused. A report without a reference compares with
     the moved weights then. It takes as much memory as the parameters, so that a call that fails
     changes nothing.
 
@@ -114,8 +115,8 @@ def realign(
         ValueError: a parameter that is not pruned, or of a convolution; one without an entry in
             the calibration, or without a covariance for ``"weights"``; ``"bias"`` where no layer
             has one; two layers with one bias; a reference of the wrong shape; NaN or infinity in
-            the weights; weights that were moved before, without a reference; a negative ridge. The
-            error names the parameter.
+            the weights; weights that were moved before, without a reference; a bias that was moved
+            and has changed since; a negative ridge. The error names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
 
     Example:
@@ -170,19 +171,29 @@ class _Bias:
 
     @property
     def shift(self) -> Tensor:
-        """What earlier calls added."""
-        whole = stored(self.module, self.name)
-        if whole not in _SHIFTS:
-            _SHIFTS[whole] = torch.zeros_like(whole.detach())
-        shift: Tensor = _SHIFTS[whole].to(whole.device)[self.part]
+        """What earlier calls added. Of a bias that changed since none can say."""
+        values = self.values
+        if stored(self.module, self.name) not in _SHIFTS:
+            return torch.zeros_like(values)
+        kept: Tensor = _SHIFTS[stored(self.module, self.name)]
+        shift, left = kept.to(values)[:, self.part]
+        if bool((shift != 0).any()) and not torch.equal(values, left):
+            raise ValueError(
+                f"the {self.name} of {type(self.module).__name__} was realigned before and has "
+                "changed since, so that what realign added cannot be taken off: train after the "
+                "last call, or load the weights into a fresh model"
+            )
         return shift
 
     def write(self, new: Tensor) -> None:
-        whole = stored(self.module, self.name)
+        whole = stored(self.module, self.name).detach()
         shift = self.shift + (new - self.values)
-        _SHIFTS[whole] = _SHIFTS[whole].to(whole.device)
-        _SHIFTS[whole][self.part] = shift
+        if stored(self.module, self.name) not in _SHIFTS:
+            _SHIFTS[stored(self.module, self.name)] = torch.stack([torch.zeros_like(whole), whole])
         self.values.copy_(new)
+        kept = _SHIFTS[stored(self.module, self.name)].to(whole)
+        kept[0, self.part], kept[1, self.part] = shift, new
+        _SHIFTS[stored(self.module, self.name)] = kept
 
     def moved(self, by: Tensor) -> Tensor:
         """The bias with something added in the place of earlier shifts, where it is not pruned."""

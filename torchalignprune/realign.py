@@ -173,10 +173,10 @@ class _Bias:
     def shift(self) -> Tensor:
         """What earlier calls added. Of a bias that changed since none can say."""
         values = self.values
-        if stored(self.module, self.name) not in _SHIFTS:
+        kept: Tensor | None = _SHIFTS.get(stored(self.module, self.name))
+        if kept is None:
             return torch.zeros_like(values)
-        kept: Tensor = _SHIFTS[stored(self.module, self.name)]
-        shift, left = kept.to(values)[:, self.part]
+        shift, left = kept.to(values)[:, self.part].unbind()
         if bool((shift != 0).any()) and not torch.equal(values, left):
             raise ValueError(
                 f"the {self.name} of {type(self.module).__name__} was realigned before and has "
@@ -186,14 +186,13 @@ class _Bias:
         return shift
 
     def write(self, new: Tensor) -> None:
-        whole = stored(self.module, self.name).detach()
+        parameter = stored(self.module, self.name)
+        whole = parameter.detach()
         shift = self.shift + (new - self.values)
-        if stored(self.module, self.name) not in _SHIFTS:
-            _SHIFTS[stored(self.module, self.name)] = torch.stack([torch.zeros_like(whole), whole])
-        self.values.copy_(new)
-        kept = _SHIFTS[stored(self.module, self.name)].to(whole)
+        kept = _SHIFTS.get(parameter, torch.stack([torch.zeros_like(whole), whole])).to(whole)
         kept[0, self.part], kept[1, self.part] = shift, new
-        _SHIFTS[stored(self.module, self.name)] = kept
+        _SHIFTS[parameter] = kept
+        self.values.copy_(new)
 
     def moved(self, by: Tensor) -> Tensor:
         """The bias with something added in the place of earlier shifts, where it is not pruned."""

@@ -1051,3 +1051,18 @@ def test_the_embeddings_of_a_vocabulary_match_in_blocks() -> None:
     assert torch.equal(found.index, order)
     assert len(found.unmatched) == 0
     assert extra < 3 * GIB
+
+
+def test_parameters_on_several_devices_keep_their_order() -> None:
+    layers = [torch.nn.Linear(6, 4), torch.nn.Linear(6, 4).to(DEVICE), torch.nn.Linear(6, 4)]
+    params = [(layer, "weight") for layer in layers]
+    references = [torch.randn(4, 6) for _ in layers]
+    penalty = tap.CosineAlignment(params, references, weights=[1, 2, 3])
+    host = [torch.nn.Linear(6, 4) for _ in layers]
+    for copied, layer in zip(host, layers, strict=True):
+        copied.load_state_dict(layer.state_dict())
+    expected = tap.CosineAlignment(
+        [(layer, "weight") for layer in host], references, weights=[1, 2, 3]
+    )
+    torch.testing.assert_close(penalty(), expected())
+    assert penalty.per_parameter() == pytest.approx(expected.per_parameter())

@@ -150,27 +150,15 @@ class _Penalty(nn.Module):
             grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             norms[what] = _norm([grad for grad in grads if grad is not None])
         # What rounding, also of the reference, may look like.
-        noise = max(
-            [
-                1e-6,
-                *(
-                    torch.finfo(t.reference.dtype).eps / 2
-                    for t in self._targets
-                    if t.reference is not None
-                ),
-            ]
-        )
-        negligible_penalty = noise * self._size(_norm(leaves))
-        for what, negligible in (("task_loss", 0.0), ("the penalty", negligible_penalty)):
-            if not negligible < norms[what] < math.inf:
+        references = [t.reference for t in self._targets if t.reference is not None]
+        noise = max([1e-6, *(torch.finfo(reference.dtype).eps / 2 for reference in references)])
+        least = {"task_loss": 0.0, "the penalty": noise * self._size(_norm(leaves))}
+        hints = {"task_loss": "", "the penalty": ": have the weights moved since the reference?"}
+        for what, norm in norms.items():
+            if not least[what] < norm < math.inf:
                 raise ValueError(
                     f"the gradient of {what} with respect to the parameters should be finite and "
-                    f"not zero, got the norm {norms[what]:.1e}"
-                    + (
-                        ": have the weights moved since the reference?"
-                        if what != "task_loss"
-                        else ""
-                    )
+                    f"not zero, got the norm {norm:.1e}{hints[what]}"
                 )
         return share * norms["task_loss"] / norms["the penalty"]
 
@@ -186,11 +174,14 @@ class _Penalty(nn.Module):
             for device in dict.fromkeys(places)
         ]
         parts = [self._together(numbers) for numbers in groups]
-        order = [number for numbers in groups for number in numbers]
         values, counted = (
             torch.cat([part[which].to(places[0]) for part in parts]) for which in (0, 1)
         )
-        shares = counted * counted.new_tensor([self._weights[number] for number in order])
+        if len(groups) > 1:  # back into the order of the parameters
+            together = torch.tensor([number for numbers in groups for number in numbers])
+            order = together.argsort().to(places[0])
+            values, counted = values[order], counted[order]
+        shares = counted * counted.new_tensor(self._weights)
         whole = shares.sum()
         return values, shares / whole.where(whole > 0, 1)
 

@@ -341,6 +341,11 @@ def test_bad_input() -> None:
         (TypeError, "penalty should be", {"penalty": 0.1}),
         (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
         (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
+        (
+            ValueError,
+            "matches no parameter: 'encoder'",
+            {"max_layer_sparsity": {"encoder": 0.5}},
+        ),
         (ValueError, "should not be above", {"min_layer_sparsity": 0.5, "max_layer_sparsity": 0.4}),
         (ValueError, "go with budget='global'", {"min_unit": 1, "budget": "unit"}),
         (ValueError, "budget should be one of", {"budget": "all"}),

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchalignprune import schedules
 from torchalignprune.gradient_criteria import GradientCriterion, scores_of
 from torchalignprune.hooks import put_masks
-from torchalignprune.limits import Limits
+from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude
 from torchalignprune.optimizers import OptimizerWatch
 from torchalignprune.parameters import Parameters, mask_of, stored
@@ -70,10 +70,12 @@ class Pruner:
         budget: where the sparsity is counted: ``"global"``, ``"layer"`` or ``"unit"``. Default: as
             the method has it.
         min_unit: how many entries every unit keeps at least, so that none dies.
-        max_layer_sparsity: the share of each parameter that may be pruned at most.
+        max_layer_sparsity: the share of each parameter that may be pruned at most; or a mapping
+            from glob patterns (as in :func:`torchalignprune.prunable_parameters`) to shares, of
+            which the first that matches counts.
         min_layer_sparsity: the share of each parameter that is pruned at least, as soon as the
-            schedule asks for so much overall. These three go with the budgets ``"global"`` and
-            ``"layer"``.
+            schedule asks for so much overall; likewise. These three go with the budgets
+            ``"global"`` and ``"layer"``.
         regrow: let pruned entries come back. They keep the values that they had when they were
             pruned (apart, as much memory as they take); each pruning step ranks all entries anew,
             and gradients that reach a ``criterion`` are those of pruned entries too. ``True``:
@@ -113,8 +115,8 @@ class Pruner:
         criterion: GradientCriterion | None = None,
         budget: Budget | None = None,
         min_unit: int = 0,
-        max_layer_sparsity: float = 1.0,
-        min_layer_sparsity: float = 0.0,
+        max_layer_sparsity: LayerShare = 1.0,
+        min_layer_sparsity: LayerShare = 0.0,
         regrow: bool | int = False,
     ) -> None:
         params = params if isinstance(params, list) else list(params)
@@ -126,6 +128,7 @@ class Pruner:
         self._method = _made(method, reference, budget)
         limits = Limits(min_unit, max_layer_sparsity, min_layer_sparsity)
         if limits != Limits():
+            limits.check([target.name for target in targets])
             if self._method.budget == "unit":
                 raise ValueError(
                     "min_unit, max_layer_sparsity and min_layer_sparsity go with budget='global' "

@@ -488,3 +488,18 @@ def test_criteria_say_what_they_lack() -> None:
     with pytest.raises(RuntimeError, match="Movement has seen no gradient of"):
         movement.scores()
     movement.remove()
+
+
+def test_a_copy_between_two_steps_is_independent() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, pruner, 1)
+    twin = copy.deepcopy(model)
+    shown, inputs = model[0].weight.clone(), torch.ones(2, 12)
+    expected = model(inputs)
+    with torch.no_grad():
+        model[0].weight_orig.mul_(3)
+    assert torch.equal(twin[0].weight, shown)
+    assert torch.equal(twin(inputs), expected)

@@ -83,21 +83,26 @@ class MaskHook(prune.BasePruningMethod):
         return f"MaskHook({self._tensor_name!r})"
 
 
-def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
+def put_masks(
+    masks: Iterable[tuple[nn.Module, str, Tensor]], *, zeroed: bool = False
+) -> list[MaskHook]:
     """Prune parameters by given masks, replacing those there are, all or none.
 
     Args:
         masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
             comes with several parameters (tied weights) is shared by them.
+        zeroed: the stored weights are zero, or are about to be, wherever the masks prune, so that
+            until the next forward the modules can show them without a product of their own.
 
     Returns:
         The hook of each parameter.
     """
     # Whatever needs memory comes first, so that running out of it changes nothing.
-    ready = [
-        (module, name, mask, stored(module, name), _product(stored(module, name), mask))
-        for module, name, mask in masks
-    ]
+    ready = []
+    for module, name, mask in masks:
+        original = stored(module, name)
+        pruned = original.detach() if zeroed else _product(original, mask)
+        ready.append((module, name, mask, original, pruned))
     return [_put(*entry) for entry in ready]
 
 

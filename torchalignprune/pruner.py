@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torchalignprune import schedules
+from torchalignprune import ops, schedules
 from torchalignprune.gradient_criteria import GradientCriterion, scores_of
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
@@ -435,20 +435,20 @@ class Pruner:
             for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
                 self._left[number] = target.weight[~mask]
                 parameters[number].detach().copy_(target.weight)
-        hooks = put_masks(
+        shown = [
             (module, name, mask)
             for places, mask in zip(self._places, masks, strict=True)
             for module, name in places
-        )
-        for hook in hooks:
+        ]
+        for hook in put_masks(shown, zeroed=True):
             hook.straight_through = self.regrow and self.criterion is not None
-        # Not ``data``, whose changes no version counter counts.
         tensors, covers = [parameter.detach() for parameter in parameters], list(masks)
         for number, state in self._watch.states(parameters):
             tensors.append(state)
             covers.append(masks[number])
-        for tensor, mask in zip(tensors, covers, strict=True):
-            tensor.masked_fill_(~mask, 0)
+        for device in {tensor.device for tensor in tensors}:
+            here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
+            ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])
 
     def _restored(self, number: int, weight: Tensor) -> Tensor:
         """The weight with the values that pruned entries had."""

@@ -167,7 +167,10 @@ class Pruner:
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
         masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
-        self._watch = OptimizerWatch(self._mask_gradients if regrow and criterion else None)
+        # An optimizer that took steps before may have momentum where something is pruned.
+        self._watch = OptimizerWatch(
+            self._mask_gradients if self.regrow and criterion is not None else None, self._clear
+        )
         self._put(targets, masks)
         if regrow and criterion is not None:
             criterion.restore = self._restored
@@ -442,10 +445,22 @@ class Pruner:
         ]
         for hook in put_masks(shown, zeroed=True):
             hook.straight_through = self.regrow and self.criterion is not None
-        tensors, covers = [parameter.detach() for parameter in parameters], list(masks)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Set what is pruned to zero, in the stored weights and in the optimizers' states."""
+        parameters = [stored(*places[0]) for places in self._places]
+        masks = [mask_of(*places[0]) for places in self._places]
+        tensors, covers = [], []
+        for parameter, mask in zip(parameters, masks, strict=True):
+            if mask is not None:
+                tensors.append(parameter.detach())
+                covers.append(mask)
         for number, state in self._watch.states(parameters):
-            tensors.append(state)
-            covers.append(masks[number])
+            cover = masks[number]
+            if cover is not None:
+                tensors.append(state)
+                covers.append(cover)
         for device in {tensor.device for tensor in tensors}:
             here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
             ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])

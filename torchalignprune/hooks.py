@@ -43,7 +43,7 @@ class MaskHook(prune.BasePruningMethod):
         """``name_orig * name_mask``, with a gradient to ``name_orig``."""
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
-        return original * mask
+        return _product(original, mask)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
         # After a forward the masked weight has a history, which deepcopy refuses. A module's hooks
@@ -95,22 +95,8 @@ def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
-    pruned: Tensor = _Masked.apply(original, mask)  # type: ignore[no-untyped-call]
-    return pruned
-
-
-class _Masked(torch.autograd.Function):
-    """``original * mask``, without a mask in the dtype of the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return ops.apply_mask(original, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return grad * mask, None
+    # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
+    return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
 
 
 def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: Tensor) -> MaskHook:

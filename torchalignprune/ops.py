@@ -340,7 +340,7 @@ def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
         >>> masked_weight(weight, mask).data_ptr() == weight.data_ptr()
         True
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     plain = type(weight) in (Tensor, torch.nn.Parameter) and type(mask) is Tensor
     if traced or not plain:
         return torch.where(mask, weight, 0)

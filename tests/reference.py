@@ -340,8 +340,8 @@ def output_error(
     return total
 
 
-def zero_pruned(tensor: Tensor, mask: Tensor) -> Tensor:
-    """What becomes of a tensor, entry by entry."""
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Entry by entry."""
     kept = [value if keep else 0.0 for value, keep in zip(flat(tensor), flat(mask), strict=True)]
     return torch.tensor(kept, dtype=torch.float64).to(tensor.dtype).reshape(tensor.shape)
 

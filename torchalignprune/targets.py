@@ -292,12 +292,11 @@ def _leaf(node: Any) -> Tensor | None:
     views = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
     factor: Tensor | None = None
     masked = False
-    products = ("MulBackward0", "_MaskedBackward")
-    while node is not None and node.name() in (*views, *products):
+    while node is not None and (node.name() in views or _is_product(node)):
         inputs = [function for function, _ in node.next_functions if function is not None]
         if len(inputs) != 1:
             return None
-        if node.name() in products:
+        if _is_product(node):
             if masked:
                 return None
             masked = True
@@ -314,13 +313,16 @@ def _leaf(node: Any) -> Tensor | None:
     return variable if is_mask else None
 
 
+def _is_product(node: Any) -> bool:
+    return node.name() == "MulBackward0" or "MaskedWeight" in node.name()
+
+
 def _factor(product: Any) -> Tensor | None:
-    """What a parameter was multiplied by; None once a backward has freed it."""
+    """What torch multiplied a parameter by; None if it was us, or once a backward has freed it."""
+    if product.name() != "MulBackward0":
+        return None
     try:
-        if product.name() == "_MaskedBackward":
-            factors = product.saved_tensors
-        else:
-            factors = (product._saved_self, product._saved_other)
+        factors = (product._saved_self, product._saved_other)
     except RuntimeError:
         return None
     return next((factor for factor in factors if factor is not None), None)

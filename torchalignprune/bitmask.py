@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "byte_count", "pack", "pack_bits", "unpack", "unpack_bits"]
+from torchalignprune import ops
 
-_CHUNK = 1 << 18  # entries that are worked on at a time, so that they stay in the cache
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)
+__all__ = ["Packed", "byte_count", "pack", "pack_bits", "unpack", "unpack_bits"]
 
 
 class Packed(NamedTuple):
@@ -63,26 +61,9 @@ def pack(tensor: Tensor, mask: Tensor | None = None) -> Packed | None:
         tensor([[ 0.,  3.],
                 [-2.,  0.]])
     """
-    words = _words(tensor.detach().cpu().contiguous())
-    given = None if mask is None else mask.detach().cpu().contiguous().view(-1).numpy()
-    n = len(words)
-    bits = np.empty(byte_count(n), np.uint8)
-    values, negative = [words[:0]], [np.empty(0, bool)]
-    for start in range(0, n, _CHUNK):
-        part = words[start : start + _CHUNK]
-        kept = part << 1 != 0 if given is None else given[start : start + _CHUNK]
-        bits[start // 8 : byte_count(start + len(part))] = np.packbits(kept, bitorder="little")
-        values.append(part[kept])
-        rest = part[~kept]
-        if given is not None and (rest << 1).any():
-            return None
-        negative.append(rest != 0)
-    signs = np.concatenate(negative)
-    return Packed(
-        torch.from_numpy(bits),
-        torch.from_numpy(np.concatenate(values)).view(tensor.dtype),
-        torch.from_numpy(np.packbits(signs, bitorder="little")) if signs.any() else None,
-    )
+    own = None if mask is None else mask.detach().cpu()
+    bits, values, signs, lost = ops.pack_entries(tensor.detach().cpu(), own)
+    return None if lost else Packed(bits, values, signs if len(signs) else None)
 
 
 def unpack(packed: Packed, shape: tuple[int, ...]) -> Tensor:
@@ -90,30 +71,10 @@ def unpack(packed: Packed, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         ValueError: the parts do not fit together: not as many values as bits, or bits past the
-            end.
+            last.
     """
     bits, values, signs = packed
-    n = math.prod(shape)
-    count = count_bits(bits, n)
-    if count != len(values):
-        raise ValueError(
-            f"there should be as many values as bits are set, {count}, got {len(values)}"
-        )
-    words = _words(values)
-    out = np.zeros(n, words.dtype)
-    packed_bits = bits.numpy()
-    taken = 0
-    for start in range(0, n, _CHUNK):
-        part = out[start : start + _CHUNK]
-        kept = _unpacked(packed_bits[start // 8 : byte_count(start + len(part))], len(part))
-        there = int(np.count_nonzero(kept))
-        part[kept] = words[taken : taken + there]
-        taken += there
-    if signs is not None:
-        count_bits(signs, n - count)
-        zeros = np.flatnonzero(~_unpacked(packed_bits, n))
-        out[zeros[_unpacked(signs.numpy(), n - count)]] = np.iinfo(words.dtype).min
-    return torch.from_numpy(out).view(values.dtype).reshape(shape)
+    return ops.unpack_entries(bits, values, bits[:0] if signs is None else signs, shape)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -135,28 +96,6 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
         ValueError: too many or too few bits, or bits past the end.
     """
     n = math.prod(shape)
-    count_bits(bits, n)
-    return torch.from_numpy(_unpacked(bits.numpy(), n)).reshape(shape)
-
-
-def count_bits(bits: Tensor, n: int) -> int:
-    """How many of the first n bits are set.
-
-    Raises:
-        ValueError: ``bits`` is not as long as n bits are, or has bits past them.
-    """
-    if len(bits) != byte_count(n):
-        raise ValueError(f"there should be {byte_count(n)} bytes of bits, got {len(bits)}")
-    if n % 8 and int(bits[-1]) >> n % 8:
-        raise ValueError(f"there are bits past the last of {n}")
-    parts = (bits.numpy()[start : start + _CHUNK] for start in range(0, len(bits), _CHUNK))
-    return sum(int(_ONES @ np.bincount(part, minlength=256)) for part in parts)
-
-
-def _words(tensor: Tensor) -> np.ndarray:
-    """The bits of the entries, as integers: no arithmetic touches a NaN or the sign of a zero."""
-    return tensor.reshape(-1).view(_WORDS[tensor.element_size()]).numpy()
-
-
-def _unpacked(bits: np.ndarray, n: int) -> np.ndarray:
-    return np.unpackbits(bits, count=n, bitorder="little").view(bool)
+    ops.count_bits(bits, n)
+    flat = np.unpackbits(bits.numpy(), count=n, bitorder="little").view(bool)
+    return torch.from_numpy(flat).reshape(shape)

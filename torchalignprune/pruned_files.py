@@ -29,10 +29,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torchalignprune import ops
 from torchalignprune.bitmask import (
     Packed,
     byte_count,
-    count_bits,
     pack,
     pack_bits,
     unpack,
@@ -222,11 +222,11 @@ class PrunedFiles(StoredTensors):
             n = math.prod(entry.shape)
             with self._damage(name):
                 if entry.kind in ("bits", "bitmask"):
-                    count = count_bits(self._part(f"{name}.bits"), n)
+                    count = ops.count_bits(self._part(f"{name}.bits"), n)
                 if entry.kind == "bitmask" and count != entry.count:
                     raise ValueError(f"{entry.count} bits should be set, got {count}")
                 if entry.signs:
-                    count_bits(self._part(f"{name}.signs"), n - count)
+                    ops.count_bits(self._part(f"{name}.signs"), n - count)
 
     def check_other_files(self) -> None:
         """Compares the other files that were written with the tensors, such as ``config.json``.

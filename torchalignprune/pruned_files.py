@@ -174,7 +174,9 @@ class PrunedFiles(StoredTensors):
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path / INDEX} is damaged: {error!r}") from error
         self._files = WeightFiles(self.path / INDEX)
-        self._check_parts({name: part for parts in expected for name, part in parts.items()})
+        self._check_parts(
+            {name: part for parts in expected for name, part in parts.items()}, weight_map
+        )
         self._seen: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -260,7 +262,7 @@ class PrunedFiles(StoredTensors):
         except ValueError as error:
             raise ValueError(f"{name} in {self.path} is damaged: {error}") from error
 
-    def _check_parts(self, expected: Mapping[str, _Part]) -> None:
+    def _check_parts(self, expected: Mapping[str, _Part], weight_map: Mapping[str, str]) -> None:
         for name, (kind, shape) in expected.items():
             if name not in self._files or name not in self._digests:
                 raise ValueError(f"{name} is missing in the files of {self.path}")
@@ -270,6 +272,8 @@ class PrunedFiles(StoredTensors):
                     f"{self._where(name)} should be {kind} of shape {shape}, as in {INDEX}, got "
                     f"{found[0]} of shape {found[1]}"
                 )
+            if self._files.file(name).name != weight_map.get(name):
+                raise ValueError(f"{self._where(name)} is not in the file that {INDEX} names")
         extra = sorted(set(self._files) - set(expected))
         if extra:
             raise ValueError(f"{self._where(extra[0])} is not in {INDEX}")
@@ -495,7 +499,9 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    # What is contiguous may still have a dimension of size 1 with a stride that no view takes.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _slim(entry: _Entry) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def write_pruned(model: Any, folder: Path, format: Format, max_shard_size: int) 
     if of_transformers:
         # It drops names of tied weights by rules of its own.
         every = tensors | {name: tensors[first] for name, first in tied.items()}
-        save_pretrained(model, folder, every, max_shard_size=max_shard_size)
+        with quiet_transformers():
+            save_pretrained(model, folder, every, max_shard_size=max_shard_size)
     else:
         write_dense(folder, tensors, max_shard_size)
     contents = dense_contents(folder)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from torchalignprune.parameters import DTYPES
+from torchalignprune.pruned_files import INDEX
 from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, plain_names
 
 __all__ = [
     "Checkpoint",
+    "architecture",
     "check_output",
     "copy_other_files",
     "empty_model",
@@ -85,7 +87,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers or safetensors is not installed.
     """
-    kind = _architecture(folder)
+    kind = architecture(folder)
     stored = WeightFiles(folder)
     kinds = {kind for kind in map(stored.dtype, stored) if kind.is_floating_point}
     if not kinds or not kinds <= set(DTYPES):
@@ -125,7 +127,7 @@ def empty_model(folder: Path) -> Any:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers is not installed.
     """
-    kind = _architecture(folder)
+    kind = architecture(folder)
     try:
         config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -163,8 +165,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     state: dict[str, Tensor] = checkpoint.model.state_dict()
     for name in checkpoint.missing:
         state.pop(name, None)
-    stored = WeightFiles(checkpoint.folder)
-    state |= {name: stored[name] for name in sorted(checkpoint.unused)}
+    if checkpoint.unused:
+        stored = WeightFiles(checkpoint.folder)
+        state |= {name: stored[name] for name in sorted(checkpoint.unused)}
     save_pretrained(checkpoint.model, folder, state)
 
 
@@ -313,8 +316,8 @@ def _transformers() -> Any:
     return transformers
 
 
-def _architecture(folder: Path) -> Any:
-    """The class of the model, which has ``from_pretrained``."""
+def architecture(folder: Path) -> Any:
+    """The class of the model of a checkpoint folder, which has ``from_pretrained``."""
     transformers = _transformers()
     config = _json(folder, "config.json")
     if "quantization_config" in config:
@@ -383,5 +386,7 @@ def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[st
 def _is_weights(name: str) -> bool:
     if name == "training_args.bin":
         return False
+    if name == INDEX:
+        return True
     path = Path(name.removesuffix(".index.json"))
     return path.suffix in _WEIGHT_SUFFIXES

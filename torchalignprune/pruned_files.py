@@ -296,10 +296,18 @@ def open_weights(path: str | os.PathLike[str]) -> StoredTensors:
         ValueError: there is nothing of the kind, or it is damaged.
         ImportError: safetensors is not installed.
     """
+    return PrunedFiles(path) if is_bitmask(path) else WeightFiles(path)
+
+
+def is_bitmask(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder of :func:`torchalignprune.save_pruned` in the layout ``"bitmask"``.
+
+    Raises:
+        ValueError: it has an index that is damaged.
+    """
     folder = Path(path)
-    if (folder / INDEX).is_file() and _read_index(folder)["metadata"].get("layout") == "bitmask":
-        return PrunedFiles(folder)
-    return WeightFiles(path)
+    there = (folder / INDEX).is_file()
+    return there and _read_index(folder)["metadata"].get("layout") == "bitmask"
 
 
 def write_bitmask(

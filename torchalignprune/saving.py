@@ -16,6 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
 from torchalignprune.checkpoints import (
+    Checkpoint,
+    architecture,
     names_in_model,
     new_folder,
     quiet_transformers,
@@ -103,12 +105,12 @@ def save_pruned(
         raise TypeError(f"model should be an nn.Module, got {type(model).__name__}")
     if format not in get_args(Format):
         raise ValueError(f'format should be "dense" or "bitmask", got {format!r}')
-    size = parse_size(max_shard_size)
+    parse_size(max_shard_size)
     folder = Path(folder).resolve()
     _check_folder(folder)
     model = _unwrapped(model)
     with new_folder(folder, overwrite=True) as partial:
-        write_pruned(model, partial, format, size)
+        write_pruned(model, partial, format, max_shard_size)
         if folder.exists():
             _carry_over(folder, partial)
 
@@ -161,8 +163,11 @@ def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: 
     return (_ordinary if files.layout == "dense" else _built)(model_or_class, files)
 
 
-def write_pruned(model: Any, folder: Path, format: Format, max_shard_size: int) -> None:
+def write_pruned(
+    model: Any, folder: Path, format: Format, max_shard_size: int | str = "5GB"
+) -> None:
     """What :func:`save_pruned` does in the folder, which is there and is empty."""
+    max_shard_size = parse_size(max_shard_size)
     of_transformers = _is_transformers(model)
     if of_transformers:
         _check_transformers(model)
@@ -183,6 +188,30 @@ def write_pruned(model: Any, folder: Path, format: Format, max_shard_size: int) 
         write_dense(folder, tensors, max_shard_size)
     contents = dense_contents(folder)
     write_index(folder, format, name, contents, (), _ties_to(contents.tensors, tied))
+
+
+def verify_pruned(model: nn.Module, folder: Path) -> None:
+    """Reads a folder in the format ``"bitmask"`` and compares every tensor with the model's.
+
+    Raises:
+        RuntimeError: a tensor differs; the error names it.
+    """
+    files = PrunedFiles(folder)
+    for name, tensor in model.state_dict().items():
+        again = files[name] if name in files else tensor.new_empty(0)
+        if not (torch.equal(again, tensor) and torch.equal(again.signbit(), tensor.signbit())):
+            raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """:func:`torchalignprune.checkpoints.load_checkpoint` of a folder in the format ``"bitmask"``.
+
+    Raises:
+        ValueError: it is damaged, or not from a model of transformers.
+        ImportError: transformers or safetensors is not installed.
+    """
+    model = load_pruned(architecture(folder), folder)
+    return Checkpoint(folder, model, frozenset(), frozenset(), frozenset())
 
 
 class _State:

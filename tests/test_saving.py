@@ -777,6 +777,71 @@ def test_what_cannot_be_saved(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_made_in_inference_mode(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = mlp()
+        tap.save_pruned(mlp(), tmp_path / "x", "bitmask")
+    record = Record(model)
+    with pytest.raises(
+        ValueError, match=r"0\.weight: made in inference mode, so that nothing else"
+    ):
+        tap.load_pruned(model, tmp_path / "x")
+    record.assert_untouched()
+    with torch.inference_mode():
+        assert_same(tap.load_pruned(model, tmp_path / "x"), mlp())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_without_weights(format: Any, tmp_path: Path) -> None:
+    tap.save_pruned(nn.ReLU(), tmp_path / "x", format)
+    tap.load_pruned(nn.ReLU(), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"weight: missing\n  bias: missing"):
+        tap.load_pruned(nn.Linear(2, 2), tmp_path / "x")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_devices(format: Any, device: str, tmp_path: Path) -> None:
+    model = Everything().to(device)
+    params = [(model.linear, "weight"), (model.conv, "weight")]
+    tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5)
+    tap.save_pruned(model, tmp_path / "x", format)
+    for where in {device, "cpu"}:
+        fresh = tap.load_pruned(Everything().to(where), tmp_path / "x")
+        assert {tensor.device.type for tensor in fresh.state_dict().values()} == {where}
+        assert torch.equal(fresh.linear.weight.to(device), model.linear.weight)
+        assert hasattr(fresh.linear, "weight_mask") == (format == "bitmask")
+
+
+def test_two_tensors_under_one_name(tmp_path: Path) -> None:
+    class Colliding(nn.Linear):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            state = super().state_dict(*arguments, **options)
+            return state | {"weight.bits": state["bias"].clone()}
+
+    model = Colliding(64, 64)
+    nn.init.zeros_(model.weight)
+    with pytest.raises(
+        ValueError, match=r"two tensors of the model would be stored as weight\.bits"
+    ):
+        tap.save_pruned(model, tmp_path / "x", "bitmask")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
+    model, other = mlp(), mlp()
+    with torch.no_grad():
+        other[0].weight.neg_()
+    tap.save_pruned(model, tmp_path / "x", "bitmask")
+    files = PrunedFiles(tmp_path / "x")
+    files.check()
+    tap.save_pruned(other, tmp_path / "x", "bitmask")
+    assert torch.equal(files["0.weight"], model[0].weight)
+    late = PrunedFiles(tmp_path / "x")
+    tap.save_pruned(model, tmp_path / "x", "bitmask")
+    with pytest.raises(ValueError, match=r"0\.weight in .* was altered"):
+        late["0.weight"]
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='format should be "dense" or "bitmask", got \'zip\''):
         tap.save_pruned(mlp(), tmp_path / "x", "zip")  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,8 +131,8 @@ class PrunedFiles(StoredTensors):
 
     The names are those in the model's state, ``name_orig`` and ``name_mask`` among them if it was
     still being pruned. The files are mapped into memory, as by
-    :class:`torchalignprune.weight_files.WeightFiles`, and a tensor is unpacked when it is asked
-    for; nothing is kept of it here.
+    :class:`torchalignprune.weight_files.WeightFiles`, and stay so; a tensor is unpacked when it is
+    asked for, and not kept.
 
     Args:
         folder: with ``pruned.index.json``.
@@ -178,6 +179,7 @@ class PrunedFiles(StoredTensors):
             {name: part for parts in expected for name, part in parts.items()}, weight_map
         )
         self._seen: set[str] = set()
+        self._held: dict[Path, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         name = self.tied.get(name, name)
@@ -217,10 +219,11 @@ class PrunedFiles(StoredTensors):
         Raises:
             ValueError: something was altered.
         """
+        if self._verify:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                for _ in pool.map(self._part, self._files):
+                    pass
         for name, entry in self._entries.items():
-            for part in entry.parts(name):
-                if self._verify:
-                    self._part(part)
             n = math.prod(entry.shape)
             with self._damage(name):
                 if entry.kind in ("bits", "bitmask"):
@@ -249,6 +252,8 @@ class PrunedFiles(StoredTensors):
 
     def _part(self, name: str) -> Tensor:
         part = self._files[name]
+        if part.numel():  # so that it is this file to the end, if another one takes its place
+            self._held.setdefault(self._files.file(name), part)
         if self._verify and name not in self._seen:
             if _digest(part) != self._digests[name]:
                 raise ValueError(f"{self._where(name)} was altered: its SHA-256 digest is another")
@@ -342,8 +347,10 @@ def write_bitmask(
                 continue
             packed = None
             if tensor.dtype in DTYPES:
-                mask = state[pruned[name]] if name in pruned else None
-                packed = pack(tensor, mask) if mask is not None or _pays(tensor) else None
+                masked = name in pruned
+                packed = pack(tensor, state[pruned[name]] if masked else None)
+                if not masked and packed is not None and not _pays(packed, tensor):
+                    packed = None
             if packed is None:
                 entries[name] = _Entry("dense", kind, shape)
                 yield {name: tensor}
@@ -468,6 +475,8 @@ def _write_shards(
 
     def flush() -> None:
         write_tensors(folder / f"{stem}-{len(shards)}", shard, metadata)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests.update(zip(shard, pool.map(_digest, shard.values()), strict=True))
         shards.append(list(shard))
         shard.clear()
 
@@ -478,10 +487,9 @@ def _write_shards(
             flush()
             size = 0
         for name, tensor in group.items():
-            if name in digests:
+            if name in digests or name in shard:
                 raise ValueError(f"two tensors of the model would be stored as {name}")
             shard[name] = _alone(tensor)
-            digests[name] = _digest(shard[name])
         size += own
     if shard or not shards:
         flush()
@@ -493,11 +501,10 @@ def _write_shards(
     return weight_map, digests
 
 
-def _pays(tensor: Tensor) -> bool:
-    """Whether a tensor without a mask is smaller as a bitmask."""
-    n = tensor.numel()
-    zeros = n - int(torch.count_nonzero(tensor))
-    return zeros * tensor.element_size() > byte_count(n) + byte_count(zeros) + _ENTRY
+def _pays(packed: Packed, tensor: Tensor) -> bool:
+    """Whether a tensor that has no mask becomes smaller."""
+    parts = [part for part in packed if part is not None]
+    return sum(part.nbytes + _ENTRY for part in parts) < tensor.nbytes + _ENTRY
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -403,6 +403,8 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
             problems.append(f"{name}: should be {tensor.dtype} as in the model, got {dtype}")
         elif tensor.is_meta:
             problems.append(f"{name}: the model is on the meta device and has no memory for it")
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            problems.append(f"{name}: made in inference mode, so that nothing else may write to it")
     problems += [f"{name}: not in the model" for name in keys if name not in state]
     problems += [
         f"{name}: pruned in the files, and no parameter of the model"

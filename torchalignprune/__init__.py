@@ -29,6 +29,7 @@ from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: 
 from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
 from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
+from torchalignprune.saving import load_pruned, save_pruned  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "cached_weights",
     "criteria",
     "global_unstructured",
+    "load_pruned",
     "load_state_dict",
     "magnitude",
     "match_units",
@@ -61,5 +63,6 @@ __all__ = [
     "prunable_parameters",
     "random",
     "realign",
+    "save_pruned",
     "schedules",
 ]

@@ -21,14 +21,17 @@ Score = Literal["value", "magnitude", "worth"]
 __all__ = [
     "apply_mask",
     "cosine_gains",
+    "count_bits",
     "greedy_match",
     "masked_weight",
     "match_in_order",
+    "pack_entries",
     "select_global",
     "select_rows",
     "square_sums",
     "unit_combination",
     "unit_products",
+    "unpack_entries",
     "zero_pruned_",
 ]
 
@@ -391,6 +394,106 @@ def zero_pruned_(
 @torch.library.register_fake("torchalignprune::zero_pruned_")
 def _(tensors: list[Tensor], masks: list[Tensor], names: list[str]) -> None:
     return None
+
+
+def pack_entries(
+    weight: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One bit for each entry, and the values of those that have one.
+
+    Entries are numbered in row-major order; entry ``i`` has bit ``i % 8``, counted from the lowest,
+    of byte ``i // 8``, and the bits past the last are 0. Nothing is computed with: NaN keep their
+    payloads, and zeros their sign. On the CPU alone.
+
+    Args:
+        weight: any shape and strides, float32, float64, float16 or bfloat16.
+        mask: bool, shaped like the weight: which entries have a bit. Default: those that are not
+            zero.
+
+    Returns:
+        ``bits``, uint8, shape ``(ceil(n / 8),)``; ``values``, shape ``(count,)``, in the dtype of
+        the weight; ``signs``, uint8, shape ``(ceil((n - count) / 8),)``, of the entries without a
+        bit, in order, which are -0.0, or of shape ``(0,)`` if none is; ``lost``, int64, shape
+        ``()``: how many entries without a bit are not zero. If there are any, values and signs are
+        empty.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> bits, values, signs, lost = pack_entries(torch.tensor([0.0, 3.0, -0.0, 1.0]))
+        >>> f"{int(bits):04b}", values, f"{int(signs):02b}", int(lost)
+        ('1010', tensor([3., 1.]), '10', 0)
+    """
+    bits, values, signs, lost = torch.ops.torchalignprune.pack_entries(weight.detach(), mask)
+    return bits, values, signs, lost
+
+
+@torch.library.register_fake("torchalignprune::pack_entries")
+def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    return (
+        weight.new_empty((weight.numel() + 7) // 8, dtype=torch.uint8),
+        weight.new_empty(context.new_dynamic_size()),
+        weight.new_empty(context.new_dynamic_size(), dtype=torch.uint8),
+        weight.new_empty((), dtype=torch.int64),
+    )
+
+
+def unpack_entries(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor that :func:`pack_entries` made these of, contiguous.
+
+    Args:
+        bits: uint8, shape ``(ceil(n / 8),)``.
+        values: shape ``(count,)``, float32, float64, float16 or bfloat16.
+        signs: uint8, shape ``(ceil((n - count) / 8),)`` or ``(0,)``.
+        shape: that of the result, of n entries.
+
+    Raises:
+        ValueError: a shape that does not fit, values that are not as many as the bits, or bits past
+            the last.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> bits = torch.tensor([0b1010], dtype=torch.uint8)
+        >>> unpack_entries(bits, torch.tensor([3.0, 1.0]), bits.new_empty(0), (2, 2))
+        tensor([[0., 3.],
+                [0., 1.]])
+    """
+    made: Tensor = torch.ops.torchalignprune.unpack_entries(bits, values, signs, shape)
+    return made
+
+
+@torch.library.register_fake("torchalignprune::unpack_entries")
+def _(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tensor:
+    return values.new_empty(shape)
+
+
+def count_bits(bits: Tensor, count: int) -> int:
+    """How many of the first bits are set.
+
+    Args:
+        bits: uint8, shape ``(ceil(count / 8),)``.
+        count: how many bits there are.
+
+    Raises:
+        ValueError: another shape, or bits past the last.
+        TypeError: another dtype.
+
+    Example:
+        >>> import torch
+        >>> count_bits(torch.tensor([0b101], dtype=torch.uint8), 3)
+        2
+    """
+    return int(torch.ops.torchalignprune.count_bits(bits, count))
+
+
+@torch.library.register_fake("torchalignprune::count_bits")
+def _(bits: Tensor, count: int) -> Tensor:
+    return bits.new_empty((), dtype=torch.int64)
 
 
 def square_sums(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import warnings
@@ -19,10 +20,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import torchalignprune as tap
 from torchalignprune import hf, schedules
-
-# Since torch 2.12 the pin_memory of a DataLoader without a GPU warns, and the Trainer's default is
-# to pin.
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 
 
 def rows(count: int = 24) -> list[dict[str, Tensor]]:
@@ -69,7 +66,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": False,  # which warns without a GPU
     }
     return TrainingArguments(**options | changes)
 
@@ -170,3 +167,75 @@ def test_an_unmodified_trainer_prunes_and_logs(tmp_path: Path) -> None:
         for name in params.names
     )
     assert zeros == round(0.6 * sum(module.weight.numel() for module, _ in params))
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether nested states are equal, bit for bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return torch.equal(left, right) if isinstance(left, Tensor) else left == right
+
+
+OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (tap.AlignedMagnitude, {}),
+    "movement, regrow": (tap.Magnitude, {"criterion": "Movement", "regrow": True}),
+    "matching": (tap.AlignedMagnitude, {"penalty": True}),
+    "random": (tap.Random, {"generator": True}),
+}
+
+
+def made(kind: str, folder: Path, **changes: Any) -> tuple[Trainer, tap.Pruner]:
+    method, options = OPTIONS[kind]
+    options = dict(options)
+    model = bert()
+    params = tap.prunable_parameters(model)
+    if "criterion" in options:
+        options["criterion"] = tap.criteria.Movement(params)
+    if options.pop("generator", False):
+        generator = torch.Generator().manual_seed(3)
+        method = functools.partial(tap.Random, generator=generator)
+    if options.get("penalty"):
+        reference = tap.Reference.capture(params)
+        options["penalty"] = tap.CosineAlignment(
+            params, reference, matching="greedy", match_every=3
+        )
+    pruner = tap.Pruner(params, method, cubic(), **options)
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3} | changes
+    if "penalty" not in options:
+        return plain_trainer(folder, model, pruner, **settings)
+    trainer = hf.AlignmentTrainer(
+        model,
+        arguments(folder, **settings),
+        train_dataset=rows(),
+        penalty=options["penalty"],
+        strength=schedules.linear(0.0, 0.5, end=5),
+        callbacks=[hf.PruningCallback(pruner)],
+    )
+    return trainer, pruner
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_resumed_equals_uninterrupted_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    # Dropout is on, two batches are accumulated, and an epoch has three steps.
+    changes = {"gradient_accumulation_steps": 2}
+    whole, wanted = made(kind, tmp_path / "whole", **changes)
+    whole.train()
+    masked_zeros(wanted)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "moved")
+    ways: dict[str, Any] = {
+        "whole": str(tmp_path / "whole" / "checkpoint-6"),
+        "elsewhere": str(tmp_path / "moved"),
+        "again": True,
+    }
+    for folder, way in ways.items():
+        trainer, pruner = made(kind, tmp_path / folder, **changes)
+        trainer.train(resume_from_checkpoint=way)
+        assert trainer.state.global_step == pruner.steps == 8
+        assert same(trainer.model.state_dict(), whole.model.state_dict()), way
+        assert same(trainer.optimizer.state_dict(), whole.optimizer.state_dict())
+        assert same(pruner.state_dict(), wanted.state_dict())
+        last, expected = (one.state.log_history[-2] for one in (trainer, whole))
+        assert last == expected and "pruning/sparsity" in last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import shutil
 import warnings
@@ -239,3 +240,404 @@ def test_resumed_equals_uninterrupted_bit_for_bit(kind: str, tmp_path: Path) -> 
         assert same(pruner.state_dict(), wanted.state_dict())
         last, expected = (one.state.log_history[-2] for one in (trainer, whole))
         assert last == expected and "pruning/sparsity" in last
+
+
+def regularized(
+    folder: Path, strength: Any, *, model: Any = None, kind: Any = hf.AlignmentTrainer, **changes: Any
+) -> tuple[Any, tap.Pruner, nn.Module]:
+    """A Trainer with a penalty towards other weights than the first ones, and plain SGD."""
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) if not model else model
+    params = tap.prunable_parameters(model)
+    torch.manual_seed(7)
+    reference = [module.weight + torch.randn_like(module.weight) / 10 for module, _ in params]
+    penalty = tap.FrobeniusAlignment(params, [tensor.detach() for tensor in reference])
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, cubic())
+    extra = {key: changes.pop(key) for key in ("compute_loss_func",) if key in changes}
+    settings = {"optim": "sgd", "lr_scheduler_type": "constant", "weight_decay": 0.0} | changes
+    trainer = kind(
+        model,
+        arguments(folder, **settings),
+        train_dataset=rows(12),
+        eval_dataset=rows(12),
+        penalty=penalty,
+        strength=strength,
+        callbacks=[hf.PruningCallback(pruner)],
+        **extra,
+    )
+    return trainer, pruner, penalty
+
+
+class MeanLossTrainer(hf.AlignmentTrainer):
+    """One with a loss of its own, a mean that the Trainer divides by the number of batches."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / num_items_in_batch
+
+
+# Not the model's own loss over three batches: those of classification models ignore the number of
+# items that Transformers 5 hands over, and are added up where they should be averaged.
+@pytest.mark.parametrize(
+    ("way", "batches"),
+    [("plain", 1), ("own mean", 1), ("own mean", 3), ("loss func", 1), ("loss func", 3)],
+)
+def test_the_penalty_counts_once_a_step(way: str, batches: int, tmp_path: Path) -> None:
+    strength = schedules.linear(0.5, 2.0, end=6)
+    extra: dict[str, Any] = {"compute_loss_func": summed_loss} if way == "loss func" else {}
+    trainer, pruner, penalty = regularized(
+        tmp_path,
+        strength,
+        kind=MeanLossTrainer if way == "own mean" else hf.AlignmentTrainer,
+        per_device_train_batch_size=12 // batches,
+        gradient_accumulation_steps=batches,
+        max_grad_norm=0.5,
+        learning_rate=0.3,
+        **extra,
+    )
+    model = copy.deepcopy(trainer.model)
+    trainer.train()
+
+    params = tap.prunable_parameters(model)
+    penalty = copy.deepcopy(penalty)
+    twin = tap.FrobeniusAlignment(params, [t.reference for t in penalty._targets])  # type: ignore[attr-defined]
+    by_hand = tap.Pruner(params, tap.AlignedMagnitude, cubic())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    data = {key: torch.stack([row[key] for row in rows(12)]) for key in rows(1)[0]}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for step in range(8):
+        task, added = model(**data).loss, strength(step) * twin()
+        loss = task + added
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.step()
+        assert logged[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert logged[step]["penalty_loss"] == pytest.approx(added.item(), rel=1e-4)
+        assert logged[step]["penalty_share"] == pytest.approx(added.item() / loss.item(), rel=1e-4)
+        assert logged[step]["penalty_strength"] == strength(step)
+    for (name, ours), theirs in zip(
+        trainer.model.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    # The loss of an evaluation is that of the task.
+    with torch.no_grad():
+        task = model.eval()(**data).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(task, rel=1e-4)
+
+
+def test_the_penalty_is_logged_as_a_mean_over_the_steps(tmp_path: Path) -> None:
+    trainer, *_ = regularized(tmp_path / "a", 0.5)
+    trainer.train()
+    single = [entry["penalty_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trainer, *_ = regularized(tmp_path / "b", 0.5, logging_steps=4)
+    trainer.train()
+    logged = [entry["penalty_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([sum(single[:4]) / 4, sum(single[4:]) / 4])
+
+
+def test_no_strength_no_penalty(tmp_path: Path) -> None:
+    trainer, *_ = regularized(tmp_path, 0.0)
+    trainer.train()
+    plain, *_ = regularized(tmp_path, 0.0)
+    plain.training_step = functools.partial(Trainer.training_step, plain)
+    plain.train()
+    assert same(trainer.model.state_dict(), plain.model.state_dict())
+    assert [e["penalty_loss"] for e in trainer.state.log_history if "loss" in e] == [0.0] * 8
+
+
+def test_bf16(tmp_path: Path) -> None:
+    full, *_ = regularized(tmp_path / "a", 0.5)
+    full.train()
+    half, pruner, _ = regularized(tmp_path / "b", 0.5, bf16=True)
+    half.train()
+    masked_zeros(pruner)
+    assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
+    pairs = zip(half.model.parameters(), full.model.parameters(), strict=True)
+    assert all(a.dtype == torch.float32 and torch.allclose(a, b, atol=0.02) for a, b in pairs)
+    assert not same(half.model.state_dict(), full.model.state_dict())
+
+
+def test_a_gradient_scaler(tmp_path: Path) -> None:
+    """What fp16 does to the gradients; accelerate refuses fp16 itself without a GPU."""
+    plain, *_ = regularized(tmp_path / "a", 0.5, max_grad_norm=0.0)
+    plain.train()
+    scaled, pruner, _ = regularized(tmp_path / "b", 0.5, max_grad_norm=0.0)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaled.train()
+    for a, b in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    # A step that overflows is skipped. The pruner keeps the Trainer's time all the same.
+    skipped, pruner, _ = regularized(tmp_path / "c", 0.5, max_grad_norm=0.0)
+    skipped.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    seen: list[Tensor] = []
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(kwargs["model"].classifier.weight.detach().clone())
+            if state.global_step == 3:
+                kwargs["model"].classifier.bias.grad.fill_(torch.inf)
+
+    skipped.add_callback(Overflow())
+    skipped.train()
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(seen)] == [False] * 3 + [True] + [
+        False
+    ] * 3
+    assert skipped.accelerator.scaler.get_scale() == 2.0**11
+    assert pruner.steps == skipped.state.global_step == 8
+    assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
+    masked_zeros(pruner)
+
+
+def test_activation_checkpointing(tmp_path: Path) -> None:
+    name = "activation_checkpointing"
+    if not hasattr(TrainingArguments, name):  # before Transformers 5.21
+        name = "gradient_checkpointing"
+    found = []
+    for number, changes in enumerate(({}, {name: True})):
+        trainer, pruner = plain_trainer(tmp_path / str(number), **changes)
+        trainer.train()
+        masked_zeros(pruner)
+        found.append(trainer.model.state_dict())
+    assert same(*found)
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    data = [row | {"attention_mask": torch.ones(6, dtype=torch.long)} for row in rows()]
+    states = []
+    for compiled in (False, True):
+        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        pruner = pruner_of(model)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, torch_compile=compiled, torch_compile_backend="aot_eager")
+            if compiled
+            else arguments(tmp_path),
+            train_dataset=data,
+            callbacks=[hf.PruningCallback(pruner)],
+        )
+        trainer.train()
+        masked_zeros(pruner)
+        assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for key, ours in states[1].items():
+        if key.endswith("_mask"):
+            assert (ours != states[0][key]).float().mean() < 0.02
+        else:
+            torch.testing.assert_close(ours, states[0][key], rtol=1e-2, atol=1e-2)
+    # One graph serves all of the training, whatever the masks.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+class Metric:
+    """Says what the caller wants of each evaluation in turn."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        return {"score": self.values.pop(0)}
+
+
+def test_the_best_model_may_be_less_sparse(tmp_path: Path) -> None:
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "save_total_limit": 2,
+    }
+    trainer, pruner = plain_trainer(tmp_path / "a", **options)
+    trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
+    with pytest.warns(UserWarning, match=r"checkpoint-4, which was saved at a sparsity of 0\.56"):
+        trainer.train()
+    masked_zeros(pruner)
+    assert pruner.sparsity() == pytest.approx(cubic()(4), abs=1e-3)
+    pruner.finalize()
+    assert not prune.is_pruned(trainer.model)
+
+    trainer, pruner = plain_trainer(tmp_path / "b", **options, eval_delay=6)
+    trainer.compute_metrics = Metric(0.9, 0.2)
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-6")
+    assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
+
+
+def test_save_only_model_and_a_limit_of_one(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    trainer, pruner = plain_trainer(tmp_path, **options, save_only_model=True)
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert hf.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    trainer, again = plain_trainer(tmp_path, **options, max_steps=9)
+    trainer.train(resume_from_checkpoint=True)
+    assert again.steps == 9
+
+
+def test_the_state_is_there_before_an_older_checkpoint_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any moment, a run with save_total_limit=1 has a complete checkpoint."""
+    trainer, _ = plain_trainer(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1)
+    found = []
+
+    def rotate(*args: Any, **kwargs: Any) -> None:
+        found.append(hf.last_complete_checkpoint(tmp_path))
+
+    monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", rotate)
+    trainer.train()
+    assert found == [str(tmp_path / f"checkpoint-{step}") for step in (3, 6, 8)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with checkpoints of steps 3, 6 and 8."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer, _ = plain_trainer(folder, save_strategy="steps", save_steps=3)
+    trainer.train()
+    return folder
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(saved: Path, tmp_path: Path) -> None:
+    assert hf.last_complete_checkpoint(saved) == str(saved / "checkpoint-8")
+    assert hf.last_complete_checkpoint(tmp_path) is None
+    assert hf.last_complete_checkpoint(tmp_path / "nowhere") is None
+    names = sorted(path.name for path in (saved / "checkpoint-8").iterdir())
+    assert {"model.safetensors", "optimizer.pt", "pruner.safetensors", "trainer_state.json"} < {
+        *names
+    }
+    for name in names:
+        for how in ("truncated", "missing"):
+            folder = tmp_path / f"{name}-{how}"
+            shutil.copytree(saved, folder)
+            path = folder / "checkpoint-8" / name
+            if how == "missing":
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[:-20])
+            assert hf.last_complete_checkpoint(folder) == str(folder / "checkpoint-6"), name
+            shutil.rmtree(folder)
+    # The Trainer's own way would fail on such a folder, and this one goes on.
+    folder = tmp_path / "partial"
+    shutil.copytree(saved, folder)
+    (folder / "checkpoint-8" / "trainer_state.json").unlink()
+    trainer, _ = plain_trainer(folder)
+    with pytest.raises(OSError):
+        trainer.train(resume_from_checkpoint=True)
+    trainer, pruner = plain_trainer(folder)
+    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(folder))
+    assert pruner.steps == 8
+
+
+def _without_the_file(folder: Path) -> None:
+    (folder / "pruner.safetensors").unlink()
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "pruner.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _of_another_step(folder: Path) -> None:
+    shutil.copy(folder.parent / "checkpoint-3" / "pruner.safetensors", folder)
+
+
+def _of_other_masks(folder: Path) -> None:
+    state = tap.state_files.load_state(folder / "pruner.safetensors")
+    state["pruner"]["pruned"]["bert.encoder.layer.0.attention.self.query.weight"] += 1
+    tap.state_files.save_state(folder / "pruner.safetensors", state)
+
+
+def _of_another_version(folder: Path) -> None:
+    tap.state_files.save_state(folder / "pruner.safetensors", {"version": 9})
+
+
+def _foreign(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "pruner.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_without_the_file, r"checkpoint-6 has no pruner\.safetensors: it was saved without"),
+        (_cut, r"pruner\.safetensors cannot be read"),
+        (_of_another_step, r"should be of step 6, as .*trainer_state\.json is, got step 3"),
+        (_of_other_masks, r"does not fit the pruner: bert.*query\.weight has \d+ pruned entries"),
+        (_of_another_version, "should be of version 1, got 9"),
+        (_foreign, "is not a state that save_state has written"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    change: Callable[[Path], None], message: str, saved: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    change(tmp_path / "run" / "checkpoint-6")
+    trainer, _ = plain_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> None:
+    model = bert()
+    pruner = pruner_of(model)
+    with pytest.raises(TypeError, match="pruner should be a torchalignprune.Pruner, got 0.5"):
+        hf.PruningCallback(0.5)  # type: ignore[arg-type]
+    trainer, _ = plain_trainer(tmp_path, bert(), pruner)
+    with pytest.raises(ValueError, match="should be those of the model that is trained"):
+        trainer.train()
+    trainer, _ = plain_trainer(tmp_path, model, pruner, callbacks=[hf.PruningCallback(pruner)])
+    with pytest.raises(ValueError, match="one PruningCallback, got several"):
+        trainer.train()
+    trainer, _ = plain_trainer(saved, restore_callback_states_from_checkpoint=True)
+    with pytest.raises(TypeError, match="without restore_callback_states_from_checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer, _ = plain_trainer(tmp_path, model, pruner)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"torch\.nn\.DataParallel for 2 GPUs"):
+        trainer.train()
+    trainer, _ = plain_trainer(tmp_path, model, pruner)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="fsdp shards the parameters after"):
+        hf._check_setup(trainer.args, trainer)
+    pruner.finalize()
+    trainer, _ = plain_trainer(tmp_path, model, pruner)
+    with pytest.raises(ValueError, match="the pruner is finished"):
+        trainer.train()
+    penalty = nn.Linear(2, 2)
+    for error, message, options in [
+        (TypeError, "penalty should be a regularizer", {"penalty": 0.5, "strength": 0.1}),
+        (TypeError, "strength should be a number", {"penalty": penalty, "strength": "0.1"}),
+        (ValueError, "finite and not negative, got -1", {"penalty": penalty, "strength": -1}),
+    ]:
+        with pytest.raises(error, match=message):
+            hf.AlignmentTrainer(bert(), arguments(tmp_path), **options)
+    trainer, *_ = regularized(tmp_path, lambda step: 1.0 - step)
+    with pytest.raises(ValueError, match="not negative, got -1.0 at step 2"):
+        trainer.train()
+    trainer, *_ = regularized(tmp_path, 1.0)
+    for module, _ in tap.prunable_parameters(trainer.model):
+        module.weight_orig.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the parameters of the penalty requires"):
+        trainer.train()
+
+
+def test_train_twice(tmp_path: Path) -> None:
+    """A second training goes on with the same pruner."""
+    trainer, pruner = plain_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    trainer.train()
+    assert pruner.steps == 6 and pruner.sparsity() == pytest.approx(0.6, abs=1e-3)

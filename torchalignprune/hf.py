@@ -7,7 +7,7 @@ regularizer to the loss. They go together or alone::
     reference = tap.Reference.capture(params)
     penalty = tap.CosineAlignment(params, reference)
     schedule = tap.schedules.cubic(0.0, 0.7, begin=100, end=900, every=100)
-    pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, reference=reference, penalty=penalty)
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, penalty=penalty)
 
     trainer = hf.AlignmentTrainer(
         model, args, train_dataset=data, penalty=penalty, strength=0.1,
@@ -67,7 +67,7 @@ _SENTINEL = "checkpoint-is-incomplete.txt"  # of the Trainer's enable_jit_checkp
 _VERSION = 1
 
 
-class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of an unmodified ``Trainer`` while it trains.
 
     The pruner takes a step after each step of the optimizer, so once for all batches of a gradient
@@ -261,7 +261,7 @@ class AlignmentTrainerMixin:
         self.strength: Callable[[int], float] = (
             strength if callable(strength) else _constant(strength)
         )
-        # Since the last log: the sum of what was added to the loss, of the strengths, and the steps.
+        # Since the last log: what was added to the loss, and the strengths, summed; the steps.
         self._added: Tensor | float = 0.0
         self._strengths = 0.0
         self._steps = 0
@@ -269,8 +269,8 @@ class AlignmentTrainerMixin:
         _check_setup(self.args, self)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        # Only in the last of the accumulated batches, and before it, so that DistributedDataParallel
-        # finds the gradient there already when it averages.
+        # With the last of the accumulated batches, and before its own backward, in which
+        # DistributedDataParallel averages all the gradient that is there.
         added = self._penalize(model) if self.accelerator.sync_gradients else None
         loss: Tensor = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         return loss if added is None else loss + added.to(loss.device, loss.dtype)
@@ -302,7 +302,7 @@ class AlignmentTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class AlignmentTrainer(AlignmentTrainerMixin, Trainer):  # type: ignore[misc]
+class AlignmentTrainer(AlignmentTrainerMixin, Trainer):
     """A ``Trainer`` whose loss has a regularizer in it: see :class:`AlignmentTrainerMixin`."""
 
 
@@ -401,7 +401,10 @@ def _is_complete(folder: Path) -> bool:
         return False
     try:
         state = load_state(folder / _FILE)
-        if json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"] != state["global_step"]:
+        if (
+            json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"]
+            != state["global_step"]
+        ):
             return False
     except (ValueError, KeyError, OSError):
         return False

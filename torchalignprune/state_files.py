@@ -1,10 +1,10 @@
 """States of a training run in files: nested dicts of tensors, numbers and strings, without pickle.
 
-    >>> import tempfile, torch
-    >>> path = tempfile.mkdtemp() + "/state.safetensors"
-    >>> save_state(path, {"step": 3, "sums": {"0.weight": torch.ones(2)}})
-    >>> load_state(path)
-    {'step': 3, 'sums': {'0.weight': tensor([1., 1.])}}
+>>> import tempfile, torch
+>>> path = tempfile.mkdtemp() + "/state.safetensors"
+>>> save_state(path, {"step": 3, "sums": {"0.weight": torch.ones(2)}})
+>>> load_state(path)
+{'step': 3, 'sums': {'0.weight': tensor([1., 1.])}}
 """
 
 from __future__ import annotations

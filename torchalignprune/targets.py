@@ -2,11 +2,12 @@
 
 A method's :meth:`apply` and :func:`torchalignprune.global_unstructured` know the modules. torch's
 own ``global_unstructured`` hands a method one flat vector of the entries that are not pruned yet;
-where they belong is read off the vector's autograd history.
+where they belong is read off the vector's autograd history, or asked of the caller.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (

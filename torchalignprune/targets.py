@@ -2,11 +2,12 @@
 
 A method's :meth:`apply` and :func:`torchalignprune.global_unstructured` know the modules. torch's
 own ``global_unstructured`` hands a method one flat vector of the entries that are not pruned yet;
-where they belong is read off the vector's autograd history.
+where they belong is read off the vector's autograd history, or asked of the caller.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (
@@ -29,6 +31,7 @@ from torchalignprune.parameters import (
 __all__ = [
     "PerParameter",
     "Target",
+    "parameters_of_caller",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -241,6 +244,20 @@ def _per_target(
                 f"the {what} of {target.name} should be a tensor, got {type(own).__name__}"
             )
     return [(target, own.detach()) for target, own in zip(targets, found, strict=True)]
+
+
+def parameters_of_caller() -> list[Pair] | None:
+    """The parameters that torch's ``global_unstructured``, which is calling, is about to prune.
+
+    It hands a method their entries alone, but has them at hand itself.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is prune.global_unstructured.__code__:
+            parameters = frame.f_locals.get("parameters")
+            return list(parameters) if isinstance(parameters, list | tuple) else None
+        frame = frame.f_back
+    return None
 
 
 def targets_from_history(vector: Tensor) -> list[Target] | None:

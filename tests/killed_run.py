@@ -145,7 +145,7 @@ def main(folder: Path, kind: str, seed: int, kills: int) -> None:
             run_trainer(folder) if kind == "trainer" else run(folder, kind)
             os._exit(0)
         if killed < kills:
-            time.sleep(chance.uniform(0.0, 1.5 if kind == "trainer" else 0.12))
+            time.sleep(chance.uniform(0.0, 0.8 if kind == "trainer" else 0.12))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):

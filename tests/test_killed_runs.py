@@ -43,6 +43,6 @@ def test_killed_runs_end_like_the_one_that_was_not(kind: str, kills: int, tmp_pa
     zeros = sum(int((w == 0).sum()) for w in weights)
     assert zeros == round(0.8 * sum(w.numel() for w in weights))
     killed, ends = through(tmp_path / "killed", kind, 1, kills)
-    assert killed >= kills // 3
+    assert killed >= 3
     assert ends.keys() == whole.keys()
     assert all(torch.equal(ends[name], whole[name]) for name in whole)

@@ -49,27 +49,37 @@ struct Edge {
   uint8_t bits = 0;
 };
 
+// Of up to 8 entries, a bit each.
+struct Eight {
+  unsigned nonzero = 0, negative = 0, kept = 0;
+
+  template <class Bits>
+  Eight(const Bits* words, const uint8_t* mask, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+      nonzero |= unsigned{static_cast<Bits>(words[k] << 1) != 0} << k;
+      negative |= unsigned{words[k] >> (8 * sizeof(Bits) - 1) != 0} << k;
+    }
+    if (mask == nullptr) {
+      kept = nonzero;
+    } else {
+      for (int64_t k = 0; k < n; ++k) kept |= unsigned{mask[k] != 0} << k;
+    }
+  }
+};
+
 template <class Bits>
 Counts write_bits(
     const Bits* words, const uint8_t* mask, int64_t begin, int64_t end, uint8_t* bits) {
   Counts counts;
   for (int64_t i = begin; i < end; i += 8) {
-    unsigned nonzero = 0, negative = 0, kept = 0;
-    const int64_t n = std::min<int64_t>(8, end - i);
-    for (int64_t k = 0; k < n; ++k) {
-      const Bits word = words[i + k];
-      nonzero |= unsigned{static_cast<Bits>(word << 1) != 0} << k;
-      negative |= unsigned{word >> (8 * sizeof(Bits) - 1) != 0} << k;
-    }
-    if (mask == nullptr) {
-      kept = nonzero;
-    } else {
-      for (int64_t k = 0; k < n; ++k) kept |= unsigned{mask[i + k] != 0} << k;
-    }
-    bits[i / 8] = static_cast<uint8_t>(kept);
-    counts.kept += std::popcount(kept);
-    counts.lost += std::popcount(nonzero & ~kept);
-    counts.negative += std::popcount(negative & ~nonzero & ~kept);
+    const uint8_t* own_mask = mask == nullptr ? nullptr : mask + i;
+    // All but the last are 8, which the compiler unrolls.
+    const Eight eight =
+        end - i >= 8 ? Eight(words + i, own_mask, 8) : Eight(words + i, own_mask, end - i);
+    bits[i / 8] = static_cast<uint8_t>(eight.kept);
+    counts.kept += std::popcount(eight.kept);
+    counts.lost += std::popcount(eight.nonzero & ~eight.kept);
+    counts.negative += std::popcount(eight.negative & ~eight.nonzero & ~eight.kept);
   }
   return counts;
 }

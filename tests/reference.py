@@ -340,6 +340,16 @@ def output_error(
     return total
 
 
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Entry by entry."""
+    kept = [value if keep else 0.0 for value, keep in zip(flat(tensor), flat(mask), strict=True)]
+    return torch.tensor(kept, dtype=torch.float64).to(tensor.dtype).reshape(tensor.shape)
+
+
+def flat(tensor: Tensor) -> list[float]:
+    return list(tensor.double().reshape(-1).tolist())
+
+
 def pack(weight: Tensor) -> list[list[int] | None]:
     """The bits, the values as integers, and the signs of the zeros, None if all are positive."""
     size = 8 * weight.element_size()

@@ -284,9 +284,22 @@ def write_tensors(
             metadata=dict(metadata),
         )
         partial.chmod(mode)  # some versions of safetensors make files that nobody else may read
+        _flush(partial)
         partial.replace(path)
+        _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":  # which opens no folders
+        return
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _files(path: Path) -> list[Path]:

@@ -167,10 +167,11 @@ def main() -> None:
                 continue
             result["of_values_and_bits"] = result["bytes"] / smallest
             unverified = result.get("load_unverified_s")
+            memory = [result[key] / 1e6 for key in ("save_extra", "load_extra")]
             print(
                 f"  {name:22} {result['bytes'] / 1e6:8.1f} MB {result['of_values_and_bits']:7.4f} x"
                 f"  save {median(result['save_s']):7.3f} s  load {median(result['load_s']):7.3f} s"
-                f"  memory {result['save_extra'] / 1e6:5.0f} and {result['load_extra'] / 1e6:5.0f} MB"
+                f"  memory {memory[0]:4.0f} and {memory[1]:4.0f} MB"
             )
             if unverified:
                 print(f"{'':26}load without verification {median(unverified):.3f} s")

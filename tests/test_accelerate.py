@@ -38,9 +38,7 @@ class Run:
     """A model with everything that its training needs, made as for the first start."""
 
     def __init__(self, kind: str, *, accumulate: int = 1, **settings: Any) -> None:
-        self.accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=accumulate, **settings
-        )
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **settings)
         torch.manual_seed(0)
         model = nn.Sequential(copy.deepcopy(START), nn.Dropout(0.1))
         params = tap.prunable_parameters(model)

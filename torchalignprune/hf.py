@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruner import Pruner
@@ -111,12 +112,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         _check_setup(args, trainer)
         if self.pruner.finished:
             raise ValueError("the pruner is finished: finalize() has taken its hooks away")
-        inside = set(model.modules())
-        if any(module not in inside for module, _ in self.pruner.params):
-            raise ValueError(
-                "the pruner's parameters should be those of the model that is trained, got some of "
-                "another one (model_init and hyperparameter searches make new models)"
-            )
+        self._check_model(model)
         if trainer is not None:
             # The first to hear of logs, so that all others get the numbers that it adds. The list
             # is being walked through now: those before it move by one, and none is skipped.
@@ -125,6 +121,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 raise ValueError("a Trainer should have one PruningCallback, got several")
             callbacks.remove(self)
             callbacks.insert(0, self)
+            self._keep_masks_home(trainer.model_wrapped)
         if state.global_step > 0:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._resume(own if folder is None else Path(folder), state.global_step)
@@ -162,6 +159,29 @@ class PruningCallback(TrainerCallback, ExportableState):
             if folder.is_dir():
                 self._save(folder)
         return {"args": {"pruner": None}, "attributes": {}}
+
+    def _check_model(self, model: nn.Module) -> None:
+        paths = {module: path for path, module in model.named_modules()}
+        for module, name in self.pruner.params:
+            if module not in paths:
+                raise ValueError(
+                    "the pruner's parameters should be those of the model that is trained, got "
+                    "some of another one (model_init and hyperparameter searches make new models)"
+                )
+            if paths[module].endswith(".original_module"):
+                raise ValueError(
+                    f"{paths[module]}.{name} is not trained: PEFT's modules_to_save has a copy of "
+                    "it trained instead. Leave it out of the pruner's parameters"
+                )
+
+    def _keep_masks_home(self, wrapped: nn.Module) -> None:
+        """DistributedDataParallel would broadcast the masks in each forward. Every process makes
+        the same ones."""
+        for ddp in wrapped.modules():
+            if isinstance(ddp, DistributedDataParallel):
+                paths = {module: path for path, module in ddp.module.named_modules()}
+                masks = {f"{paths[module]}.{name}_mask" for module, name in self.pruner.params}
+                ddp.parameters_to_ignore.update(masks)
 
     def _save(self, folder: Path) -> None:
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

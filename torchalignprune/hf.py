@@ -91,6 +91,27 @@ class PruningCallback(TrainerCallback, ExportableState):
         ValueError: when training begins: the pruner is finished, or of another model; a setup that
             this does not work with (FSDP, DeepSpeed, ``torch.nn.DataParallel``); a checkpoint
             without the pruner's state, or with one that does not fit.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> config = transformers.BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     intermediate_size=8,
+        ... )
+        >>> model = transformers.BertForSequenceClassification(config)
+        >>> rows = [{"input_ids": [i, 1, 2], "labels": i % 2} for i in range(8)]
+        >>> schedule = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> pruner = tap.Pruner(tap.prunable_parameters(model), tap.AlignedMagnitude, schedule)
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> callback = hf.PruningCallback(pruner)
+        >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[callback])
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ... 'pruning/sparsity': '0.5', 'pruning/target_sparsity': '0.5'}
+        3
     """
 
     def __init__(self, pruner: Pruner) -> None:
@@ -259,6 +280,28 @@ class AlignmentTrainerMixin:
         TypeError: a penalty that is not a module; a strength that is no number or function.
         ValueError: a strength that is negative or not finite; FSDP, DeepSpeed or
             ``torch.nn.DataParallel``; a penalty without any gradient.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> class Regression(torch.nn.Linear):
+        ...     def forward(self, x, y):
+        ...         return {"loss": (super().forward(x) - y).square().mean()}
+        >>> model = Regression(4, 1)
+        >>> params = [(model, "weight")]
+        >>> penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+        >>> rows = [{"x": [1.0 * i, 0.0, 1.0, 2.0], "y": [1.0]} for i in range(8)]
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, logging_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> strength = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> trainer = hf.AlignmentTrainer(
+        ...     model, args, train_dataset=rows, penalty=penalty, strength=strength
+        ... )
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ... 'penalty_strength': '0.25', 'epoch': ...}
+        {'train_runtime': ...}
     """
 
     if TYPE_CHECKING:

@@ -862,3 +862,31 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert all(torch.equal(value, wanted[key]) for key, value in found.items())
     state = load_state(Path(checkpoint) / "pruner.safetensors")["pruner"]
     assert same(state, pruner.state_dict())
+
+
+def test_a_checkpoint_that_a_signal_asks_for(tmp_path: Path) -> None:
+    """With enable_jit_checkpoint the Trainer saves from within a callback, and stops."""
+    if not hasattr(TrainingArguments, "enable_jit_checkpoint"):
+        pytest.skip("Transformers before 5.0")
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer, _ = plain_trainer(tmp_path / "run", enable_jit_checkpoint=True)
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:  # what SIGTERM does, after a few seconds
+                (jit,) = [
+                    callback
+                    for callback in trainer.callback_handler.callbacks
+                    if hasattr(callback, "jit_manager")
+                ]
+                jit.jit_manager.is_checkpoint_requested = True
+
+    trainer.add_callback(Signal())
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    checkpoint = hf.last_complete_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    state = load_state(Path(checkpoint) / "pruner.safetensors")
+    assert state["pruner"]["step"] == state["global_step"] == 4

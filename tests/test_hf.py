@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -829,39 +827,6 @@ def test_a_pretrained_encoder(tmp_path: Path) -> None:
     assert same(again.model.state_dict(), trainer.model.state_dict())
     assert same(again.optimizer.state_dict(), trainer.optimizer.state_dict())
     assert resumed.log() == pruner.log()
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(tmp_path: Path) -> None:
-    """Kill -9 at three random moments of a run that saves after every step; it ends the same."""
-    whole, pruner = made("movement, regrow", tmp_path / "whole", max_steps=40, save_strategy="no")
-    whole.train()
-    script = str(Path(__file__).with_name("trainer_killed.py"))
-    chance = random.Random(0)
-    resumed = []
-    for attempt in itertools.count():
-        command = [sys.executable, script, str(tmp_path / "run")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            resumed.append(process.stdout.readline())  # says where it resumes from, and trains
-            if attempt < 3:
-                next_one = tmp_path / "run" / f"checkpoint-{12 * attempt + chance.randint(3, 12)}"
-                while not next_one.exists() and process.poll() is None:
-                    time.sleep(0.001)
-                time.sleep(chance.uniform(0.0, 0.03))  # while it saves, or in the next step
-                process.kill()
-            assert process.wait() in (0, -signal.SIGKILL)
-        if process.returncode == 0:
-            break
-    assert len(set(resumed)) == len(resumed) == 4, resumed
-    checkpoint = hf.last_complete_checkpoint(tmp_path / "run")
-    assert checkpoint is not None and checkpoint.endswith("checkpoint-40")
-    found = load_file(Path(checkpoint) / "model.safetensors")
-    wanted = whole.model.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(value, wanted[key]) for key, value in found.items())
-    state = load_state(Path(checkpoint) / "pruner.safetensors")["pruner"]
-    assert same(state, pruner.state_dict())
 
 
 def test_a_checkpoint_that_a_signal_asks_for(tmp_path: Path) -> None:

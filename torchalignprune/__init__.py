@@ -28,6 +28,7 @@ from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: 
 from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
 from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
+from torchalignprune.semi_structured import to_semi_structured  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -60,4 +61,5 @@ __all__ = [
     "random",
     "realign",
     "schedules",
+    "to_semi_structured",
 ]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import semi_structured
 import torchalignprune as tap
 from common import EMBEDDINGS, LAYER, RESULTS, machine, size
 from torchalignprune import ops
@@ -198,6 +199,72 @@ def square_sums(bandwidth: float) -> dict[str, Any]:
         "weights": size(weights),
         **compared(lambda: [ops.square_sums(w) for w in weights], peers, moved, bandwidth),
     }
+
+
+def masks_of(weights: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(2)
+    return [
+        torch.rand(weight.shape, device="cuda", generator=generator) >= AMOUNT for weight in weights
+    ]
+
+
+def zero_pruned(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """Of entries that are zero already, as at most pruning steps, and of those that are not."""
+    weights = weights_of(ENCODER, dtype)
+    masks = masks_of(weights)
+    expected = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+    fresh = [weight.clone() for weight in weights]
+    ops.zero_pruned_(fresh, masks)
+    for found, plain in zip(fresh, expected, strict=True):
+        assert torch.equal(found, plain), "not the product with the mask"
+
+    def by_torch() -> None:
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.mul_(mask)
+
+    gone = [~mask for mask in masks]
+
+    def by_masked_fill() -> None:
+        for weight, mask in zip(weights, gone, strict=True):
+            weight.masked_fill_(mask, 0)
+
+    def ours_again() -> None:
+        torch._foreach_copy_(fresh, weights)
+        ops.zero_pruned_(fresh, masks)
+
+    copied = times(lambda: torch._foreach_copy_(fresh, weights))["ms"]
+    first = times(ours_again)["ms"] - copied
+    moved = sum(weight.nbytes + mask.nbytes for weight, mask in zip(weights, masks, strict=True))
+    peers: dict[str, Run] = {"torch.mul_": by_torch, "torch.masked_fill_": by_masked_fill}
+    ours = compared(lambda: ops.zero_pruned_(fresh, masks), peers, moved, bandwidth)
+    return {"weights": size(weights), **ours, "first_ms": first}
+
+
+def apply_mask(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """Products and their gradients, of gradients that somebody else keeps."""
+    leaves = [weight.requires_grad_() for weight in weights_of(ENCODER, dtype)]
+    masks = masks_of(leaves)
+    own = [mask.to(dtype) for mask in masks]
+    grads = weights_of(ENCODER, dtype)
+
+    def ours() -> list[Tensor]:
+        products = [ops.apply_mask(w, mask) for w, mask in zip(leaves, masks, strict=True)]
+        return list(torch.autograd.grad(products, leaves, grads))
+
+    def by_torch() -> list[Tensor]:
+        products = [mask * w for w, mask in zip(leaves, own, strict=True)]
+        return list(torch.autograd.grad(products, leaves, grads))
+
+    for found, plain in zip(ours(), by_torch(), strict=True):
+        assert torch.equal(found, plain), "another gradient than torch's"
+    for leaf, mask in zip(leaves, masks, strict=True):
+        assert torch.equal(ops.apply_mask(leaf, mask), leaf * mask), "another product than torch's"
+    moved = sum(4 * leaf.nbytes + 2 * mask.nbytes for leaf, mask in zip(leaves, masks, strict=True))
+    return {"weights": size(leaves), **compared(ours, {"torch.mul": by_torch}, moved, bandwidth)}
+
+
+def semi_structured_layers() -> dict[str, Any]:
+    return {"layers": semi_structured.measure_all()}
 
 
 UNITS, LENGTH = 3072, 768
@@ -464,6 +531,10 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
     if "error" in result:
         yield f"{name}: {result['error'].splitlines()[-1]}"
         return
+    if "layers" in result:
+        yield name
+        yield from semi_structured.describe(result["layers"])
+        return
     head = f"{name}, {result['weights'] / 1e6:.1f} M"
     if "calls" in result:
         yield head
@@ -484,6 +555,8 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
         yield f"  {peer:34} {one['ms']:9.2f} ms  {one['ratio']:7.1f} x"
     if result.get("share_of_optimum") is not None:
         yield f"  {'total':34} {result['share_of_optimum']:.4f} of the optimum"
+    if "first_ms" in result:
+        yield f"  {'ours, where half is not zero yet':34} {result['first_ms']:9.2f} ms"
     if "forward_ms" in result:
         yield f"  {'ours, forward alone':34} {result['forward_ms']:9.2f} ms"
         yield f"  {'ours, references on the CPU':34} {result['references_on_the_cpu_ms']:9.2f} ms"
@@ -549,7 +622,11 @@ def main() -> int:
             cases[f"regularizer {name} {str(dtype)[6:]}"] = lambda n=name, d=dtype: regularizer(
                 n, d, bandwidth
             )
+        cases[f"zero_pruned_ {str(dtype)[6:]}"] = lambda d=dtype: zero_pruned(d, bandwidth)
+        cases[f"apply_mask {str(dtype)[6:]}"] = lambda d=dtype: apply_mask(d, bandwidth)
     cases["whole calls float32 85 M"] = lambda: whole_calls("85 M")
+    if semi_structured.why_not() is None:
+        cases["semi_structured"] = semi_structured_layers
 
     print(f"{report['machine']['gpu']}: copies {report['copy_gb_per_s']:.0f} GB/s")
     failed = False

@@ -212,6 +212,19 @@ def test_a_gradient_with_a_view_of_it_elsewhere_stays_as_it_is() -> None:
     assert torch.equal(weight.grad, mask.float())
 
 
+@TORCHS_OWN
+def test_a_batch_of_gradients() -> None:
+    weight, mask, x = torch.randn(3, 4, requires_grad=True), half(3, 4), torch.randn(5, 4)
+    for operator in (ops.apply_mask, ops.masked_weight):
+        found, plain = (
+            torch.autograd.functional.jacobian(
+                lambda w, f=f: linear(x, f(w, mask)).tanh(), weight, vectorize=True
+            )
+            for f in (operator, lambda w, m: torch.where(m, w, 0))
+        )
+        torch.testing.assert_close(found, plain)
+
+
 def test_expanded_and_missing_gradients() -> None:
     weight, mask = torch.randn(3, 4, requires_grad=True), half(3, 4)
     ops.apply_mask(weight, mask).sum().backward()

@@ -719,7 +719,7 @@ def test_zero_pruned_equals_the_cpu(seed: int) -> None:
     ops.zero_pruned_(moved, on_gpu(masks))
     for found, expected, whole in zip(moved, tensors, wholes, strict=True):
         assert_same(found, expected)
-        assert not bool(found[found == 0].signbit().any())
+        assert torch.equal(found.signbit().cpu(), expected.signbit())
         around = [tensor.as_strided((whole,), (1,), 0) for tensor in (found, expected)]
         torch.testing.assert_close(around[0].cpu(), around[1], rtol=0, atol=0, equal_nan=True)
 
@@ -747,6 +747,87 @@ def test_zero_pruned_of_more_than_two_to_the_31_entries() -> None:
     for begin in range(0, size, 1 << 28):
         part = slice(begin, begin + (1 << 28))
         assert torch.equal(tensor[part] != 0, mask[part])
+
+
+# apply_mask and masked_weight
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_apply_mask_equals_the_cpu(seed: int) -> None:
+    draw = Draw(seed)
+    weight = draw.tensor(draw.shape(), draw.one(DTYPES))
+    mask = draw.mask(tuple(weight.shape))
+    expected = ops.apply_mask(weight, mask)
+    for operator in (ops.apply_mask, ops.masked_weight):
+        found = operator(on_gpu(weight), on_gpu(mask))
+        assert_same(found, expected)
+        assert torch.equal(found.signbit().cpu(), expected.signbit())
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("size", [1, 15, 16, 4095, 4096, 4097, 1_000_003, 50_000_001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_mask_at_any_place_in_memory(dtype: torch.dtype, size: int, offset: int) -> None:
+    weight = torch.randn(size + offset, device=DEVICE).to(dtype)[offset:]
+    weight[size // 2] = NAN
+    for mask in (
+        torch.rand(size + 3, device=DEVICE) < 0.5,
+        torch.ones(size + 3, device=DEVICE) < 0,
+    ):
+        for own in (mask[3:], mask[:size]):
+            expected = torch.where(own, weight, 0)
+            torch.testing.assert_close(
+                ops.apply_mask(weight, own), expected, rtol=0, atol=0, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fresh_gradient_is_masked_in_place(dtype: torch.dtype) -> None:
+    weight = torch.randn(3000, 2000, device=DEVICE).to(dtype).requires_grad_()
+    mask = torch.rand(3000, 2000, device=DEVICE) < 0.5
+    x = torch.randn(64, 2000, device=DEVICE).to(dtype)
+    (plain,) = torch.autograd.grad((x @ (weight * mask).t()).square().sum(), weight)
+    value = (x @ ops.apply_mask(weight, mask).t()).square().sum()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (found,) = torch.autograd.grad(value, weight)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * weight.nbytes
+    assert torch.equal(found, plain)
+
+
+def test_a_model_trains_as_with_torchs_hooks() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 100)).to(DEVICE)
+    other = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 100)).to(DEVICE)
+    other.load_state_dict(ours.state_dict())
+    tap.global_unstructured(pairs(ours), tap.Magnitude, amount=0.5)
+    for own, twin in ((ours[0], other[0]), (ours[2], other[2])):
+        prune.custom_from_mask(twin, "weight", own.weight_mask.float())
+    steps = [torch.optim.AdamW(model.parameters(), 0.01) for model in (ours, other)]
+    x = torch.randn(32, 300, device=DEVICE)
+    for _ in range(5):
+        losses = []
+        for model, step in zip((ours, other), steps, strict=True):
+            step.zero_grad()
+            losses.append(model(x).square().mean())
+            losses[-1].backward()
+            step.step()
+        assert torch.equal(*losses)
+    for own, twin in zip(ours.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, twin)
+
+
+@pytest.mark.slow
+def test_apply_mask_of_more_than_two_to_the_31_entries() -> None:
+    needs_memory(16 * GIB)
+    size = (1 << 31) + 12_345
+    weight = torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_(4) != 0
+    product = ops.apply_mask(weight, mask)
+    for begin in range(0, size, 1 << 28):
+        part = slice(begin, begin + (1 << 28))
+        assert torch.equal(product[part] != 0, mask[part])
 
 
 # What every operator has to take
@@ -818,6 +899,8 @@ def test_what_is_given_does_not_change() -> None:
     ops.select_rows(w, mask.sum(dim=1) // 2, mask=mask)
     ops.cosine_gains(w, mask=mask, reference=r, column_scale=columns)
     ops.square_sums(w, row_scale=rows, column_scale=columns)
+    ops.apply_mask(w, mask)
+    ops.masked_weight(w, mask)
     products = ops.unit_products([w], masks=[mask], references=[r])
     ops.unit_combination([w], products[:2], masks=[mask], references=[r])
     for tensor, copy in zip(given, before, strict=True):
@@ -843,9 +926,11 @@ def test_work_goes_to_the_current_stream() -> None:
     expected_sums = ops.square_sums(host)
     source = host.to(DEVICE)
     counts = torch.full((300,), 450, device=DEVICE)
+    host_mask = torch.rand(300, 900) < 0.5
+    device_mask = host_mask.to(DEVICE)
     expected_products = ops.unit_products([host.sign()], references=[host.sign()])
     pinned = host.sign().pin_memory()
-    for check in range(5):
+    for check in range(7):
         late = torch.full_like(source, NAN if check in (0, 1, 2) else 0)
         with busy_stream():
             late.copy_(source)
@@ -859,8 +944,13 @@ def test_work_goes_to_the_current_stream() -> None:
             elif check == 3:  # sums of whole numbers, which are the same in any order
                 found = [ops.unit_products([late.sign_()], references=[pinned])]
                 expected = [expected_products]
-            else:
+            elif check == 4:
                 found, expected = list(ops.square_sums(late)), list(expected_sums)
+            elif check == 5:
+                found, expected = [ops.apply_mask(late, device_mask)], [host * host_mask]
+            else:
+                ops.zero_pruned_([late], [device_mask])
+                found, expected = [late], [host * host_mask]
         torch.cuda.synchronize()
         for tensor, cpu in zip(found, expected, strict=True):
             assert_same(tensor, cpu)
@@ -895,6 +985,7 @@ def test_opcheck() -> None:
         operators.zero_pruned_.default,
         ([w.clone(), vector.clone()], [mask, vector > 0], ["a", "b"]),
     )
+    torch.library.opcheck(operators.apply_mask.default, (leaf, mask))
     rest = ([0, 0], ["a", "b"])
     torch.library.opcheck(operators.unit_products.default, (*units, *rest))
     torch.library.opcheck(operators.unit_combination.default, (*units, coefficients, *rest))

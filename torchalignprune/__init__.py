@@ -30,6 +30,7 @@ from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
 from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
 from torchalignprune.saving import load_pruned, save_pruned  # noqa: E402
+from torchalignprune.semi_structured import to_semi_structured  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -65,4 +66,5 @@ __all__ = [
     "realign",
     "save_pruned",
     "schedules",
+    "to_semi_structured",
 ]

@@ -263,7 +263,7 @@ def unit_dimension(module: nn.Module, name: str) -> int:
         >>> unit_dimension(nn.ConvTranspose2d(4, 2, 3), "weight")
         1
     """
-    return int(name == "weight" and isinstance(module, (*_TRANSPOSED, *_transformers_conv1d())))
+    return int(name == "weight" and isinstance(module, (*_TRANSPOSED, *transformers_conv1d())))
 
 
 def known_unit_dimension(parameter: Tensor) -> int:
@@ -400,7 +400,7 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
     """The names that the weights of a supported module have."""
     if isinstance(module, nn.MultiheadAttention):
         return _IN_PROJECTIONS
-    supported = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, *_EMBEDDINGS, *_transformers_conv1d())
+    supported = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, *_EMBEDDINGS, *transformers_conv1d())
     return ("weight",) if isinstance(module, supported) else ()
 
 
@@ -425,7 +425,8 @@ def _head(name: str, bases: list[tuple[str, str]]) -> str | None:
     return None
 
 
-def _transformers_conv1d() -> tuple[type, ...]:
+def transformers_conv1d() -> tuple[type, ...]:
+    """transformers' ``Conv1D``, a linear layer of a transposed weight, if that was imported."""
     return _loaded("transformers.pytorch_utils", "Conv1D")
 
 

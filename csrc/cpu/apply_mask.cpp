@@ -12,6 +12,7 @@
 #include <atomic>
 
 #include "../checks.h"
+#include "huge_pages.h"
 #include "kernels.h"
 
 namespace torchalignprune {
@@ -34,6 +35,7 @@ at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   check_weight(weight, "weight");
   check_mask(weight, mask, "weight");
   at::Tensor out = at::empty_like(weight);
+  advise_huge_pages(out);
   const at::Tensor own_weight = laid_as(weight, out);
   const at::Tensor own_mask = laid_as(mask, out);
   const auto kernel = kernels().apply_mask[kernel_for(weight)];

@@ -115,7 +115,7 @@ def _strings(column: pyarrow.Array, where: str) -> pyarrow.Array:
         raise ValueError(f"{where}: the text of row {row} is missing")
     try:
         return column.cast(pyarrow.string())
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{where} should be text, got {column.type}") from error
 
 

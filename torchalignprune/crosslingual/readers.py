@@ -200,7 +200,7 @@ def _read(paths: list[Path], task: Task) -> datasets.Dataset:
             table = _read_small(path, task)
         else:
             try:
-                table = _read_table(path)
+                table = _read_table(path, task)
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise ValueError(f"{path} cannot be read: {_line(error)}") from error
             features = import_datasets().Features.from_arrow_schema(table.schema)
@@ -210,7 +210,7 @@ def _read(paths: list[Path], task: Task) -> datasets.Dataset:
     return import_datasets().concatenate_datasets(parts)
 
 
-def _read_table(path: Path) -> pyarrow.Table:
+def _read_table(path: Path, task: Task) -> pyarrow.Table:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -224,8 +224,11 @@ def _read_table(path: Path) -> pyarrow.Table:
     parse = pyarrow.csv.ParseOptions(
         delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
     )
-    # Texts such as "NA" are texts.
-    convert = pyarrow.csv.ConvertOptions(strings_can_be_null=False, null_values=[])
+    # Texts such as "NA" and "007" are texts.
+    texts = [name for kind in ("text", "text_pair") for name in task.columns.get(kind, (kind,))]
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(texts, pyarrow.string()), null_values=[]
+    )
     return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 

@@ -78,6 +78,8 @@ def encode_words(
             "tokenizer should be a fast one (PreTrainedTokenizerFast), which knows the word of "
             f"each subword, got {type(tokenizer).__name__}"
         )
+    if labels is not None and len(labels) != len(sentences):
+        raise ValueError(f"labels should be for {len(sentences)} sentences, got {len(labels)}")
     texts = []
     for i, words in enumerate(sentences):
         if isinstance(words, str):
@@ -85,8 +87,6 @@ def encode_words(
         if labels is not None and len(labels[i]) != len(words):
             raise ValueError(f"sentence {i} has {len(words)} words and {len(labels[i])} labels")
         texts.append(list(words))
-    if labels is not None and len(labels) != len(texts):
-        raise ValueError(f"labels should be for {len(texts)} sentences, got {len(labels)}")
     if not texts:
         return []
     encoded = _tokenize(tokenizer, texts)

@@ -17,7 +17,7 @@ SENTENCES = {
     "vi": ["Thanh", "bắt chuyện", "với", "Hùng", "."],
     "ar": ["تركيا", "محاطة", "بالبحار", "."],
     "he": ["שלום", "עולם", "."],
-    "ur": ["یہ", "ایک", "کتاب", "ہے", "۔"],
+    "ur": ["یہ", "ایک", "کتاب", "ہے", "۔"],  # noqa: RUF001
     "zh": ["我", "喜欢", "你", "。"],
     "ja": ["これ", "は", "本", "です", "。"],
     "th": ["ผม", "รัก", "คุณ"],
@@ -55,7 +55,7 @@ def _trained(model: Any, trainer: Any, **options: Any) -> Tokenizer:
 
 def _train(tokenizer: Tokenizer, trainer: Any, **options: Any) -> Tokenizer:
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    texts = [" ".join(words) for words in SENTENCES.values()]
+    texts = [" ".join(words) for words in SENTENCES.values()] * 4
     tokenizer.train_from_iterator(
         texts, trainer(vocab_size=220, special_tokens=specials, show_progress=False, **options)
     )
@@ -86,7 +86,7 @@ def xlmr(labels: tuple[str, ...], kind: str = "TokenClassification", seed: int =
     """A model of XLM-R's class with random weights: 48 positions that count."""
     torch.manual_seed(seed)
     config = transformers.XLMRobertaConfig(
-        vocab_size=len(unigram()),
+        vocab_size=max(len(unigram()), len(wordpiece())),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -112,9 +112,7 @@ class Lookup(nn.Module):
         self.table = nn.Parameter(
             torch.nn.functional.one_hot(table, len(labels)).float(), requires_grad=False
         )
-        self.config = SimpleNamespace(
-            id2label=dict(enumerate(labels)), max_position_embeddings=48
-        )
+        self.config = SimpleNamespace(id2label=dict(enumerate(labels)), max_position_embeddings=48)
         self.words = words
         self.batches: list[tuple[int, ...]] = []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchalignprune.crosslingual.columns import column_names
 from torchalignprune.crosslingual.readers import load_task
-from torchalignprune.crosslingual.report import LanguageScore, ZeroShotReport
+from torchalignprune.crosslingual.report import LanguageScore, ZeroShotReport, check_drawing
 from torchalignprune.crosslingual.spans import span_counts
 from torchalignprune.crosslingual.tasks import Task, get_task
 from torchalignprune.crosslingual.words import encode_words
@@ -86,6 +86,7 @@ def evaluate_zero_shot(
     """
     task = get_task(task)
     codes = _checked(languages, data, supervised)
+    check_drawing(level, resamples, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
     longest = longest_input(model, tokenizer)

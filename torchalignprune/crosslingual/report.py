@@ -116,12 +116,7 @@ class ZeroShotReport:
                 f"supervised should be one of the languages, {', '.join(languages)}, or None, got "
                 f"{supervised!r}"
             )
-        if not 0 < level < 1:
-            raise ValueError(f"level should be between 0 and 1, got {level}")
-        if resamples < 1:
-            raise ValueError(f"resamples should be at least 1, got {resamples}")
-        if seed < 0:
-            raise ValueError(f"seed should be at least 0, got {seed}")
+        check_drawing(level, resamples, seed)
         if parallel and len({score.ids for score in languages.values()}) > 1:
             raise ValueError("languages should have the same sentence ids in a parallel task")
         self.task = task
@@ -603,6 +598,16 @@ class Comparison:
 def _spelled(counts: Array) -> str:
     """In one line; a list would take a line for each number."""
     return " ".join(map(str, counts.tolist()))
+
+
+def check_drawing(level: float, resamples: int, seed: int) -> None:
+    """Raises ValueError if sentences cannot be drawn so."""
+    if not 0 < level < 1:
+        raise ValueError(f"level should be between 0 and 1, got {level}")
+    if resamples < 1:
+        raise ValueError(f"resamples should be at least 1, got {resamples}")
+    if seed < 0:
+        raise ValueError(f"seed should be at least 0, got {seed}")
 
 
 def _mean(values: Mapping[str, Any], languages: Sequence[str]) -> Any:

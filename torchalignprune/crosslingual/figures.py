@@ -183,6 +183,7 @@ def draw_drops(
     """:meth:`Comparison.plot`."""
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     if shares is None:
         shares, shares_label = CC100_GIB, "text in XLM-R's pretraining, CC-100 (GiB)"
@@ -219,6 +220,10 @@ def draw_drops(
                 fontsize=7,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.1)
         axes.set_xlabel(shares_label)
         axes.set_ylabel("drop (points)")
         axes.grid(alpha=0.3)
@@ -246,8 +251,8 @@ def _script(language: str) -> str:
 def _script_colors(languages: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     scripts = sorted(set(map(_script, languages)))
+    colors = colormaps["tab10" if len(scripts) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     return {script: colors[i % len(colors)] for i, script in enumerate(scripts)}
 
 

@@ -20,7 +20,7 @@ word does not give the topic away.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import datasets
 
 __all__ = [
+    "DEFAULT_LANGUAGES",
     "GENERATED_POS",
     "GENERATED_TOPICS",
     "GeneratedCorpus",
@@ -63,8 +64,8 @@ _LETTERS = {
     "Grek": ("βδφγκλμνπρστχζ", "αειου"),
     "Geor": ("ბდფგკლმნპრსტვზ", "აეიოუ"),
 }
-# The first is the source's choice. "object" and the others are said to come before the verb, the
-# noun, or what they belong to, or after it.
+# The first is the source's choice. An adjective or determiner comes before or after its noun, an
+# adposition its phrase, an adverb its verb.
 _ORDERS = {
     "clause": ("SVO", "SOV", "VSO"),
     "adjective": ("before", "after"),
@@ -76,6 +77,7 @@ _ORDERS = {
 # A concept: its tag, its topic (-1 for none), its number among those.
 _Concept = tuple[str, int, int]
 _Tree = tuple[Any, ...]
+_Said = list[tuple[str, str]]  # words and their tags
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class GeneratedLanguage:
         code: its name.
         spec: what it was made like.
         words: its word for each concept.
-        own: the concepts that it has a word of its own for.
+        own: the concepts that it has a word of its own for; a verb that is spelled like a noun is
+            not among them, and goes with the noun.
         order: its choice for each question of word order: ``clause`` is ``SVO``, ``SOV`` or
             ``VSO``; ``adjective``, ``determiner``, ``adposition`` and ``adverb`` are ``before`` or
             ``after`` what they belong to.
@@ -151,10 +154,10 @@ def generate_corpus(
 ) -> GeneratedCorpus:
     """Makes up languages, and the same sentences in all of them.
 
-    No meaning occurs twice, in whatever part. A language's words depend on the seed, its code and
-    its spec alone, and the meanings on the seed and the sizes: with other languages beside it, a
-    language stays the same. So it does on every platform and version of Python, since nothing but
-    ``random.Random(...).random()`` is drawn from.
+    No meaning occurs twice, in whatever part. A language depends on the seed, the source's code,
+    its own code and its spec alone, and the meanings on the seed and the sizes: with other
+    languages beside it, a language stays the same. The corpus is the same on every platform and in
+    every version of Python, since nothing but ``random.Random(...).random()`` is drawn from.
 
     Args:
         languages: what to make, by code. The first is the source, at distance 0.
@@ -176,9 +179,10 @@ def generate_corpus(
         >>> corpus = generate_corpus(train=2, validation=1, test=1, raw=1)
         >>> row = corpus.topics["source"]["train"][0]
         >>> row["text"], GENERATED_TOPICS.labels[row["label"]]
-        ('', '')
+        ('biv berifob fopibe feluzur fi biv perebis.', 'farming')
     """
-    _check(languages, {"train": train, "validation": validation, "test": test, "raw": raw})
+    sizes = {"train": train, "validation": validation, "test": test, "raw": raw}
+    _check(languages, sizes)
     concepts = list(_concepts())
     rank = _shuffled(concepts, random.Random(f"{seed}/own words"))
     questions = _shuffled(list(_ORDERS), random.Random(f"{seed}/order"))
@@ -190,36 +194,29 @@ def generate_corpus(
         letters = random.Random(f"{seed}/{code}")
         words = dict(names) | dict(source)
         words |= _own_words(own, spec.script, letters, {*source.values(), *names.values()})
-        _spell_alike(words)
+        words |= _verbs_like_nouns(words)
         changed = questions[: round(spec.distance * len(questions))]
-        order = {
+        other = {
             question: choices[1 + _below(letters, len(choices) - 1)]
-            if question in changed
-            else choices[0]
+            for question, choices in _ORDERS.items()
+        }
+        order = {
+            question: other[question] if question in changed else choices[0]
             for question, choices in _ORDERS.items()
         }
         made[code] = GeneratedLanguage(code, spec, words, own if source else frozenset(), order)
         source = source or words
     meanings = _meanings(random.Random(f"{seed}/meanings"))
-    parts = {
-        part: [next(meanings) for _ in range(size)]
-        for part, size in (
-            ("train", train),
-            ("validation", validation),
-            ("test", test),
-            ("raw", raw),
+    parts = {part: [next(meanings) for _ in range(size)] for part, size in sizes.items()}
+    pos, topics, further = {}, {}, {}
+    for code, language in made.items():
+        said = {part: [_say(tree, language) for _, tree in drawn] for part, drawn in parts.items()}
+        further[code] = [_text(sentence) for sentence in said.pop("raw")]
+        pos[code] = _pos_data(said)
+        topics[code] = _topic_data(
+            said, {part: [topic for topic, _ in drawn] for part, drawn in parts.items()}
         )
-    }
-    unlabelled = parts.pop("raw")
-    return GeneratedCorpus(
-        made,
-        {code: _pos_data(language, parts) for code, language in made.items()},
-        {code: _topic_data(language, parts) for code, language in made.items()},
-        {
-            code: [_text(_say(tree, language)) for _, tree in unlabelled]
-            for code, language in made.items()
-        },
-    )
+    return GeneratedCorpus(made, pos, topics, further)
 
 
 def _check(languages: Mapping[str, LanguageSpec], sizes: Mapping[str, int]) -> None:
@@ -244,12 +241,14 @@ def _check(languages: Mapping[str, LanguageSpec], sizes: Mapping[str, int]) -> N
 
 
 def _concepts() -> Iterator[_Concept]:
-    """All concepts that languages have words for; names have the same everywhere."""
-    for tag, count in _GENERAL.items():
-        yield from ((tag, -1, number) for number in range(count))
-    for topic in range(len(_TOPICS)):
-        for tag, count in _IN_TOPIC.items():
-            yield from ((tag, topic, number) for number in range(count))
+    """All concepts that languages have a spelling of their own for."""
+    for topic, counts in [(-1, _GENERAL), *((topic, _IN_TOPIC) for topic in range(len(_TOPICS)))]:
+        for tag, count in counts.items():
+            yield from ((tag, topic, n) for n in range(count) if not _like_noun(tag, n))
+
+
+def _like_noun(tag: str, number: int) -> bool:
+    return tag == "VERB" and number % _HOMOGRAPHS == 0
 
 
 def _below(generator: random.Random, limit: int) -> int:
@@ -305,11 +304,13 @@ def _own_words(
     return words
 
 
-def _spell_alike(words: dict[_Concept, str]) -> None:
-    """Every third verb is spelled like a noun."""
-    for tag, topic, number in list(words):
-        if tag == "VERB" and number % _HOMOGRAPHS == 0:
-            words[tag, topic, number] = words["NOUN", topic, number]
+def _verbs_like_nouns(words: Mapping[_Concept, str]) -> dict[_Concept, str]:
+    nouns = [concept for concept in words if concept[0] == "NOUN"]
+    return {
+        ("VERB", topic, number): words["NOUN", topic, number]
+        for _, topic, number in nouns
+        if _like_noun("VERB", number) and number < (_GENERAL if topic < 0 else _IN_TOPIC)["VERB"]
+    }
 
 
 def _meanings(generator: random.Random) -> Iterator[tuple[int, _Tree]]:
@@ -364,22 +365,18 @@ def _phrase(topic: int, generator: random.Random, *, plain: bool = False) -> _Tr
     return "phrase", determiner, number, adjectives, _content("NOUN", topic, generator)
 
 
-def _say(tree: _Tree, language: GeneratedLanguage) -> list[tuple[str, str]]:
-    """The words of a meaning, and their tags."""
-    said = _spoken(tree, language)
-    return [*said, (".", "PUNCT")]
+def _say(tree: _Tree, language: GeneratedLanguage) -> _Said:
+    return [*_spoken(tree, language), (".", "PUNCT")]
 
 
-def _spoken(tree: _Tree, language: GeneratedLanguage) -> list[tuple[str, str]]:
+def _spoken(tree: _Tree, language: GeneratedLanguage) -> _Said:
     kind, *parts = tree
     order = language.order
 
-    def word(concept: _Concept | None) -> list[tuple[str, str]]:
+    def word(concept: _Concept | None) -> _Said:
         return [] if concept is None else [(language.words[concept], concept[0])]
 
-    def beside(
-        question: str, part: list[tuple[str, str]], head: list[tuple[str, str]]
-    ) -> list[tuple[str, str]]:
+    def beside(question: str, part: _Said, head: _Said) -> _Said:
         return [*part, *head] if order[question] == "before" else [*head, *part]
 
     if kind == "and":
@@ -405,41 +402,38 @@ def _spoken(tree: _Tree, language: GeneratedLanguage) -> list[tuple[str, str]]:
     return said if place is None else [*said, *_spoken(place, language)]
 
 
-def _text(said: Sequence[tuple[str, str]]) -> str:
+def _text(said: _Said) -> str:
     return " ".join(word for word, _ in said[:-1]) + said[-1][0]
 
 
-def _pos_data(
-    language: GeneratedLanguage, parts: Mapping[str, list[tuple[int, _Tree]]]
-) -> datasets.DatasetDict:
+def _pos_data(parts: Mapping[str, list[_Said]]) -> datasets.DatasetDict:
     library = import_datasets()
     label = library.ClassLabel(names=list(_TAGS))
-    features = {"id": library.Value("string"), "tokens": library.Sequence(library.Value("string"))}
-    features |= {"labels": library.Sequence(label)}
+    string = library.Value("string")
+    kinds = {"id": string, "tokens": library.Sequence(string), "labels": library.Sequence(label)}
     splits = {}
-    for part, meanings in parts.items():
-        said = [_say(tree, language) for _, tree in meanings]
+    for part, sentences in parts.items():
         columns = {
-            "id": [f"{part}-{i}" for i in range(len(said))],
-            "tokens": [[word for word, _ in sentence] for sentence in said],
-            "labels": [[_TAGS.index(tag) for _, tag in sentence] for sentence in said],
+            "id": [f"{part}-{i}" for i in range(len(sentences))],
+            "tokens": [[word for word, _ in said] for said in sentences],
+            "labels": [[_TAGS.index(tag) for _, tag in said] for said in sentences],
         }
-        splits[part] = library.Dataset.from_dict(columns, features=library.Features(features))
+        splits[part] = library.Dataset.from_dict(columns, features=library.Features(kinds))
     return library.DatasetDict(splits)
 
 
 def _topic_data(
-    language: GeneratedLanguage, parts: Mapping[str, list[tuple[int, _Tree]]]
+    parts: Mapping[str, list[_Said]], labels: Mapping[str, list[int]]
 ) -> datasets.DatasetDict:
     library = import_datasets()
     string = library.Value("string")
-    features = {"id": string, "text": string, "label": library.ClassLabel(names=list(_TOPICS))}
+    kinds = {"id": string, "text": string, "label": library.ClassLabel(names=list(_TOPICS))}
     splits = {}
-    for part, meanings in parts.items():
+    for part, sentences in parts.items():
         columns = {
-            "id": [f"{part}-{i}" for i in range(len(meanings))],
-            "text": [_text(_say(tree, language)) for _, tree in meanings],
-            "label": [topic for topic, _ in meanings],
+            "id": [f"{part}-{i}" for i in range(len(sentences))],
+            "text": [_text(said) for said in sentences],
+            "label": labels[part],
         }
-        splits[part] = library.Dataset.from_dict(columns, features=library.Features(features))
+        splits[part] = library.Dataset.from_dict(columns, features=library.Features(kinds))
     return library.DatasetDict(splits)

@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -368,9 +370,23 @@ def test_a_hub_that_does_not_answer(
 
 def test_without_datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path / "test.en.tsv", "a\tX\n")
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'"torchalignprune\[crosslingual\]"'):
         load_task("pos", "en", tmp_path)
+
+
+def test_what_importing_it_imports() -> None:
+    """None of what the extra installs, so that errors can name the extra."""
+    heavy = ("datasets", "transformers", "pyarrow", "matplotlib", "pandas", "rich")
+    code = f"""
+import sys
+import torchalignprune.crosslingual
+print([name for name in {heavy} if name in sys.modules])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.strip() == "[]"
 
 
 def test_the_table_of_languages() -> None:

@@ -83,6 +83,30 @@ def evaluate_zero_shot(
         TypeError: a slow tokenizer, where words are to be found.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+        >>> from transformers import BertConfig, BertForTokenClassification
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from torchalignprune.crosslingual import GENERATED_POS, generate_corpus
+        >>> corpus = generate_corpus(train=0, validation=0, test=20, raw=50)
+        >>> words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> trainer = trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"])
+        >>> words.train_from_iterator(sum(corpus.raw.values(), []), trainer)
+        >>> tokenizer = PreTrainedTokenizerFast(
+        ...     tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+        ... )
+        >>> config = BertConfig(
+        ...     vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1,
+        ...     num_attention_heads=1, intermediate_size=8, num_labels=len(GENERATED_POS.labels),
+        ... )
+        >>> model = BertForTokenClassification(config)
+        >>> report = evaluate_zero_shot(
+        ...     model, tokenizer, GENERATED_POS, corpus.pos, supervised="source"
+        ... )
+        >>> report.parallel, report.zero_shot
+        (True, ['near', 'middle', 'far', 'remote'])
     """
     task = get_task(task)
     codes = _checked(languages, data, supervised)

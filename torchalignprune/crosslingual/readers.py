@@ -69,6 +69,14 @@ def load_task(
             are), a column that is missing, a label that the task does not have.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "test.vi.tsv")
+        ...     _ = file.write_text("Thanh\\tPROPN\\nquen quen\\tADJ\\n")
+        ...     load_task("pos", "vi", folder)["test"][0]
+        {'id': '0', 'tokens': ['Thanh', 'quen quen'], 'labels': [11, 0]}
     """
     task = get_task(task)
     if data is None:

@@ -94,6 +94,22 @@ class ZeroShotReport:
         level: the share that intervals should cover.
         resamples: how many times the sentences were drawn.
         seed: which were drawn.
+
+    Example:
+        >>> import numpy as np
+        >>> def counted(*hits):  # of ten words in each sentence
+        ...     return LanguageScore(np.array(hits), np.full(4, 10), 0, 0, "", "")
+        >>> dense = {"en": counted(9, 10, 9, 10), "de": counted(8, 9, 7, 8)}
+        >>> dense = ZeroShotReport("pos", "accuracy", "test", dense)
+        >>> dense
+        ZeroShotReport(pos, 2 languages: en 95.0, zero-shot mean 80.0)
+        >>> pruned = {"en": counted(9, 9, 9, 9), "de": counted(5, 6, 5, 4)}
+        >>> pruned = ZeroShotReport("pos", "accuracy", "test", pruned)
+        >>> pruned.compare(dense)
+        Comparison(pos (test), drop in points: en +5.0, zero-shot mean +30.0)
+        >>> excess = pruned.compare(dense).excess_drop
+        >>> round(excess.value, 6), excess.low > 0
+        (0.25, True)
     """
 
     def __init__(
@@ -325,9 +341,6 @@ class ZeroShotReport:
     @cached_property
     def _drawn(self) -> dict[str, Any]:
         """The score in each language on every resample; shape ``(resamples,)``."""
-        return self._draw()
-
-    def _draw(self) -> dict[str, Any]:
         groups: dict[str, list[str]] = {}
         for language in self.languages:
             groups.setdefault(self._group(language), []).append(language)

@@ -58,7 +58,7 @@ def plot_retention(
 ) -> Figure:
     """Draws how much of the dense model's score is left at each sparsity.
 
-    For each method a full line is the mean over the zero-shot languages of the share that is left,
+    For each method a full line is the share that is left of the mean over the zero-shot languages,
     with its paired bootstrap interval, and a broken one that of the training language.
 
     Args:

@@ -430,7 +430,10 @@ class Comparison:
 
     @cached_property
     def relative_zero_shot_drop(self) -> Estimate | None:
-        """The mean relative drop in the other languages."""
+        """The relative drop of the mean over the other languages.
+
+        Not the mean of their relative drops, which languages with low scores would rule.
+        """
         zero_shot = self.pruned.zero_shot
         return self._estimate(zero_shot, relative=True) if zero_shot else None
 
@@ -441,7 +444,7 @@ class Comparison:
 
     @cached_property
     def relative_excess_drop(self) -> Estimate | None:
-        """The mean relative zero-shot drop minus the relative supervised drop."""
+        """The relative drop of the zero-shot mean minus the relative supervised drop."""
         return self._excess(relative=True)
 
     def to_json(self) -> str:
@@ -586,13 +589,12 @@ class Comparison:
         return again._drawn, settings._drawn
 
     def _lost(self, languages: Sequence[str], *, relative: bool) -> tuple[Any, Any]:
-        """The mean drop, and that on every resample."""
+        """The drop of the mean score, and that on every resample."""
         found = []
         for dense, pruned in ((self.dense._points, self.pruned._points), self._draws):
-            lost = {language: dense[language] - pruned[language] for language in languages}
-            if relative:
-                lost = {language: _ratio(lost[language], dense[language]) for language in languages}
-            found.append(_mean(lost, languages))
+            mean = _mean(dense, languages)
+            lost = mean - _mean(pruned, languages)
+            found.append(_ratio(lost, mean) if relative else lost)
         return found[0], found[1]
 
     def _estimate(self, languages: Sequence[str], *, relative: bool = False) -> Estimate:

@@ -130,6 +130,9 @@ def test_files(
     assert "zero-shot mean" in files[2].read_text()
     assert run("evaluate", *arguments, "--compare", dense, "--out", files[2]) == 0
     assert "drop against the dense model" in files[2].read_text()
+    assert "CC-100" not in files[2].read_text()
+    assert run("evaluate", *arguments, "--compare", dense, "--cc100", "--out", files[2]) == 0
+    assert "CC-100" in files[2].read_text()
 
 
 def test_the_table(dense: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +191,7 @@ def test_wrong_usage(
     other.write_text(by_hand(dense, "pud", data).to_json())
     err = refused(capsys, pruned, *task, "--compare", other)
     assert "dense should have the same task, 'pos', got 'pud'" in err
+    assert "--cc100 goes with --compare" in refused(capsys, dense, *task, "--cc100")
     for option in ("--batch-size", "--max-length"):
         assert run("evaluate", dense, *task, option, "0") == 2
 

@@ -283,6 +283,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"write the scores, or the comparison, by suffix: {', '.join(_SUFFIXES)}",
     )
+    evaluate.add_argument(
+        "--cc100",
+        action="store_true",
+        help="for XLM-R: draw the drops against the text it was pretrained on too",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON, nothing else")
     evaluate.set_defaults(run=_evaluate)
 
@@ -453,11 +458,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
-    from torchalignprune.crosslingual import TASKS, available_languages, load_task
+    from torchalignprune.crosslingual import CC100_GIB, TASKS, available_languages, load_task
     from torchalignprune.figures import require_matplotlib
 
     if any(file.suffix != ".json" for file in options.out):
         require_matplotlib()
+    if options.cc100 and options.compare is None:
+        raise _InputError("--cc100 goes with --compare")
     started = time.perf_counter()
     task = TASKS[options.task]
     device = _device(options.device)
@@ -501,8 +508,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".json":
             _write_json(file, written)
+        elif comparison is not None:
+            comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
         else:
-            (comparison or report).plot(file)
+            report.plot(file)
     if options.json:
         _print_json(written)
         return

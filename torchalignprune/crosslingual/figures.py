@@ -185,9 +185,10 @@ def draw_drops(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    if shares is None:
-        shares, shares_label = CC100_GIB, "text in XLM-R's pretraining, CC-100 (GiB)"
-    elif not shares_label:
+    shares = {} if shares is None else shares
+    if shares is CC100_GIB and not shares_label:
+        shares_label = "text in XLM-R's pretraining, CC-100 (GiB)"
+    if shares and not shares_label:
         raise ValueError("shares_label should say what the shares are")
     if any(not share > 0 for share in shares.values()):
         raise ValueError("shares should be above 0")

@@ -492,18 +492,18 @@ class Comparison:
         shares: Mapping[str, float] | None = None,
         shares_label: str | None = None,
     ) -> Figure:
-        """Draws the drop of each language, and the drop against its share of the pretraining text.
+        """Draws the drop of each language, coloured by script, and against its share of pretraining.
 
         Args:
             path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...
             title: above the picture.
             shares: for each language how much of it there was in pretraining, in any unit; those
-                without are left out of the right-hand side. Default: the GiB of XLM-R's
-                (:data:`torchalignprune.crosslingual.CC100_GIB`), so give it for other models.
-            shares_label: what ``shares`` are; needed with them.
+                without are left out on that side. For XLM-R:
+                :data:`torchalignprune.crosslingual.CC100_GIB`. Default: draw the drops alone.
+            shares_label: what ``shares`` are. Needed with any but ``CC100_GIB``.
 
         Returns:
-            The figure, which pyplot does not know of. The colours are the languages' scripts.
+            The figure, which pyplot does not know of.
 
         Raises:
             ValueError: ``shares`` without ``shares_label``, or not above 0.

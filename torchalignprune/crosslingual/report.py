@@ -492,7 +492,7 @@ class Comparison:
         shares: Mapping[str, float] | None = None,
         shares_label: str | None = None,
     ) -> Figure:
-        """Draws the drop of each language, coloured by script, and against its share of pretraining.
+        """Draws the drop of each language, in its script's colour, and against pretraining shares.
 
         Args:
             path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...

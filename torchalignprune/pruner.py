@@ -166,8 +166,12 @@ class Pruner:
         # The values of pruned entries by their flat index, where they may come back.
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
+        self._final_sparsity = 0.0
         masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
-        self._watch = OptimizerWatch(self._mask_gradients if regrow and criterion else None)
+        # An optimizer that took steps before may have momentum where something is pruned.
+        self._watch = OptimizerWatch(
+            self._mask_gradients if self.regrow and criterion is not None else None, self._clear
+        )
         self._put(targets, masks)
         if regrow and criterion is not None:
             criterion.restore = self._restored
@@ -222,6 +226,11 @@ class Pruner:
         """How many calls of :meth:`step` there were."""
         return self._step
 
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finished
+
     @torch.no_grad()
     def step(self) -> bool:
         """Count one step of training, and prune if the schedule asks for it.
@@ -275,7 +284,9 @@ class Pruner:
         return True
 
     def sparsity(self) -> float:
-        """The share of all entries that is pruned."""
+        """The share of all entries that is pruned; after :meth:`finalize`, that was then."""
+        if self._finished:
+            return self._final_sparsity
         size, pruned = 0, 0
         for target in targets_of(self.params):
             size += target.weight.numel()
@@ -384,6 +395,7 @@ class Pruner:
         """
         if self._finished:
             return
+        self._final_sparsity = self.sparsity()
         for places in self._places:
             for module, name in places:
                 if mask_of(module, name) is not None:
@@ -442,10 +454,22 @@ class Pruner:
         ]
         for hook in put_masks(shown, zeroed=True):
             hook.straight_through = self.regrow and self.criterion is not None
-        tensors, covers = [parameter.detach() for parameter in parameters], list(masks)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Set what is pruned to zero, in the stored weights and in the optimizers' states."""
+        parameters = [stored(*places[0]) for places in self._places]
+        masks = [mask_of(*places[0]) for places in self._places]
+        tensors, covers = [], []
+        for parameter, mask in zip(parameters, masks, strict=True):
+            if mask is not None:
+                tensors.append(parameter.detach())
+                covers.append(mask)
         for number, state in self._watch.states(parameters):
-            tensors.append(state)
-            covers.append(masks[number])
+            cover = masks[number]
+            if cover is not None:
+                tensors.append(state)
+                covers.append(cover)
         for device in {tensor.device for tensor in tensors}:
             here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
             ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])

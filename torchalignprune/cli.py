@@ -272,7 +272,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DENSE",
         help="the dense model's folder, or the JSON file of its evaluation",
     )
-    evaluate.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="32")
+    evaluate.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="sentences at a time (default: 32)",
+    )
     evaluate.add_argument(
         "--max-length",
         type=_positive,

@@ -32,8 +32,8 @@ def plot_heat_map(
 ) -> Figure:
     """Draws what every language loses at every sparsity, as a heat map.
 
-    A cell is the drop against the dense model in points; languages that lose most at the highest
-    sparsity are on top, below the training language.
+    A cell is the drop against the dense model in points, red for a loss and blue for a gain;
+    languages that lose most at the highest sparsity are on top, below the training language.
 
     Args:
         sweep: a report for each sparsity, from 0 (the dense model, which must be there) to below 1.
@@ -115,14 +115,14 @@ def draw_heat_map(sweep: Mapping[float, ZeroShotReport], title: str | None) -> F
     matrix = [
         [100 * drops[sparsity][language] for sparsity in sparsities] for language in languages
     ]
-    top = max(1.0, max(map(max, matrix)))
+    top = max(1.0, *(abs(value) for line in matrix for value in line))
     size = (2.4 + 0.7 * len(sparsities), 1.4 + 0.26 * len(languages))
     figure = Figure(figsize=(max(size[0], 5), size[1]), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(matrix, cmap="inferno_r", vmin=0, vmax=top, aspect="auto")
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
     for y, line in enumerate(matrix):
         for x, value in enumerate(line):
-            color = "white" if value > 0.6 * top else "black"
+            color = "white" if abs(value) > 0.6 * top else "black"
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(sparsities)), [f"{sparsity:.0%}" for sparsity in sparsities])
     names = [f"{name} (supervised)" if name == dense.supervised else name for name in languages]

@@ -15,7 +15,8 @@ class Language:
         name: in English.
         script: of its text in these data sets, by ISO 15924.
         flores: its code in FLORES-200, and so in SIB-200.
-        treebank: its treebank in Universal Dependencies with a test split that is used most.
+        treebank: a treebank of it in Universal Dependencies that has a test split; the one that
+            ``pos`` stands for.
         pud: it has a parallel treebank, PUD, on the hub.
     """
 

@@ -350,6 +350,26 @@ def flat(tensor: Tensor) -> list[float]:
     return list(tensor.double().reshape(-1).tolist())
 
 
+def resampled_sums(rows: list[list[int]], drawn: list[list[int]]) -> list[list[int]]:
+    """The column sums over the rows drawn, for each time they are."""
+    return [
+        [sum(rows[i][column] for i in times) for column in range(len(rows[0]))] for times in drawn
+    ]
+
+
+def spans(labels: list[str]) -> set[tuple[str, int, int]]:
+    """The strict IOB2 entities among all stretches of a sentence."""
+    found = set()
+    for start in range(len(labels)):
+        for end in range(start + 1, len(labels) + 1):
+            kind = labels[start][2:]
+            inside = all(label == f"I-{kind}" for label in labels[start + 1 : end])
+            ends = end == len(labels) or labels[end] != f"I-{kind}"
+            if labels[start].startswith("B-") and inside and ends:
+                found.add((kind, start, end))
+    return found
+
+
 def pack(weight: Tensor) -> list[list[int] | None]:
     """The bits, the values as integers, and the signs of the zeros, None if all are positive."""
     size = 8 * weight.element_size()

@@ -1,4 +1,4 @@
-"""The command line: ``torchalignprune prune``, ``report``, ``demo`` and ``info``."""
+"""The command line: ``torchalignprune prune``, ``report``, ``evaluate``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from torchalignprune.parameters import PrunableParameters, mask_of, prunable_par
 from torchalignprune.pruning import PruningMethod, global_unstructured
 from torchalignprune.realign import Realigned, What, realign
 
+if TYPE_CHECKING:
+    from torchalignprune.crosslingual import Comparison, ZeroShotReport
+
 __all__ = ["main"]
 
 _CODES = """\
@@ -41,6 +44,7 @@ exit codes:
   130  interrupted (143: terminated): the output folder is as it was
 """
 _BATCH = 32
+_TASKS = ("pos", "pud", "topics", "xnli", "pawsx", "ner")
 _SUFFIXES = (".json", ".png", ".pdf", ".svg")
 _Scores = dict[tuple[nn.Module, str], Tensor]
 
@@ -224,6 +228,82 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--json", action="store_true", help="print the report as JSON")
     report.set_defaults(run=_report)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a fine-tuned checkpoint folder in many languages",
+        description=(
+            "Score a fine-tuned Transformers checkpoint folder in the language it was trained on\n"
+            "and in others, with bootstrap intervals, and compare it with the dense model.\n"
+            'Needs pip install "torchalignprune[crosslingual]".'
+        ),
+        **shared,
+    )
+    evaluate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder, with its tokenizer"
+    )
+    evaluate.add_argument(
+        "--task",
+        required=True,
+        choices=_TASKS,
+        help="pos and pud: parts of speech; topics: SIB-200; ner: WikiANN; xnli, pawsx: pairs",
+    )
+    evaluate.add_argument(
+        "--languages",
+        nargs="+",
+        metavar="CODE",
+        help="default: all that are in --data, which is then needed",
+    )
+    evaluate.add_argument(
+        "--supervised",
+        default="en",
+        metavar="CODE",
+        help="the language it was trained on, or none (default: en)",
+    )
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR", help="read from this folder, not from the hub"
+    )
+    evaluate.add_argument(
+        "--split", choices=["test", "validation", "train"], default="test", help="default: test"
+    )
+    evaluate.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DENSE",
+        help="the dense model's folder, or the JSON file of its evaluation",
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="sentences at a time (default: 32)",
+    )
+    evaluate.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="most subwords of a sentence (default: what the model allows)",
+    )
+    evaluate.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    evaluate.add_argument(
+        "--out",
+        nargs="+",
+        type=_report_file,
+        default=[],
+        metavar="FILE",
+        help=f"write the scores, or the comparison, by suffix: {', '.join(_SUFFIXES)}",
+    )
+    evaluate.add_argument(
+        "--cc100",
+        action="store_true",
+        help="for XLM-R: draw the drops against the text it was pretrained on too",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser(
         "demo",
@@ -410,6 +490,160 @@ def _report(options: argparse.Namespace) -> None:
     )
     if options.out:
         print(f"written: {', '.join(map(str, options.out))}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from torchalignprune import checkpoints
+    from torchalignprune.crosslingual import CC100_GIB, TASKS, available_languages, load_task
+    from torchalignprune.figures import require_matplotlib
+
+    if any(file.suffix != ".json" for file in options.out):
+        require_matplotlib()
+    if options.cc100 and options.compare is None:
+        raise _InputError("--cc100 goes with --compare")
+    started = time.perf_counter()
+    task = TASKS[options.task]
+    device = _device(options.device)
+    with _quiet_datasets(), checkpoints.quiet_transformers():
+        with _input():
+            if options.languages is None and options.data is None:
+                raise ValueError("--languages is needed without --data")
+            codes = options.languages or available_languages(task, options.data)
+            supervised = None if options.supervised == "none" else options.supervised
+            if supervised is not None and supervised not in codes:
+                raise ValueError(
+                    f"--supervised {supervised} should be one of the languages, {', '.join(codes)}"
+                    "; or --supervised none"
+                )
+            earlier = None
+            if options.compare is not None and options.compare.is_file():
+                earlier = _earlier_report(options.compare)
+            models = [options.checkpoint]
+            if options.compare is not None and earlier is None:
+                models.append(options.compare)
+            for folder in models:
+                _check_model(folder, task)
+            data = {code: load_task(task, code, options.data) for code in codes}
+        reports = [
+            _evaluation(folder, task, data, supervised, device, options) for folder in models
+        ]
+    report = reports[0]
+    comparison = None
+    written: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
+    written |= report.to_dict()
+    if options.compare is not None:
+        with _input():
+            comparison = report.compare(earlier or reports[1])
+        written |= {"compared_with": str(options.compare), "comparison": comparison.to_dict()}
+    written |= {
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": _versions(),
+        "command": options.command_line,
+    }
+    for file in options.out:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            _write_json(file, written)
+        elif comparison is not None:
+            comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
+        else:
+            report.plot(file)
+    if options.json:
+        _print_json(written)
+        return
+    _print_report(comparison or report)
+    print(_legend(report, comparison is not None))
+    if options.out:
+        print(f"written: {', '.join(map(str, options.out))}")
+
+
+def _check_model(folder: Path, task: Any) -> None:
+    from torchalignprune import checkpoints
+
+    kind = "TokenClassification" if task.kind == "words" else "SequenceClassification"
+    name = type(checkpoints.empty_model(folder)).__name__
+    if not name.endswith(kind):
+        raise ValueError(f"{folder} should be a model for {kind}, as {task.name} is, got {name}")
+
+
+def _evaluation(
+    folder: Path,
+    task: Any,
+    data: Mapping[str, Any],
+    supervised: str | None,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> ZeroShotReport:
+    from torchalignprune import checkpoints
+    from torchalignprune.crosslingual import evaluate_zero_shot
+
+    with _input():
+        checkpoint = checkpoints.load_checkpoint(folder)
+        if checkpoint.missing:
+            raise ValueError(
+                f"{folder} is not fine-tuned: it has no weights for {min(checkpoint.missing)}"
+            )
+        try:
+            return evaluate_zero_shot(
+                checkpoint.model.to(device),
+                _tokenizer(folder, "evaluate"),
+                task,
+                data,
+                split=options.split,
+                supervised=supervised,
+                batch_size=options.batch_size,
+                max_length=options.max_length,
+                seed=options.seed,
+                progress=sys.stderr.isatty(),
+            )
+        except TypeError as error:  # a tokenizer that is not a fast one
+            raise ValueError(str(error)) from error
+
+
+def _earlier_report(file: Path) -> ZeroShotReport:
+    from torchalignprune.crosslingual import ZeroShotReport
+
+    try:
+        return ZeroShotReport.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--compare {file} is no evaluation: {error}") from error
+
+
+def _legend(report: ZeroShotReport, compared: bool) -> str:
+    drawn = "the same for all languages" if report.parallel else "for each language on its own"
+    lines = f"intervals: {report.level:.0%}, over {report.resamples:,} draws of sentences, {drawn}"
+    if not compared:
+        return lines
+    return (
+        "dense, pruned: scores in percent; drop: in points; relative: of the dense score\n"
+        f"{lines}; the same for both models"
+    )
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise _InputError(f"--device {text} cannot be used: {reason}") from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Has ``datasets`` show progress on a terminal only."""
+    from torchalignprune.crosslingual.columns import import_datasets
+
+    library = import_datasets()
+    hide = not sys.stderr.isatty() and not library.are_progress_bars_disabled()
+    if hide:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            library.enable_progress_bars()
 
 
 class _Plan:
@@ -634,15 +868,7 @@ def _calibration(
     realign: What | None,
     visible: bool,
 ) -> Calibration:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise _InputError(f"--calibration needs the tokenizer of {folder}: {reason}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
-        raise _InputError(f"--calibration needs the tokenizer of {folder}: it has no vocabulary")
+    tokenizer = _tokenizer(folder, "--calibration")
     if tokenizer.pad_token is None:  # what is padded does not count, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     # The positions of RoBERTa and its kin start at 2.
@@ -669,6 +895,19 @@ def _calibration(
         )
 
 
+def _tokenizer(folder: Path, what: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise _InputError(f"{what} needs the tokenizer of {folder}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+        raise _InputError(f"{what} needs the tokenizer of {folder}: it has no vocabulary")
+    return tokenizer
+
+
 def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:
     return (
         f"{options.pruned.resolve().name} against {options.dense.resolve().name}\n"
@@ -677,7 +916,7 @@ def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:
     )
 
 
-def _print_report(report: AlignmentReport) -> None:
+def _print_report(report: AlignmentReport | ZeroShotReport | Comparison) -> None:
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -760,6 +999,12 @@ def _report_file(text: str) -> Path:
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder")
     return path
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, got {text}")
+    return int(text)
 
 
 def _share(text: str) -> float:

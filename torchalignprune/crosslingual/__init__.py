@@ -1,0 +1,50 @@
+"""What pruning does to every language: tasks and their data, zero-shot evaluation, its report.
+
+Needs ``pip install "torchalignprune[crosslingual]"``.
+"""
+
+from torchalignprune.crosslingual.evaluation import evaluate_zero_shot
+from torchalignprune.crosslingual.figures import plot_heat_map, plot_retention
+from torchalignprune.crosslingual.generated import (
+    GENERATED_POS,
+    GENERATED_TOPICS,
+    GeneratedCorpus,
+    GeneratedLanguage,
+    LanguageSpec,
+    generate_corpus,
+)
+from torchalignprune.crosslingual.languages import CC100_GIB, LANGUAGES, Language
+from torchalignprune.crosslingual.readers import available_languages, load_task
+from torchalignprune.crosslingual.report import (
+    Comparison,
+    Estimate,
+    LanguageScore,
+    ZeroShotReport,
+)
+from torchalignprune.crosslingual.tasks import TASKS, Task
+from torchalignprune.crosslingual.words import EncodedWords, encode_words
+
+__all__ = [
+    "CC100_GIB",
+    "GENERATED_POS",
+    "GENERATED_TOPICS",
+    "LANGUAGES",
+    "TASKS",
+    "Comparison",
+    "EncodedWords",
+    "Estimate",
+    "GeneratedCorpus",
+    "GeneratedLanguage",
+    "Language",
+    "LanguageScore",
+    "LanguageSpec",
+    "Task",
+    "ZeroShotReport",
+    "available_languages",
+    "encode_words",
+    "evaluate_zero_shot",
+    "generate_corpus",
+    "load_task",
+    "plot_heat_map",
+    "plot_retention",
+]

@@ -1,0 +1,352 @@
+"""Evaluates a model in every language of a task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchalignprune.crosslingual.columns import column_names
+from torchalignprune.crosslingual.readers import load_task
+from torchalignprune.crosslingual.report import LanguageScore, ZeroShotReport, check_drawing
+from torchalignprune.crosslingual.spans import span_counts
+from torchalignprune.crosslingual.tasks import Task, get_task
+from torchalignprune.crosslingual.words import encode_words
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["evaluate_zero_shot", "longest_input"]
+
+# How many sentences are sorted by length and batched at a time.
+_SORTED = 4096
+
+
+def evaluate_zero_shot(
+    model: nn.Module,
+    tokenizer: Any,
+    task: str | Task,
+    languages: Sequence[str] | Mapping[str, datasets.DatasetDict],
+    *,
+    data: str | Path | None = None,
+    split: str = "test",
+    supervised: str | None = "en",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: bool = False,
+) -> ZeroShotReport:
+    """Evaluates a model that was fine-tuned on one language in that one and in others.
+
+    POS tagging is scored by accuracy over words, entities by the micro-averaged F1 of strict IOB2
+    spans (:func:`torchalignprune.crosslingual.spans.spans`), texts and pairs by accuracy. A word
+    is predicted at its first subword. A word that the model never saw, since its sentence was too
+    long or the tokenizer makes nothing of it, counts as wrong (for entities, as outside of any),
+    so that scores are over the same words whatever the model and the tokenizer; the report counts
+    such words.
+
+    The model's labels are found by their names in ``model.config.id2label``, in any order; without
+    names (``LABEL_0``, ...) they must be as many as the task's, and are in its order.
+
+    Args:
+        model: of Transformers, for token or sequence classification; on any device, in any dtype,
+            pruned or not. It is put into evaluation mode meanwhile.
+        tokenizer: its tokenizer; for words a fast one.
+        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
+        languages: their codes, to be read by :func:`torchalignprune.crosslingual.load_task`; or
+            for each language its data as that gives it.
+        data: a folder to read from, instead of the hub.
+        split: ``"test"``, ``"validation"`` or ``"train"``.
+        supervised: which of the languages the model was trained on; None if none of them.
+        batch_size: sentences at a time.
+        max_length: the most subwords, special tokens included. Default: what the model and the
+            tokenizer allow.
+        level: the share that intervals should cover.
+        resamples: how many times sentences are drawn for the intervals.
+        seed: which are drawn.
+        progress: show a progress bar on standard error; needs tqdm.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: languages, a split or a column that are not there; labels that do not fit.
+        TypeError: a slow tokenizer, where words are to be found.
+        OSError: the hub cannot be reached.
+        ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+        >>> from transformers import BertConfig, BertForTokenClassification
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from torchalignprune.crosslingual import GENERATED_POS, generate_corpus
+        >>> corpus = generate_corpus(train=0, validation=0, test=20, raw=50)
+        >>> words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> trainer = trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"])
+        >>> words.train_from_iterator(sum(corpus.raw.values(), []), trainer)
+        >>> tokenizer = PreTrainedTokenizerFast(
+        ...     tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+        ... )
+        >>> config = BertConfig(
+        ...     vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1,
+        ...     num_attention_heads=1, intermediate_size=8, num_labels=len(GENERATED_POS.labels),
+        ... )
+        >>> model = BertForTokenClassification(config)
+        >>> report = evaluate_zero_shot(
+        ...     model, tokenizer, GENERATED_POS, corpus.pos, supervised="source"
+        ... )
+        >>> report.parallel, report.zero_shot
+        (True, ['near', 'middle', 'far', 'remote'])
+    """
+    task = get_task(task)
+    codes = _checked(languages, data, supervised)
+    check_drawing(level, resamples, seed)
+    if batch_size < 1:
+        raise ValueError(f"batch_size should be at least 1, got {batch_size}")
+    longest = longest_input(model, tokenizer)
+    if max_length is not None and not 0 < max_length <= longest:
+        raise ValueError(
+            f"max_length should be from 1 to {longest}, which the model and the tokenizer allow, "
+            f"got {max_length}"
+        )
+    places = _label_places(model, task)
+    read = {}
+    for code in codes:
+        splits = languages[code] if isinstance(languages, Mapping) else load_task(task, code, data)
+        read[code] = _rows(splits, task, code, split)
+    runner = _Runner(model, tokenizer, task, places, max_length or longest, batch_size)
+    digests = {code: _digests(rows, task) for code, rows in read.items()}
+    parallel = task.parallel and len({ids for _, ids in digests.values()}) == 1
+    scores = {}
+    with _evaluating(model), _bar(sum(map(len, read.values())), progress) as advance:
+        for code, rows in read.items():
+            counts = runner.run(rows, advance)
+            scores[code] = LanguageScore(*counts, *digests[code])
+    return ZeroShotReport(
+        task.name,
+        task.metric,
+        split,
+        scores,
+        supervised=supervised,
+        parallel=parallel,
+        level=level,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def longest_input(model: nn.Module, tokenizer: Any) -> int:
+    """How many subwords a model and its tokenizer take, special tokens included.
+
+    The model's limit is that of its position embeddings; in RoBERTa and its kin the first ones, up
+    to the padding token's id, are never used.
+    """
+    limit = int(getattr(tokenizer, "model_max_length", 0) or 512)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(limit, module.num_embeddings - unused)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 512
+    return min(limit, int(positions))
+
+
+def _checked(
+    languages: Sequence[str] | Mapping[str, Any], data: str | Path | None, supervised: str | None
+) -> list[str]:
+    if isinstance(languages, str):
+        raise TypeError(f"languages should be a list of codes, got {languages!r}")
+    codes = list(languages)
+    if not codes or len(set(codes)) != len(codes):
+        raise ValueError(f"languages should be different codes, at least one, got {codes}")
+    if isinstance(languages, Mapping) and data is not None:
+        raise ValueError("data goes with the codes of languages, not with data already read")
+    if supervised is not None and supervised not in codes:
+        raise ValueError(
+            f"languages should have the supervised one, {supervised!r}, got {', '.join(codes)}; "
+            "supervised=None if there is none"
+        )
+    return codes
+
+
+def _rows(splits: Any, task: Task, language: str, split: str) -> Any:
+    if split not in splits:
+        raise ValueError(
+            f"{task.name} in {language} has no split {split!r}, only {', '.join(splits)}"
+        )
+    rows = splits[split].with_format(None)
+    missing = [name for name in column_names(task) if name not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{task.name} in {language} should have a column {missing[0]}, got "
+            f"{', '.join(rows.column_names)}"
+        )
+    if not len(rows):
+        raise ValueError(f"{task.name} in {language} has no sentences in {split!r}")
+    feature = rows.features[column_names(task)[-1]]
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    if names is not None and tuple(names) != task.labels:
+        raise ValueError(
+            f"the labels of {task.name} are {', '.join(task.labels)}, those of {language} "
+            f"{', '.join(names)}"
+        )
+    return rows
+
+
+def _label_places(model: nn.Module, task: Task) -> Tensor:
+    """The place in ``task.labels`` of each of the model's outputs, -1 for a label it lacks."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names:
+        return torch.arange(len(task.labels))
+    own = [str(names[i]) for i in range(len(names))]
+    if all(name == f"LABEL_{i}" for i, name in enumerate(own)):
+        if len(own) != len(task.labels):
+            raise ValueError(
+                f"the model should have the {len(task.labels)} labels of {task.name}, got "
+                f"{len(own)} without names"
+            )
+        return torch.arange(len(own))
+    known = {label.casefold(): i for i, label in enumerate(task.labels)}
+    missing = [label for label in task.labels if label.casefold() not in map(str.casefold, own)]
+    if missing:
+        raise ValueError(
+            f"the model should have the labels of {task.name}, {', '.join(task.labels)}, got "
+            f"{', '.join(own)}"
+        )
+    return torch.tensor([known.get(name.casefold(), -1) for name in own])
+
+
+@dataclass
+class _Runner:
+    """Runs the model over the sentences of one language after the other."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    places: Tensor
+    max_length: int
+    batch_size: int
+
+    def run(self, rows: Any, advance: Any) -> tuple[Any, Any, int, int]:
+        """``hits``, ``out_of``, ``cut_off`` and ``unmapped`` of a :class:`LanguageScore`."""
+        hits = np.zeros(len(rows), np.int64)
+        out_of = np.zeros(len(rows), np.int64)
+        cut_off = unmapped = 0
+        for start in range(0, len(rows), _SORTED):
+            part = rows[start : start + _SORTED]
+            labels = part[column_names(self.task)[-1]]
+            if self.task.kind == "words":
+                sentences = encode_words(self.tokenizer, part["tokens"], max_length=self.max_length)
+                inputs = [sentence.inputs for sentence in sentences]
+                cut_off += sum(sentence.cut_off for sentence in sentences)
+                unmapped += sum(sentence.unmapped for sentence in sentences)
+            else:
+                inputs, cut = self._encode_texts(part)
+                cut_off += cut
+            for i, predicted in self._predict(inputs, advance):
+                if self.task.kind == "words":
+                    found = [predicted[at] if at >= 0 else -1 for at in sentences[i].first]
+                    counts = self._count_words(labels[i], found)
+                else:
+                    counts = int(predicted[0] == labels[i]), 1
+                hits[start + i], out_of[start + i] = counts
+        return hits, out_of, cut_off, unmapped
+
+    def _encode_texts(self, part: Mapping[str, Any]) -> tuple[list[dict[str, list[int]]], int]:
+        """What the model is given for each row, and how many did not fit."""
+        texts = [part["text"]] + ([part["text_pair"]] if self.task.kind == "pair" else [])
+        whole = self.tokenizer(*texts, verbose=False)
+        too_long = sum(len(ids) > self.max_length for ids in whole["input_ids"])
+        if too_long:
+            whole = self.tokenizer(
+                *texts, truncation="longest_first", max_length=self.max_length, verbose=False
+            )
+        return [{key: whole[key][i] for key in whole} for i in range(len(texts[0]))], too_long
+
+    def _count_words(self, gold: Sequence[int], found: Sequence[int]) -> tuple[int, int]:
+        if self.task.metric == "accuracy":
+            return sum(a == b for a, b in zip(gold, found, strict=True)), len(gold)
+        names = self.task.labels
+        outside = names.index("O")
+        return span_counts(
+            [names[label] for label in gold],
+            [names[label if label >= 0 else outside] for label in found],
+        )
+
+    def _predict(
+        self, inputs: list[dict[str, list[int]]], advance: Any
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The task's labels that the model gives each row, or each of its subwords."""
+        order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
+        device = next(self.model.parameters()).device
+        places = self.places.to(device)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self._pad([inputs[i] for i in rows])
+            logits = self.model(**{key: value.to(device) for key, value in batch.items()}).logits
+            if logits.shape[-1] != len(places) or logits.dim() != 2 + (self.task.kind == "words"):
+                raise ValueError(
+                    f"the model should give {len(places)} logits for each "
+                    f"{'subword' if self.task.kind == 'words' else 'text'}, got the shape "
+                    f"{tuple(logits.shape)} for {len(rows)} of {self.task.name}"
+                )
+            predicted = places[logits.argmax(-1)].reshape(len(rows), -1).tolist()
+            yield from zip(rows, predicted, strict=True)
+            advance(len(rows))
+
+    def _pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        # On the right, so that a word's place in its sentence is its place in the batch.
+        length = max(1, *(len(row["input_ids"]) for row in rows))
+        pad = self.tokenizer.pad_token_id
+        fill = {"input_ids": 0 if pad is None else pad, "attention_mask": 0}
+        return {
+            key: torch.tensor(
+                [row[key] + [fill.get(key, 0)] * (length - len(row[key])) for row in rows]
+            )
+            for key in rows[0]
+        }
+
+
+def _digests(rows: Any, task: Task) -> tuple[str, str]:
+    """Hashes of the sentences with their labels, and of their ids."""
+    content, ids = hashlib.sha256(), hashlib.sha256()
+    names = column_names(task)
+    for start in range(0, len(rows), _SORTED):
+        part = rows[start : start + _SORTED]
+        for row in zip(*[part[name] for name in names], strict=True):
+            content.update(repr(row).encode())
+        for name in part.get("id", range(start, start + len(part[names[0]]))):
+            ids.update(f"{name}\n".encode())
+    return content.hexdigest()[:16], ids.hexdigest()[:16]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _bar(total: int, visible: bool) -> Iterator[Any]:
+    if not visible:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="evaluating", unit="sentence", leave=False) as bar:
+        yield bar.update

@@ -1,0 +1,288 @@
+"""Reads a task's data in one language: from the hub, or from a folder."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchalignprune.crosslingual.columns import as_dataset, import_datasets
+from torchalignprune.crosslingual.tasks import Task, get_task
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+__all__ = ["available_languages", "load_task"]
+
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation"}
+_SPLITS |= {"val": "validation", "dev": "validation", "test": "test"}
+_SMALL = re.compile(r"(?P<split>train|dev|test)\.(?P<language>[\w-]+)\.tsv(\.gz)?")
+_SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+
+# For each language and split its files.
+_Files = dict[str, dict[str, list[Path]]]
+
+
+def load_task(
+    task: str | Task, language: str, data: str | Path | None = None
+) -> datasets.DatasetDict:
+    """A task's data in one language, its splits as far as they are there.
+
+    Without ``data`` it comes from the hub, through ``datasets.load_dataset``: ``pos`` and ``pud``
+    from ``commul/universal_dependencies``, ``topics`` from ``Davlan/sib200``, ``xnli`` from
+    ``facebook/xnli``, ``pawsx`` from ``google-research-datasets/paws-x`` and ``ner`` from
+    ``unimelb-nlp/wikiann``.
+
+    With ``data``, a folder, nothing is downloaded. It, or its folder of the task's name
+    (``udpos``, ``pud``, ``sib200``, ``xnli``, ``paws-x``, ``wikiann``), holds either
+
+    - copies of the files of those repositories: for each configuration a folder of its name with
+      ``.parquet``, ``.jsonl``, ``.csv`` or ``.tsv`` files (the last two with a header) that have
+      the split in their name, or lie in a folder of that name, such as
+      ``de/test-00000-of-00001.parquet``, ``en_ewt/train/0000.parquet``, ``eng_Latn/dev.tsv``; or
+    - for ``pos``, ``pud`` and ``topics``, plain files ``SPLIT.LANGUAGE.tsv`` or ``.tsv.gz``, where
+      the split is ``train``, ``dev`` or ``test``: ``TOKEN TAB TAG`` lines with an empty line after
+      each sentence, or ``ID TAB LABEL TAB TEXT`` lines. Tokens may hold spaces.
+
+    Args:
+        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
+        language: its code, such as ``"de"``, or the name of a configuration of the repository,
+            such as ``"de_hdt"``.
+        data: the folder.
+
+    Returns:
+        ``train``, ``validation`` and ``test`` as far as they are there, each with the columns
+        ``id`` (the data's own, otherwise the row's number) and
+
+        - for words: ``tokens`` and ``labels``, a ``ClassLabel`` for each token;
+        - for a text: ``text`` and ``label``, a ``ClassLabel``;
+        - for a pair: ``text``, ``text_pair`` and ``label``.
+
+        The label ids are places in ``task.labels``, whatever the order in the data is.
+
+    Raises:
+        ValueError: an unknown task; a language that is not there (the error lists those that
+            are), a column that is missing, a label that the task does not have.
+        OSError: the hub cannot be reached.
+        ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "test.vi.tsv")
+        ...     _ = file.write_text("Thanh\\tPROPN\\nquen quen\\tADJ\\n")
+        ...     load_task("pos", "vi", folder)["test"][0]
+        {'id': '0', 'tokens': ['Thanh', 'quen quen'], 'labels': [11, 0]}
+    """
+    task = get_task(task)
+    if data is None:
+        return _from_hub(task, language)
+    root = _root(task, data)
+    files = _find(task, root)
+    own = files.get(language) or files.get(_languages_of(task).get(language, language))
+    if own is None:
+        raise ValueError(
+            f"{root} has no {task.name} data in {language!r}, only in {', '.join(sorted(files))}"
+        )
+    splits = {}
+    for split in ("train", "validation", "test"):
+        if split in own:
+            splits[split] = _read(own[split], task)
+    return import_datasets().DatasetDict(splits)
+
+
+def available_languages(task: str | Task, data: str | Path | None = None) -> list[str]:
+    """The languages of a task, sorted: those in a folder, or those known to be on the hub.
+
+    Raises:
+        ValueError: as :func:`load_task`.
+
+    Example:
+        >>> available_languages("pawsx")
+        ['de', 'en', 'es', 'fr', 'ja', 'ko', 'zh']
+    """
+    task = get_task(task)
+    return sorted(task.configs if data is None else _find(task, _root(task, data)))
+
+
+def _languages_of(task: Task) -> dict[str, str]:
+    return {config: language for language, config in task.configs.items()}
+
+
+def _from_hub(task: Task, language: str) -> datasets.DatasetDict:
+    if task.repository is None:
+        raise ValueError(f"{task.name} is not on the hub: data should be a folder with it")
+    library = import_datasets()
+    config = task.configs.get(language, language)
+    try:
+        found = library.load_dataset(task.repository, config)
+    except ValueError as error:
+        known = ", ".join(sorted(task.configs))
+        raise ValueError(
+            f"{task.repository} has no {task.name} data in {language!r}: {_line(error)}; known "
+            f"languages: {known}"
+        ) from error
+    except (OSError, library.exceptions.DatasetsError) as error:
+        raise OSError(
+            f"{task.repository} cannot be read from the hub ({_line(error)}); data=, or --data, "
+            "takes a folder with its files"
+        ) from error
+    splits = {}
+    for name, rows in found.items():
+        if name in _SPLITS:
+            table = rows.with_format("arrow")[:]
+            where = f"{task.repository}, {config}, {name}"
+            splits[_SPLITS[name]] = as_dataset(table, rows.features, task, where)
+    return library.DatasetDict(splits)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+
+
+def _root(task: Task, data: str | Path) -> Path:
+    folder = Path(data)
+    if not folder.is_dir():
+        raise ValueError(f"data should be a folder, got {folder}")
+    own = folder / task.folder if task.folder else folder
+    return own if own.is_dir() else folder
+
+
+def _find(task: Task, root: Path) -> _Files:
+    """The files of each language under ``root``."""
+    languages = _languages_of(task)
+    files: _Files = {}
+    plain: _Files = {}
+    for path in _walk(root):
+        small = _SMALL.fullmatch(path.name) if task.kind != "pair" else None
+        if small is not None:
+            if path.parent == root:
+                splits = plain.setdefault(small["language"], {})
+                splits.setdefault(_SPLITS[small["split"]], []).append(path)
+            continue
+        if path.suffix not in _SUFFIXES:
+            continue
+        # en_ewt/train/0000.parquet or en_ewt/universal_dependencies-train.parquet
+        folder, split = path.parent, _SPLITS.get(path.parent.name)
+        if split is not None:
+            folder = folder.parent
+        else:
+            split = _split_of(path.stem)
+        if split is not None:
+            language = languages.get(folder.name, folder.name)
+            files.setdefault(language, {}).setdefault(split, []).append(path)
+    files |= plain
+    if not files:
+        small_files = ", SPLIT.LANGUAGE.tsv.gz" if task.kind != "pair" else ""
+        raise ValueError(
+            f"{root} has no files of {task.name}: expected CONFIGURATION/SPLIT with "
+            f"{', '.join(_SUFFIXES)}{small_files}"
+        )
+    return files
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(parent) / name
+
+
+def _split_of(stem: str) -> str | None:
+    words = [word for word in re.split(r"[^A-Za-z]+", stem) if word in _SPLITS]
+    return _SPLITS[words[-1]] if words else None
+
+
+def _read(paths: list[Path], task: Task) -> datasets.Dataset:
+    import pyarrow
+
+    parts = []
+    for path in paths:
+        features: Mapping[str, Any] = {}
+        if _SMALL.fullmatch(path.name) and task.kind != "pair":
+            table = _read_small(path, task)
+        else:
+            try:
+                table = _read_table(path, task)
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} cannot be read: {_line(error)}") from error
+            features = import_datasets().Features.from_arrow_schema(table.schema)
+        parts.append(as_dataset(table, features, task, str(path)))
+    if len(parts) == 1:
+        return parts[0]
+    return import_datasets().concatenate_datasets(parts)
+
+
+def _read_table(path: Path, task: Task) -> pyarrow.Table:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path)
+    if path.suffix == ".jsonl":
+        import pyarrow.json
+
+        return pyarrow.json.read_json(path)
+    import pyarrow.csv
+
+    parse = pyarrow.csv.ParseOptions(
+        delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
+    )
+    # Texts such as "NA" and "007" are texts.
+    texts = [name for kind in ("text", "text_pair") for name in task.columns.get(kind, (kind,))]
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=dict.fromkeys(texts, pyarrow.string()), null_values=[]
+    )
+    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+
+
+def _read_small(path: Path, task: Task) -> pyarrow.Table:
+    import pyarrow
+
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+        try:
+            if task.kind == "words":
+                columns = _read_tagged(path, lines)
+            else:
+                columns = _read_texts(path, lines)
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} cannot be read: {_line(error)}") from error
+    return pyarrow.table(columns)
+
+
+def _read_tagged(path: Path, lines: Iterable[str]) -> dict[str, list[Any]]:
+    tokens: list[list[str]] = []
+    tags: list[list[str]] = []
+    inside = False
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r\n")
+        if not line:
+            inside = False
+            continue
+        # Never at a space: tokens hold some in Vietnamese, and now and then elsewhere.
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise ValueError(f"{path}:{number} should be TOKEN TAB TAG, got {line!r}")
+        if not inside:
+            tokens.append([])
+            tags.append([])
+            inside = True
+        tokens[-1].append(fields[0])
+        tags[-1].append(fields[1])
+    return {"tokens": tokens, "labels": tags}
+
+
+def _read_texts(path: Path, lines: Iterable[str]) -> dict[str, list[Any]]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != 3:
+            raise ValueError(f"{path}:{number} should be ID TAB LABEL TAB TEXT, got {line!r}")
+        rows.append(fields)
+    ids, labels, texts = (list(column) for column in zip(*rows, strict=True)) if rows else [[]] * 3
+    return {"id": ids, "label": labels, "text": texts}

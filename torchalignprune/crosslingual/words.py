@@ -1,0 +1,139 @@
+"""Labels of words on the subwords of a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["IGNORED", "EncodedWords", "encode_words"]
+
+IGNORED = -100  # what torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class EncodedWords:
+    """A sentence of words for a model.
+
+    Attributes:
+        inputs: ``input_ids`` and whatever else the tokenizer makes for the model, as lists.
+        labels: for each subword a label id: that of its word on the word's first subword,
+            :data:`IGNORED` on the others and on special tokens; all ignored without labels.
+        first: for each word of the sentence where its first subword is, -1 where it has none.
+        cut_off: how many words at the end have none because the sentence was too long.
+        unmapped: how many have none because the tokenizer makes nothing of them.
+    """
+
+    inputs: dict[str, list[int]]
+    labels: list[int]
+    first: list[int]
+    cut_off: int
+    unmapped: int
+
+
+def encode_words(
+    tokenizer: Any,
+    sentences: Sequence[Sequence[str]],
+    labels: Sequence[Sequence[int]] | None = None,
+    *,
+    max_length: int | None = None,
+) -> list[EncodedWords]:
+    """Splits words into subwords, and puts each word's label on its first one.
+
+    The words are those of the data, whatever is in them: a space within one (as in Vietnamese) does
+    not end it, and writing from right to left changes nothing, since text is stored in the order in
+    which it is read. The first subword is the first that the tokenizer makes: with XLM-R's and a
+    script without spaces it may be a bare ``▁``, whose hidden state sees the rest of the word.
+
+    A sentence with more subwords than ``max_length`` is cut after the last word that fits in whole,
+    on whichever side the tokenizer would cut it.
+
+    Args:
+        tokenizer: a fast tokenizer of Transformers; one with byte-level BPE needs
+            ``add_prefix_space=True``.
+        sentences: their words.
+        labels: for each sentence the label ids of its words.
+        max_length: the most subwords of a sentence, special tokens included. Default: any number.
+
+    Returns:
+        One for each sentence.
+
+    Raises:
+        TypeError: the tokenizer is not a fast one, or a sentence is one string.
+        ValueError: labels that do not go with the words; ``max_length`` is too small for any word.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> subwords = {"[UNK]": 0, "un": 1, "##it": 2, "##s": 3, "bend": 4}
+        >>> plain = Tokenizer(models.WordPiece(subwords, unk_token="[UNK]"))
+        >>> plain.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]")
+        >>> (sentence,) = encode_words(tokenizer, [["units", "bend"]], [[7, 15]])
+        >>> sentence.inputs["input_ids"], sentence.labels, sentence.first
+        ([1, 2, 3, 4], [7, -100, -100, 15], [0, 3])
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            "tokenizer should be a fast one (PreTrainedTokenizerFast), which knows the word of "
+            f"each subword, got {type(tokenizer).__name__}"
+        )
+    if labels is not None and len(labels) != len(sentences):
+        raise ValueError(f"labels should be for {len(sentences)} sentences, got {len(labels)}")
+    texts = []
+    for i, words in enumerate(sentences):
+        if isinstance(words, str):
+            raise TypeError(f"sentence {i} should be a list of words, got {words!r}")
+        if labels is not None and len(labels[i]) != len(words):
+            raise ValueError(f"sentence {i} has {len(words)} words and {len(labels[i])} labels")
+        texts.append(list(words))
+    if not texts:
+        return []
+    encoded = _tokenize(tokenizer, texts)
+    made = []
+    for i, words in enumerate(texts):
+        inputs, word_ids = encoded[i]
+        present = {word for word in word_ids if word is not None}
+        kept = len(words)
+        if max_length is not None and len(word_ids) > max_length:
+            kept = _fitting(word_ids, max_length)
+            ((inputs, word_ids),) = _tokenize(tokenizer, [words[:kept]])
+            if len(word_ids) > max_length:
+                raise ValueError(
+                    f"max_length should be at least {len(word_ids)}, the special tokens of a "
+                    f"sentence, got {max_length}"
+                )
+        first = [-1] * len(words)
+        on_subwords = [IGNORED] * len(word_ids)
+        for place, word in enumerate(word_ids):
+            if word is not None and first[word] < 0:
+                first[word] = place
+                if labels is not None:
+                    on_subwords[place] = labels[i][word]
+        cut_off = sum(word in present for word in range(kept, len(words)))
+        unmapped = len(words) - len(present)
+        made.append(EncodedWords(inputs, on_subwords, first, cut_off, unmapped))
+    return made
+
+
+def _tokenize(
+    tokenizer: Any, texts: list[list[str]]
+) -> list[tuple[dict[str, list[int]], list[int | None]]]:
+    # A tokenizer takes a list without words for a text that is not split.
+    filled = [words or [""] for words in texts]
+    encoded = tokenizer(filled, is_split_into_words=True, truncation=False, verbose=False)
+    return [
+        ({key: list(values[i]) for key, values in encoded.items()}, encoded.word_ids(i))
+        for i in range(len(texts))
+    ]
+
+
+def _fitting(word_ids: list[int | None], max_length: int) -> int:
+    """How many words fit in whole, with the special tokens, which are always there."""
+    left = max_length - word_ids.count(None)
+    for word in word_ids:
+        if word is not None:
+            left -= 1
+            if left < 0:
+                return word
+    raise AssertionError("a sentence that is too long has a word that does not fit")

@@ -7,9 +7,10 @@ forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.i
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchalignprune import ops
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 
 __all__ = ["MaskHook", "load_state_dict", "put_masks"]
@@ -73,7 +75,7 @@ class MaskHook(prune.BasePruningMethod):
         self._module = weakref.ref(module if module is not None else nn.Module())
 
     def __repr__(self) -> str:
-        return f"MaskHook({self._tensor_name!r})"
+        return f"{type(self).__name__}({self._tensor_name!r})"
 
 
 def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
@@ -81,17 +83,25 @@ def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
 
     Args:
         masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
-            comes with several parameters (tied weights) is shared by them.
+            comes with several parameters (tied weights) is shared by them. That of a DTensor is one
+            of the same layout, or a whole one that is the same on all ranks.
 
     Returns:
         The hook of each parameter.
     """
     # Whatever needs memory comes first, so that running out of it changes nothing.
-    ready = [
-        (module, name, mask, stored(module, name), _product(stored(module, name), mask))
-        for module, name, mask in masks
-    ]
-    return [_put(*entry) for entry in ready]
+    ready: list[Callable[[], MaskHook]] = []
+    parts: dict[tuple[int, int], Tensor] = {}
+    for module, name, mask in masks:
+        original = stored(module, name)
+        if is_dtensor(original):
+            from torchalignprune import sharded_hooks
+
+            ready.append(sharded_hooks.prepare(module, name, mask, original, parts))
+        else:
+            pruned = _product(original, mask)
+            ready.append(functools.partial(put_mask, module, name, mask, original, pruned))
+    return [put() for put in ready]
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
@@ -113,7 +123,15 @@ class _Masked(torch.autograd.Function):
         return grad * mask, None
 
 
-def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: Tensor) -> MaskHook:
+def put_mask(
+    module: nn.Module,
+    name: str,
+    mask: Tensor,
+    original: Tensor,
+    pruned: Tensor | None,
+    kind: type[MaskHook] = MaskHook,
+) -> MaskHook:
+    """Put one mask on: the names, what is shown (None: what there is), and one hook of a kind."""
     hooks = [
         (key, hook)
         for key, hook in module._forward_pre_hooks.items()
@@ -124,12 +142,13 @@ def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: T
         assert isinstance(original, nn.Parameter)
         module.register_parameter(f"{name}_orig", original)
     module.register_buffer(f"{name}_mask", mask)
-    setattr(module, name, pruned)
-    if len(hooks) == 1 and type(hooks[0][1]) is MaskHook:
+    if pruned is not None:
+        setattr(module, name, pruned)
+    if len(hooks) == 1 and type(hooks[0][1]) is kind:
         return hooks[0][1]
     for key, _ in hooks:
         del module._forward_pre_hooks[key]
-    hook = MaskHook(module, name)
+    hook = kind(module, name)
     module.register_forward_pre_hook(hook)
     return hook
 
@@ -197,8 +216,7 @@ def load_state_dict(
         shared.setdefault(id(original), torch.ones_like(original, dtype=torch.bool))
     put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
     result = model.load_state_dict(state, strict=strict, assign=assign)
-    for _, module, name in wanted:
-        setattr(module, name, stored(module, name) * getattr(module, f"{name}_mask"))
+    put_masks((module, name, getattr(module, f"{name}_mask")) for _, module, name in wanted)
     return result
 
 

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchalignprune import fsdp
+
 __all__ = [
     "DTYPES",
     "HEADS",
@@ -301,15 +303,18 @@ def parameter_names(params: Parameters) -> list[str]:
 def stored(module: nn.Module, name: str) -> Tensor:
     """The parameter behind a name: ``name_orig`` if it is pruned, without the mask.
 
+    Under ``fully_shard`` it is always the sharded parameter, also while the gathered one is shown.
+
     Example:
         >>> from torch import nn
         >>> layer = nn.Linear(2, 2)
         >>> stored(layer, "weight") is layer.weight
         True
     """
-    found = getattr(module, name if mask_of(module, name) is None else f"{name}_orig")
+    own = name if mask_of(module, name) is None else f"{name}_orig"
+    found = getattr(module, own)
     assert isinstance(found, Tensor)
-    return found
+    return fsdp.sharded(module, own, found)
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchalignprune import fsdp
+from torchalignprune.dtensors import is_dtensor
 
 __all__ = [
     "DTYPES",
@@ -243,7 +244,10 @@ def prunable_parameters(
         )
     for place in listed:
         assert place.parameter is not None
-        if unit_dimension(place.module, place.attribute) == 1:
+        # For torch's own functions, which know no DTensor. ``model.to`` can replace no DTensor that
+        # has a weak reference.
+        units_along_1 = unit_dimension(place.module, place.attribute) == 1
+        if units_along_1 and not is_dtensor(place.parameter):
             _UNITS_ALONG_1[place.parameter] = True
     return PrunableParameters(
         [(place.module, place.attribute) for place in listed],

@@ -59,7 +59,6 @@ class FullyShardedMaskHook(ShardedMaskHook):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
-        self._on: weakref.ref[Tensor] | None = None
         self._handles: list[Any] = []
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
@@ -74,10 +73,11 @@ class FullyShardedMaskHook(ShardedMaskHook):
     def watch(self, module: nn.Module) -> None:
         """Mask the gradients of the parameter, and what is loaded into it."""
         parameter = stored(module, self._tensor_name)
-        if self._on is not None and self._on() is parameter:
+        # A weak reference to the parameter would say it, but torch swaps no tensor that has one.
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if self._handles and self._handles[0].id in hooks:
             return
         self._unwatch()
-        self._on = weakref.ref(parameter)
         owner = weakref.ref(module)
 
         def mask_gradient(parameter: Tensor) -> None:
@@ -94,7 +94,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
     def _unwatch(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._on = [], None
+        self._handles = []
 
     def _loaded(self, module: nn.Module, _: Any) -> None:
         mask = mask_of(module, self._tensor_name)

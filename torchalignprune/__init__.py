@@ -24,6 +24,7 @@ from torchalignprune.methods import (  # noqa: E402
     random,
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
+from torchalignprune.pruner import Pruner  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
 from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "Magnitude",
     "Matching",
     "PrunableParameters",
+    "Pruner",
     "PruningMethod",
     "Random",
     "Reference",

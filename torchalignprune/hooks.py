@@ -33,6 +33,9 @@ class MaskHook(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
 
+    straight_through = False
+    """Whether the gradient of pruned entries reaches ``name_orig`` too, for a criterion."""
+
     def __init__(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)
@@ -45,6 +48,9 @@ class MaskHook(prune.BasePruningMethod):
         """``name_orig * name_mask``, with a gradient to ``name_orig``."""
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
+        if self.straight_through:
+            pruned: Tensor = _StraightThrough.apply(original, mask)  # type: ignore[no-untyped-call]
+            return pruned
         return original * mask
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
@@ -54,6 +60,7 @@ class MaskHook(prune.BasePruningMethod):
         module = self._module()
         copied = memo.get(id(module)) if module is not None else None
         twin = MaskHook(copied if isinstance(copied, nn.Module) else nn.Module(), self._tensor_name)
+        twin.straight_through = self.straight_through
         memo[id(self)] = twin
         weight = vars(module).get(self._tensor_name) if module is not None else None
         if isinstance(weight, Tensor) and not weight.is_leaf:
@@ -67,11 +74,11 @@ class MaskHook(prune.BasePruningMethod):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tensor_name": self._tensor_name, "_module": self._module()}
+        return {**vars(self), "_module": self._module()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module = state["_module"]
-        self._tensor_name = state["_tensor_name"]
+        vars(self).update(state)
         self._module = weakref.ref(module if module is not None else nn.Module())
 
     def __repr__(self) -> str:
@@ -121,6 +128,18 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return grad * mask, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``original * mask``, whose gradient is that of the product, pruned entries included."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
+        return original * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def put_mask(

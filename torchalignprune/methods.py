@@ -253,9 +253,9 @@ class AlignedNM(PruningMethod):
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         return Ranking([within_unit(target) for target in targets], "value")
 
-    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
+    def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
         ends = (target.out_dim, target.in_dim)
-        inputs_last = self._scores(target, score).movedim(ends, (0, -1))
+        inputs_last = self._scores(target, score, signed).movedim(ends, (0, -1))
         groups = inputs_last.reshape(-1, self.m)
         mask = None
         alive = torch.full((groups.size(0),), self.m, device=groups.device)
@@ -303,7 +303,11 @@ class Random(PruningMethod):
         self.generator = generator
 
     def masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None] | None = None,
+        *,
+        signed: bool = False,
     ) -> list[Tensor]:
         if scores is not None:
             raise TypeError("Random draws its scores: importance_scores are not for it")

@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 
 from torchalignprune import ops
 from torchalignprune.hooks import MaskHook, put_masks
+from torchalignprune.limits import Limits
 from torchalignprune.parameters import DTYPES, Parameters
 from torchalignprune.ranking import Ranking
 from torchalignprune.targets import Pair, Target, targets_from_history, targets_of
@@ -50,6 +51,10 @@ class PruningMethod(prune.BasePruningMethod):
         self.budget = budget
         self.magnitude_will_do = True
         self.structure = None if structure is None else list(structure)
+        # For a Pruner: whether the amount is a share of all entries instead of those that remain,
+        # and bounds on what units and parameters may lose.
+        self.absolute = False
+        self.limits: Limits | None = None
 
     @abstractmethod
     def ranking(self, targets: Sequence[Target]) -> Ranking:
@@ -64,7 +69,11 @@ class PruningMethod(prune.BasePruningMethod):
         return target.out_dim
 
     def masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None] | None = None,
+        *,
+        signed: bool = False,
     ) -> list[Tensor]:
         """The new masks of all the targets; entries that are already pruned stay pruned.
 
@@ -72,6 +81,7 @@ class PruningMethod(prune.BasePruningMethod):
             targets: the parameters.
             scores: ranked by their magnitude in the place of what the method would rank; where
                 there are scores for some targets only, the others are ranked by their weights.
+            signed: rank the scores, one for each target, by their value instead.
 
         Returns:
             bool masks, shaped like the weights.
@@ -79,20 +89,27 @@ class PruningMethod(prune.BasePruningMethod):
         targets = self.prepare(targets)
         given = [None] * len(targets) if scores is None else list(scores)
         if self.budget == "global":
-            return self._prune_together(targets, given)
+            return self._prune_together(targets, given, signed)
         masks = []
         for target, score in zip(targets, given, strict=True):
             if self.budget == "layer" or target.weight.dim() < 2:
-                masks += self._prune_together([target], [score])
+                masks += self._prune_together([target], [score], signed)
             else:
-                masks.append(self._prune_units(target, score))
+                masks.append(self._prune_units(target, score, signed))
         return masks
 
     def _prune_together(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None]
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None],
+        signed: bool = False,
     ) -> list[Tensor]:
         remaining = sum(target.remaining() for target in targets)
-        count = int(prune._compute_nparams_toprune(self.amount, remaining))
+        if self.absolute:
+            size = sum(target.weight.numel() for target in targets)
+            count = max(0, round(self.amount * size) - (size - remaining))
+        else:
+            count = int(prune._compute_nparams_toprune(self.amount, remaining))
         if count > remaining:
             where = targets[0].name if len(targets) == 1 else f"the {len(targets)} parameters"
             raise ValueError(
@@ -103,7 +120,13 @@ class PruningMethod(prune.BasePruningMethod):
             ranking = self.ranking(targets)
         else:
             both = zip(scores, targets, strict=True)
-            ranking = Ranking([t.weight if s is None else s for s, t in both], "magnitude")
+            ranking = Ranking(
+                [t.weight if s is None else s for s, t in both], "value" if signed else "magnitude"
+            )
+        if self.limits is not None:
+            return self.limits.masks(
+                targets, ranking.scores(), [self.unit_dim(t) for t in targets], count
+            )
         return ops.select_global(
             ranking.weights,
             count,
@@ -115,19 +138,24 @@ class PruningMethod(prune.BasePruningMethod):
             names=[target.name for target in targets],
         )
 
-    def _scores(self, target: Target, score: Tensor | None) -> Tensor:
-        return self.ranking([target]).scores()[0] if score is None else score.abs()
+    def _scores(self, target: Target, score: Tensor | None, signed: bool) -> Tensor:
+        if score is None:
+            return self.ranking([target]).scores()[0]
+        return score if signed else score.abs()
 
-    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
+    def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
         unit_dim = self.unit_dim(target)
-        units_first = self._scores(target, score).movedim(unit_dim, 0)
+        units_first = self._scores(target, score, signed).movedim(unit_dim, 0)
         rows = units_first.flatten(1)
         mask = None
         remaining = torch.full((rows.size(0),), rows.size(1), device=rows.device)
         if target.mask is not None:
             mask = target.mask.movedim(unit_dim, 0).flatten(1)
             remaining = mask.sum(dim=1)
-        if isinstance(self.amount, numbers.Integral):
+        if self.absolute:
+            pruned = rows.size(1) - remaining
+            counts = (round(self.amount * rows.size(1)) - pruned).clamp(min=0)
+        elif isinstance(self.amount, numbers.Integral):
             counts = torch.full_like(remaining, int(self.amount))
             if bool((counts > remaining).any()):
                 raise ValueError(

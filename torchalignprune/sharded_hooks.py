@@ -31,6 +31,8 @@ class ShardedMaskHook(MaskHook):
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """``name_orig * name_mask``, a DTensor, with a gradient to ``name_orig``."""
+        if self.straight_through:
+            return super().apply_mask(module)
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
         return original * mask
@@ -83,7 +85,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
         def mask_gradient(parameter: Tensor) -> None:
             module = owner()
             mask = None if module is None else mask_of(module, self._tensor_name)
-            if mask is not None and parameter.grad is not None:
+            if mask is not None and parameter.grad is not None and not self.straight_through:
                 _zero(parameter.grad, mask)
 
         self._handles = [

@@ -8,7 +8,7 @@ from torchalignprune import build_info as _build_info
 
 _build_info.check()
 
-from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
+from torchalignprune import criteria, ddp, methods, ops, schedules  # noqa: E402
 from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
 from torchalignprune.calibration import Calibration  # noqa: E402
 from torchalignprune.hooks import load_state_dict  # noqa: E402
@@ -51,6 +51,7 @@ __all__ = [
     "aligned_nm",
     "alignment_report",
     "criteria",
+    "ddp",
     "global_unstructured",
     "load_state_dict",
     "magnitude",

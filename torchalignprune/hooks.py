@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchalignprune import ops
+from torchalignprune.ddp import keep_mask
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 
@@ -39,6 +40,11 @@ class MaskHook(prune.BasePruningMethod):
     def __init__(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Show the product."""
+        keep_mask(self)
+        super().__call__(module, inputs)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask there is: a hook prunes nothing further."""

@@ -43,9 +43,7 @@ class Ranks:
                 answers.append(self._pipes[rank].recv() if there else (False, "no answer"))
                 if not answers[-1][0]:
                     break
-        failed = [
-            (rank, problem) for rank, (well, problem) in enumerate(answers) if not well
-        ]
+        failed = [(rank, problem) for rank, (well, problem) in enumerate(answers) if not well]
         if failed:
             # A rank that waited in vain says so; the one that went wrong is worth more.
             for rank in range(len(answers), world):

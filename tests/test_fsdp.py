@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,7 @@ class Net(nn.Module):
     def __init__(self, checkpointing: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(i, o), nn.GELU()) for i, o in zip(SIZES, SIZES[1:], strict=False)
+            nn.Sequential(nn.Linear(i, o), nn.GELU()) for i, o in itertools.pairwise(SIZES)
         )
         self.checkpointing = checkpointing
 
@@ -371,7 +372,7 @@ def finished() -> None:
     for model in (sharded, plain):
         put(model, masks)
     train(sharded, plain, adamw)
-    (own, batch), *_ = batches(1)
+    (own, _), *_ = batches(1)
     with torch.no_grad():
         expected = sharded(own)
         for model in (sharded, plain):
@@ -498,7 +499,7 @@ def test_tensor_parallel(ranks: Ranks) -> None:
 
 
 def bad_masks() -> None:
-    sharded, plain = pair()
+    sharded, _ = pair()
     module = sharded.layers[0][0]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     before = sharded.state_dict()

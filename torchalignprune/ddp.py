@@ -44,7 +44,7 @@ def ignore_masks(ddp: DistributedDataParallel) -> None:
             f"ddp should be a DistributedDataParallel, got {type(ddp).__name__}: what is not one "
             "yet takes it by itself, or when it is wrapped"
         )
-    itself = weakref.ref(ddp)
+    itself: weakref.ref[nn.Module] = weakref.ref(ddp)
     names = set()
     for prefix, module in ddp.module.named_modules(remove_duplicate=False):
         for hook in module._forward_pre_hooks.values():

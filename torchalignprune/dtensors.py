@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,14 @@ from torch import distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from typing_extensions import TypeIs
-
     from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 __all__ = [
     "add_up",
+    "add_up_together",
     "check_layout",
+    "converted",
     "differentiable_local",
     "is_dtensor",
     "like",
@@ -59,7 +60,21 @@ def like(tensor: DTensor, part: Tensor) -> DTensor:
 
     meta = TensorMeta(tensor.shape, tensor.stride(), part.dtype)
     spec = DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta)
-    return DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg, arg-type, no-any-return]
+    return DTensor(part, spec, requires_grad=False)
+
+
+def converted(
+    tensor: Tensor,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    copy: bool = False,
+) -> Tensor:
+    """``tensor.to(device, dtype, copy=copy)``, which for a DTensor is done to the part here."""
+    if not is_dtensor(tensor):
+        return tensor.to(device, dtype, copy=copy)
+    part = local(tensor)
+    moved = part.to(device, dtype, copy=copy)
+    return tensor if moved is part else like(tensor, moved)
 
 
 def check_layout(tensor: DTensor, name: str) -> None:
@@ -153,6 +168,30 @@ def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
     return part
 
 
+def add_up_together(
+    values: Sequence[Tensor], owners: Sequence[Tensor], mesh_dims: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """:func:`add_up` of many, where those that go the same way go together.
+
+    Args:
+        values: shape ``(rows, columns)`` each, with the same rows, on one device.
+        owners: what each belongs to: a DTensor, whose mesh it is summed on, or a plain tensor.
+        mesh_dims: the dimensions of its mesh; none for a plain tensor.
+    """
+    summed = list(values)
+    ways: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for i, (owner, dims) in enumerate(zip(owners, mesh_dims, strict=True)):
+        if dims:
+            assert is_dtensor(owner)
+            ways.setdefault((owner.device_mesh, tuple(dims)), []).append(i)
+    for (mesh, dims), numbers in ways.items():
+        sizes = [values[i].size(1) for i in numbers]
+        parts = add_up(torch.cat([values[i] for i in numbers], dim=1), mesh, dims).split(sizes, 1)
+        for i, part in zip(numbers, parts, strict=True):
+            summed[i] = part
+    return summed
+
+
 def add_up(values: Tensor, mesh: DeviceMesh, mesh_dims: Sequence[int]) -> Tensor:
     """The sum over the ranks along some dimensions of a mesh, the same on all of them.
 
@@ -179,21 +218,28 @@ class _Sum(torch.autograd.Function):
         return grad, None, None
 
 
-def differentiable_local(tensor: Tensor) -> Tensor:
-    """As :func:`local`, with a gradient to the DTensor, of its layout."""
+def differentiable_local(tensor: Tensor, before: Callable[[], None] | None = None) -> Tensor:
+    """As :func:`local`, with a gradient to the DTensor, of its layout.
+
+    Args:
+        tensor: a DTensor; any other tensor is returned as it is.
+        before: called before the gradient is handed on.
+    """
     if not is_dtensor(tensor):
         return tensor
-    part: Tensor = _Local.apply(tensor)  # type: ignore[no-untyped-call]
+    part: Tensor = _Local.apply(tensor, before)  # type: ignore[no-untyped-call]
     return part
 
 
 class _Local(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor) -> Tensor:
-        ctx.tensor = tensor.detach()
+    def forward(ctx: Any, tensor: DTensor, before: Callable[[], None] | None) -> Tensor:
+        ctx.tensor, ctx.before = tensor.detach(), before
         part = local(tensor)
         return part.view_as(part)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return like(ctx.tensor, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.before is not None:
+            ctx.before()
+        return like(ctx.tensor, grad), None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchalignprune.dtensors import is_dtensor
 
-__all__ = ["Managed", "managed", "sharded"]
+__all__ = ["Managed", "groups_of", "managed", "parameters_of", "sharded"]
 
 _STATES = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
@@ -60,6 +60,17 @@ class Managed:
                 "the steps, after optimizer.step()"
             )
         self.group._to_sharded()
+
+    def wait(self) -> None:
+        """Let the current stream wait until the gradients that were reduced so far are there.
+
+        FSDP2 adds to the sharded gradient in streams of its own, and lets the current one wait at
+        the end of the backward only.
+        """
+        for name in ("reduce_scatter_stream", "all_reduce_stream"):
+            stream = getattr(self.group.comm_ctx, name, None)
+            if isinstance(stream, torch.Stream):
+                torch.accelerator.current_stream(stream.device).wait_stream(stream)
 
     def rename(self, module: nn.Module, old: str, new: str) -> None:
         """Let one place of the parameter have another name."""
@@ -146,6 +157,23 @@ def sharded(module: nn.Module, name: str, shown: Tensor) -> Tensor:
     return shown if entry is None else entry.sharded
 
 
+def groups_of(parameters: Iterable[Tensor]) -> list[Any]:
+    """The groups that FSDP2 has these sharded parameters in, and gathers and reduces together."""
+    wanted = {id(parameter) for parameter in parameters if is_dtensor(parameter)}
+    if not wanted or _STATES not in sys.modules:
+        return []
+    return [
+        group
+        for group in _groups()
+        if any(id(param.sharded_param) in wanted for param in group.fsdp_params)
+    ]
+
+
+def parameters_of(groups: Iterable[Any]) -> list[nn.Parameter]:
+    """The sharded parameters of groups."""
+    return [param.sharded_param for group in groups for param in group.fsdp_params]
+
+
 def _groups() -> Iterator[Any]:
     from torch.distributed._composable_state import _module_state_mapping
 
@@ -161,7 +189,7 @@ def _groups() -> Iterator[Any]:
 def _check(param: Any, group: Any) -> None:
     """That all is there which is used here."""
     for owner, names in (
-        (group, ("fsdp_params", "_to_sharded", "_training_state")),
+        (group, ("fsdp_params", "_to_sharded", "_training_state", "reduce_grads", "comm_ctx")),
         (param, ("_module_info", "sharded_param", "_param_fqn", "_setattr_on_modules")),
         (
             param._module_info if hasattr(param, "_module_info") else param,

@@ -44,7 +44,7 @@ class MaskHook(prune.BasePruningMethod):
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Show the product."""
         keep_mask(self)
-        super().__call__(module, inputs)
+        super().__call__(module, inputs)  # type: ignore[no-untyped-call]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask there is: a hook prunes nothing further."""

@@ -69,8 +69,8 @@ class Managed:
         """
         for name in ("reduce_scatter_stream", "all_reduce_stream"):
             stream = getattr(self.group.comm_ctx, name, None)
-            if isinstance(stream, torch.Stream):
-                torch.accelerator.current_stream(stream.device).wait_stream(stream)
+            if stream is not None:  # None before the first forward
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def rename(self, module: nn.Module, old: str, new: str) -> None:
         """Let one place of the parameter have another name."""

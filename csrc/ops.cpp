@@ -19,6 +19,7 @@ TORCH_LIBRARY(torchalignprune, m) {
   m.def("greedy_match(Tensor similarity, str name) -> Tensor");
   m.def("match_in_order(Tensor rows, Tensor columns, int row_count, int column_count) -> Tensor");
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");
+  m.def("zero_pruned_(Tensor(a!)[] tensors, Tensor[] masks, str[] names) -> ()");
   m.def(
       "unit_products(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] indices, "
       "int[] dims, str[] names) -> Tensor");

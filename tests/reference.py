@@ -338,3 +338,13 @@ def output_error(
         apart = change @ mean.double() + bias
         total += share * (((change @ covariance.double()) * change).sum(dim=1) + apart**2)
     return total
+
+
+def zero_pruned(tensor: Tensor, mask: Tensor) -> Tensor:
+    """What becomes of a tensor, entry by entry."""
+    kept = [value if keep else 0.0 for value, keep in zip(flat(tensor), flat(mask), strict=True)]
+    return torch.tensor(kept, dtype=torch.float64).to(tensor.dtype).reshape(tensor.shape)
+
+
+def flat(tensor: Tensor) -> list[float]:
+    return list(tensor.double().reshape(-1).tolist())

@@ -102,6 +102,21 @@ def test_no_other_masks_within_the_limits_keep_more(data: st.DataObject) -> None
     assert sum(float(s[m].sum()) for s, m in zip(scores, masks, strict=True)) == best
 
 
+def test_shares_by_pattern() -> None:
+    scores = [torch.arange(4.0).view(2, 2), torch.arange(4.0).view(2, 2)]
+    limits = Limits(max_layer_sparsity={"t0": 0.25, "*": 0.75})
+    assert [int(mask.sum()) for mask in chosen(limits, scores, 4)] == [3, 1]
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(
+        params,
+        tap.Magnitude,
+        schedules.constant(0.25),
+        max_layer_sparsity={"0": 0.125},
+    )
+    assert [int((module.weight == 0).sum()) for module, _ in params] == [24, 56]
+    assert pruner.sparsity() == 0.25
+
+
 @pytest.mark.parametrize("method", [tap.Magnitude, tap.AlignedMagnitude])
 def test_through_a_whole_schedule(method: type[tap.PruningMethod]) -> None:
     params = tap.prunable_parameters(mlp())

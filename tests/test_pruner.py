@@ -117,6 +117,23 @@ def test_neither_decay_nor_momentum_moves_what_is_pruned(kind: str, dtype: torch
     assert pruner.sparsity() == 0.8
 
 
+def test_momentum_from_before_the_pruner_moves_nothing_either() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        model(torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    for _ in range(3):
+        train(model, optimizer, pruner, 1)
+        for module, _ in params:
+            gone = ~module.weight_mask
+            assert bool((module.weight_orig[gone] == 0).all())
+            assert bool((optimizer.state[module.weight_orig]["momentum_buffer"][gone] == 0).all())
+
+
 def test_one_hook_and_one_mask_after_500_steps() -> None:
     model = mlp()
     params = tap.prunable_parameters(model)
@@ -341,6 +358,11 @@ def test_bad_input() -> None:
         (TypeError, "penalty should be", {"penalty": 0.1}),
         (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
         (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
+        (
+            ValueError,
+            "matches no parameter: 'encoder'",
+            {"max_layer_sparsity": {"encoder": 0.5}},
+        ),
         (ValueError, "should not be above", {"min_layer_sparsity": 0.5, "max_layer_sparsity": 0.4}),
         (ValueError, "go with budget='global'", {"min_unit": 1, "budget": "unit"}),
         (ValueError, "budget should be one of", {"budget": "all"}),
@@ -483,3 +505,18 @@ def test_criteria_say_what_they_lack() -> None:
     with pytest.raises(RuntimeError, match="Movement has seen no gradient of"):
         movement.scores()
     movement.remove()
+
+
+def test_a_copy_between_two_steps_is_independent() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, pruner, 1)
+    twin = copy.deepcopy(model)
+    shown, inputs = model[0].weight.clone(), torch.ones(2, 12)
+    expected = model(inputs)
+    with torch.no_grad():
+        model[0].weight_orig.mul_(3)
+    assert torch.equal(twin[0].weight, shown)
+    assert torch.equal(twin(inputs), expected)

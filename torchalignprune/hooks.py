@@ -91,13 +91,17 @@ class MaskHook(prune.BasePruningMethod):
         return f"{type(self).__name__}({self._tensor_name!r})"
 
 
-def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
+def put_masks(
+    masks: Iterable[tuple[nn.Module, str, Tensor]], *, zeroed: bool = False
+) -> list[MaskHook]:
     """Prune parameters by given masks, replacing those there are, all or none.
 
     Args:
         masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
             comes with several parameters (tied weights) is shared by them. That of a DTensor is one
             of the same layout, or a whole one that is the same on all ranks.
+        zeroed: the stored weights are zero, or are about to be, wherever the masks prune, so that
+            until the next forward the modules can show them without a product of their own.
 
     Returns:
         The hook of each parameter.
@@ -112,7 +116,7 @@ def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
 
             ready.append(sharded_hooks.prepare(module, name, mask, original, parts))
         else:
-            pruned = _product(original, mask)
+            pruned = original.detach() if zeroed else _product(original, mask)
             ready.append(functools.partial(put_mask, module, name, mask, original, pruned))
     return [put() for put in ready]
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchalignprune import ops
+from torchalignprune.parameters import matches
 from torchalignprune.targets import Target
 
-__all__ = ["Limits"]
+__all__ = ["LayerShare", "Limits"]
+
+LayerShare = float | Mapping[str, float]
+"""A share for every parameter, or by glob patterns of parameters and modules; the first one that
+matches counts."""
 
 
 @dataclass(frozen=True)
@@ -23,29 +28,54 @@ class Limits:
 
     Attributes:
         min_unit: how many entries every unit keeps at least; a unit that has fewer keeps those.
-        max_layer_sparsity: the share of a parameter that may be pruned at most.
+        max_layer_sparsity: the share of a parameter that may be pruned at most; 1 where no pattern
+            matches.
         min_layer_sparsity: the share of a parameter that is pruned at least, as far as there is
-            anything to prune: never more than the overall sparsity asked for.
+            anything to prune: never more than the overall sparsity asked for; 0 where no pattern
+            matches.
     """
 
     min_unit: int = 0
-    max_layer_sparsity: float = 1.0
-    min_layer_sparsity: float = 0.0
+    max_layer_sparsity: LayerShare = 1.0
+    min_layer_sparsity: LayerShare = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.min_unit, bool) or not isinstance(self.min_unit, int):
             raise TypeError(f"min_unit should be an int, got {self.min_unit!r}")
         if self.min_unit < 0:
             raise ValueError(f"min_unit should not be negative, got {self.min_unit}")
-        for name in ("max_layer_sparsity", "min_layer_sparsity"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} should be in [0, 1], got {value}")
-        if self.min_layer_sparsity > self.max_layer_sparsity:
-            raise ValueError(
-                f"min_layer_sparsity={self.min_layer_sparsity} should not be above "
-                f"max_layer_sparsity={self.max_layer_sparsity}"
-            )
+        for which in ("max_layer_sparsity", "min_layer_sparsity"):
+            given = getattr(self, which)
+            for value in given.values() if isinstance(given, Mapping) else [given]:
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{which} should be in [0, 1], got {value}")
+
+    def check(self, names: Sequence[str]) -> None:
+        """Whether the limits make sense for the parameters of these names.
+
+        Raises:
+            ValueError: a pattern that matches none of them; a floor above its ceiling.
+        """
+        for which in ("max_layer_sparsity", "min_layer_sparsity"):
+            given = getattr(self, which)
+            for pattern in given if isinstance(given, Mapping) else ():
+                if not any(matches(name, pattern) for name in names):
+                    raise ValueError(
+                        f"{which} has a pattern that matches no parameter: {pattern!r}"
+                    )
+        for name in names:
+            floor, ceiling = self._floor(name), self._ceiling(name)
+            if floor > ceiling:
+                raise ValueError(
+                    f"min_layer_sparsity={floor} should not be above max_layer_sparsity={ceiling}, "
+                    f"for {name}"
+                )
+
+    def _ceiling(self, name: str) -> float:
+        return _share(self.max_layer_sparsity, name, 1.0)
+
+    def _floor(self, name: str) -> float:
+        return _share(self.min_layer_sparsity, name, 0.0)
 
     def masks(
         self,
@@ -81,7 +111,7 @@ class Limits:
             targets, scores, kept, pruned, unit_dims, strict=True
         ):
             free = self._spared(target, score, mask, dim)
-            room = max(0, int(self.max_layer_sparsity * mask.numel() + _ROUNDING) - gone)
+            room = max(0, int(self._ceiling(target.name) * mask.numel() + _ROUNDING) - gone)
             if int(free.sum()) > room:
                 (stay,) = ops.select_global([score], room, score="value", masks=[free])
                 free &= ~stay
@@ -93,9 +123,9 @@ class Limits:
                 f"{available} entries to prune, got {count}: a sparsity of "
                 f"{(sum(pruned) + available) / max(size, 1):.4f} instead of {overall:.4f}"
             )
-        floor = min(self.min_layer_sparsity, overall)
         first = []
-        for score, free, gone in zip(scores, candidates, pruned, strict=True):
+        for name, score, free, gone in zip(names, scores, candidates, pruned, strict=True):
+            floor = min(self._floor(name), overall)
             due = max(0, int(floor * free.numel() + _ROUNDING) - gone)
             due = min(due, int(free.sum()))
             (stay,) = ops.select_global([score], due, score="value", masks=[free])
@@ -125,6 +155,12 @@ class Limits:
         best = best.reshape(units_first.shape)
         best = best.movedim(0, dim) if score.dim() > 1 else best.reshape(score.shape)
         return mask & ~best
+
+
+def _share(given: LayerShare, name: str, default: float) -> float:
+    if not isinstance(given, Mapping):
+        return given
+    return next((share for pattern, share in given.items() if matches(name, pattern)), default)
 
 
 # Shares like 0.7 of 10 are a little below what they mean.

@@ -28,6 +28,7 @@ __all__ = [
     "square_sums",
     "unit_combination",
     "unit_products",
+    "zero_pruned_",
 ]
 
 
@@ -300,6 +301,51 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
 @torch.library.register_fake("torchalignprune::apply_mask")
 def _(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def zero_pruned_(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor], *, names: Sequence[str] | None = None
+) -> None:
+    """Set the entries of tensors to +0 where their mask is False, in place.
+
+    For stored weights and for the optimizer's state. Whatever was there, NaN, infinity and -0 too,
+    becomes +0. Of stretches without pruned entries only the mask is read, and nothing is written
+    where there is +0 already. Done as under ``torch.no_grad()``, as an optimizer's step is; the
+    tensors' version counters go up. All tensors of a GPU go into a few launches.
+
+    Equivalent to::
+
+        for tensor, mask in zip(tensors, masks):
+            tensor.masked_fill_(~mask, 0)
+
+    Args:
+        tensors: any shapes and strides (without entries that share memory), float32, float64,
+            float16 or bfloat16, all on one device. Changed.
+        masks: bool, shaped like the tensors, any strides.
+        names: what to call the tensors in an error. Default: ``tensors[i]``.
+
+    Raises:
+        ValueError: a shape, device or length that does not fit; an expanded tensor. Raised before
+            anything has changed.
+        TypeError: a dtype that does not fit; likewise.
+
+    Example:
+        >>> import torch
+        >>> momentum = torch.tensor([1.0, -2.0, float("nan")])
+        >>> zero_pruned_([momentum], [torch.tensor([True, False, False])])
+        >>> momentum
+        tensor([1., 0., 0.])
+    """
+    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else list(names)
+    if not tensors and not masks:
+        return
+    with torch.no_grad():
+        torch.ops.torchalignprune.zero_pruned_(list(tensors), list(masks), names)
+
+
+@torch.library.register_fake("torchalignprune::zero_pruned_")
+def _(tensors: list[Tensor], masks: list[Tensor], names: list[str]) -> None:
+    return None
 
 
 def square_sums(

@@ -24,14 +24,24 @@ class OptimizerWatch:
     Nothing has to be handed over: it hears of each step through the hooks that torch calls for
     all optimizers, so that it works inside a Trainer too.
 
+    Both functions are bound methods, which are not kept alive.
+
     Args:
         before_step: called with the optimizer before each of its steps, when the gradients are
             complete, unscaled and clipped.
+        after_first_step: called after the first step of each optimizer since.
     """
 
-    def __init__(self, before_step: Callable[[Optimizer], None] | None = None) -> None:
+    def __init__(
+        self,
+        before_step: Callable[[Optimizer], None] | None = None,
+        after_first_step: Callable[[], None] | None = None,
+    ) -> None:
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._before_step = None if before_step is None else weakref.WeakMethod(before_step)
+        self._after_first_step = (
+            None if after_first_step is None else weakref.WeakMethod(after_first_step)
+        )
         # Some may have gone in the meantime.
         _WATCHES[:] = [watch for watch in _WATCHES if watch() is not None]
         _WATCHES.append(weakref.ref(self))
@@ -71,7 +81,13 @@ class OptimizerWatch:
 
     def after(self, optimizer: Optimizer) -> None:
         """An optimizer has taken a step."""
+        if optimizer in self._seen:
+            return
         self._seen.add(optimizer)
+        call = None if self._after_first_step is None else self._after_first_step()
+        if call is not None:
+            with torch.no_grad():
+                call()
 
     def remove(self) -> None:
         """Hear of no more steps."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torchalignprune import schedules
+from torchalignprune import ops, schedules
+from torchalignprune.dtensors import is_dtensor, local
 from torchalignprune.gradient_criteria import GradientCriterion, scores_of
 from torchalignprune.hooks import put_masks
-from torchalignprune.limits import Limits
+from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude
 from torchalignprune.optimizers import OptimizerWatch
 from torchalignprune.parameters import Parameters, mask_of, stored
@@ -70,10 +71,12 @@ class Pruner:
         budget: where the sparsity is counted: ``"global"``, ``"layer"`` or ``"unit"``. Default: as
             the method has it.
         min_unit: how many entries every unit keeps at least, so that none dies.
-        max_layer_sparsity: the share of each parameter that may be pruned at most.
+        max_layer_sparsity: the share of each parameter that may be pruned at most; or a mapping
+            from glob patterns (as in :func:`torchalignprune.prunable_parameters`) to shares, of
+            which the first that matches counts.
         min_layer_sparsity: the share of each parameter that is pruned at least, as soon as the
-            schedule asks for so much overall. These three go with the budgets ``"global"`` and
-            ``"layer"``.
+            schedule asks for so much overall; likewise. These three go with the budgets
+            ``"global"`` and ``"layer"``.
         regrow: let pruned entries come back. They keep the values that they had when they were
             pruned (apart, as much memory as they take); each pruning step ranks all entries anew,
             and gradients that reach a ``criterion`` are those of pruned entries too. ``True``:
@@ -113,8 +116,8 @@ class Pruner:
         criterion: GradientCriterion | None = None,
         budget: Budget | None = None,
         min_unit: int = 0,
-        max_layer_sparsity: float = 1.0,
-        min_layer_sparsity: float = 0.0,
+        max_layer_sparsity: LayerShare = 1.0,
+        min_layer_sparsity: LayerShare = 0.0,
         regrow: bool | int = False,
     ) -> None:
         params = params if isinstance(params, list) else list(params)
@@ -126,6 +129,7 @@ class Pruner:
         self._method = _made(method, reference, budget)
         limits = Limits(min_unit, max_layer_sparsity, min_layer_sparsity)
         if limits != Limits():
+            limits.check([target.name for target in targets])
             if self._method.budget == "unit":
                 raise ValueError(
                     "min_unit, max_layer_sparsity and min_layer_sparsity go with budget='global' "
@@ -147,6 +151,11 @@ class Pruner:
             own = [target.places[0] for target in criterion.targets]
             if own != [target.places[0] for target in targets]:
                 raise ValueError("criterion should have been made with the same params")
+        if any(is_dtensor(target.weight) for target in targets) and (regrow or limits != Limits()):
+            raise ValueError(
+                "sharded parameters (DTensor) go without regrow, min_unit, max_layer_sparsity and "
+                "min_layer_sparsity, which take what is on several ranks together"
+            )
         self.regrow = bool(regrow)
         self._every = 0 if isinstance(regrow, bool) else regrow
         self._alignment = None if reference is None else CosineAlignment(params, reference)
@@ -164,7 +173,10 @@ class Pruner:
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
         masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
-        self._watch = OptimizerWatch(self._mask_gradients if regrow and criterion else None)
+        # An optimizer that took steps before may have momentum where something is pruned.
+        self._watch = OptimizerWatch(
+            self._mask_gradients if self.regrow and criterion is not None else None, self._clear
+        )
         self._put(targets, masks)
         if regrow and criterion is not None:
             criterion.restore = self._restored
@@ -203,7 +215,8 @@ class Pruner:
             target.weight != 0 if target.mask is None else target.mask & (target.weight != 0)
             for target in targets
         ]
-        if all(bool(mask.all()) for mask in masks):
+        kept = [replace(target, mask=mask) for target, mask in zip(targets, masks, strict=True)]
+        if all(target.remaining() == target.weight.numel() for target in kept):
             raise ValueError(
                 f"params should have zeros to keep, got {len(targets)} parameters without any: is "
                 "this the sparse checkpoint?"
@@ -432,20 +445,32 @@ class Pruner:
             for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
                 self._left[number] = target.weight[~mask]
                 parameters[number].detach().copy_(target.weight)
-        hooks = put_masks(
+        shown = [
             (module, name, mask)
             for places, mask in zip(self._places, masks, strict=True)
             for module, name in places
-        )
-        for hook in hooks:
+        ]
+        for hook in put_masks(shown, zeroed=True):
             hook.straight_through = self.regrow and self.criterion is not None
-        # Not ``data``, whose changes no version counter counts.
-        tensors, covers = [parameter.detach() for parameter in parameters], list(masks)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Set what is pruned to zero, in the stored weights and in the optimizers' states."""
+        parameters = [stored(*places[0]) for places in self._places]
+        masks = [mask_of(*places[0]) for places in self._places]
+        tensors, covers = [], []
+        for parameter, mask in zip(parameters, masks, strict=True):
+            if mask is not None:
+                tensors.append(local(parameter.detach()))
+                covers.append(local(mask))
         for number, state in self._watch.states(parameters):
-            tensors.append(state)
-            covers.append(masks[number])
-        for tensor, mask in zip(tensors, covers, strict=True):
-            tensor.masked_fill_(~mask, 0)
+            cover = masks[number]
+            if cover is not None:
+                tensors.append(local(state))
+                covers.append(local(cover))
+        for device in {tensor.device for tensor in tensors}:
+            here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
+            ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])
 
     def _restored(self, number: int, weight: Tensor) -> Tensor:
         """The weight with the values that pruned entries had."""

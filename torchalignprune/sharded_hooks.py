@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from torchalignprune import fsdp
+from torchalignprune import fsdp, ops
 from torchalignprune.dtensors import check_layout, is_dtensor, like, local, own_part
 from torchalignprune.hooks import MaskHook, put_mask
 from torchalignprune.parameters import mask_of, stored
@@ -183,8 +183,6 @@ def _entry(module: nn.Module, name: str) -> fsdp.Managed | None:
     return fsdp.managed(module, name if mask_of(module, name) is None else f"{name}_orig")
 
 
-@torch.no_grad()
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Zeros where the mask is false, in place, in the part that is here."""
-    part, kept = local(tensor), local(mask)
-    torch.where(kept, part, part.new_zeros(()), out=part)
+    ops.zero_pruned_([local(tensor)], [local(mask)])

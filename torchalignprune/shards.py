@@ -436,6 +436,7 @@ class Shard:
                 that depends, unit by unit, on nothing else.
             dtype: what it returns.
         """
+        dim = dim if len(self.shape) > 1 else 0
         whole, _ = self.whole_units(target, dim)
         made = self.ranks.attempt(
             self.number,
@@ -446,9 +447,10 @@ class Shard:
 
     def whole_units(self, target: Target, dim: int) -> tuple[Target, Runs]:
         """The units that this process is to look at, as a target that is not sharded, and their
-        indices along the dimension."""
+        indices along the dimension; a tensor of at most one dimension is one unit, along 0."""
         if not self.cuts(dim):
-            return replace(target, shard=None), self.runs[dim] if self.runs else ((0, 1),)
+            runs = self.runs[dim] if len(self.shape) > 1 else ((0, 1),)
+            return replace(target, shard=None), runs
         parts = [
             None if tensor is None else self._to_units(tensor, dim)
             for tensor in (target.weight, target.mask, target.reference)

@@ -1,6 +1,7 @@
 // The argument checks that CPU and CUDA share. Every error is raised before any mask is written.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
@@ -189,6 +190,28 @@ inline void check_splits(
         splits[i] >= 0 && splits[i] <= weights[i].numel(), "the split of ", names[i],
         " should be in [0, ", weights[i].numel(), "], got ", splits[i]);
   }
+}
+
+// What goes into the score of each tensor's entries, as the operators take it.
+struct ScoreArguments {
+  std::vector<at::Tensor> weights;
+  std::vector<std::optional<at::Tensor>> masks, references, row_scales, column_scales;
+  std::vector<std::string> names;
+  Score score;
+};
+
+inline ScoreArguments check_scores(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, const c10::List<std::string>& names,
+    const std::string& score) {
+  ScoreArguments call{weights.vec(),       masks.vec(), references.vec(),  row_scales.vec(),
+                      column_scales.vec(), names.vec(), parse_score(score)};
+  check_score_arguments(
+      call.weights, call.masks, call.references, call.row_scales, call.column_scales, call.names,
+      call.score);
+  return call;
 }
 
 inline void check_count(int64_t count, int64_t alive) {

@@ -30,28 +30,6 @@ inline void advise_huge_pages(const at::Tensor& tensor) {
 #endif
 }
 
-// What goes into the score of each tensor's entries, as the operators take it.
-struct ScoreArguments {
-  std::vector<at::Tensor> weights;
-  std::vector<std::optional<at::Tensor>> masks, references, row_scales, column_scales;
-  std::vector<std::string> names;
-  Score score;
-};
-
-inline ScoreArguments check_scores(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, const c10::List<std::string>& names,
-    const std::string& score) {
-  ScoreArguments call{weights.vec(),       masks.vec(), references.vec(),  row_scales.vec(),
-                      column_scales.vec(), names.vec(), parse_score(score)};
-  check_score_arguments(
-      call.weights, call.masks, call.references, call.row_scales, call.column_scales, call.names,
-      call.score);
-  return call;
-}
-
 template <class Acc>
 class Chunks {
  public:

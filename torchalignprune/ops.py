@@ -263,9 +263,7 @@ def shard_masks(
     if not weights:
         raise ValueError("weights should have at least one tensor, got none")
     lists = _score_arguments(weights, masks, references, row_scales, column_scales, names)
-    return list(
-        torch.ops.torchalignprune.shard_masks(*lists, score, _signed(key), list(splits))
-    )
+    return list(torch.ops.torchalignprune.shard_masks(*lists, score, _signed(key), list(splits)))
 
 
 def _signed(key: int) -> int:

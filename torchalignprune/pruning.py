@@ -85,9 +85,7 @@ class PruningMethod(prune.BasePruningMethod):
         """Raises if the method cannot prune sharded parameters."""
         return
 
-    def new_masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    def new_masks(self, targets: Sequence[Target], scores: Sequence[Tensor | None]) -> list[Tensor]:
         """The masks of targets that are prepared."""
         if self.budget == "global":
             return self._prune_together(targets, scores)

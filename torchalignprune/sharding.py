@@ -4,26 +4,28 @@ Every process ranks the entries that it has. What they add up are histograms: ho
 scores in each of a few ranges, then in the parts of one of these, until the score of the last entry
 that goes is known to the bit; where only some of the entries with that score go, likewise how many
 of them lie in each part of the model, in the order of the parameters. The masks are those that one
-process would make of the whole model, bit for bit.
+process would make of the whole model, bit for bit, and are placed as the parameters are.
 
 All processes that have a shard of one of the parameters call together, with the same parameters and
-arguments. The group that adds up is that of the parameters' mesh if it is one mesh of one dimension,
-the default group if they are all processes there are, or else one that is made for the union of the
-meshes, once. Parameters that are no DTensors, and the copies that a replicated dimension of a mesh
-makes, are counted once; that they are the same everywhere is checked.
+arguments. The group that adds up is that of the parameters' mesh if they are on one mesh of one
+dimension, the default group if they are on all processes there are, and otherwise one that is made
+for the union of their meshes, once. Parameters that are no DTensors, and the copies that a
+replicated dimension of a mesh makes, are counted once; that they are the same on all processes is
+checked.
 
-A pruning step with the global budget sends some KB in messages of at most 0.5 KB, whatever the size
-of the model, for ``Magnitude`` and ``AlignedMagnitude``. These send more, and this is all:
+A pruning step with the global budget sends a few KB in messages of about 0.5 KB, whatever the size
+of the model, for ``Magnitude`` and ``AlignedMagnitude``. What else is sent, and this is all:
 
-- Units that are cut by the boundary of a shard. Which entries of a unit are worth how much depends
-  on all of them, added up in one order. So the tensor is sent once, an equal share of whole units to
-  each process, one tensor after the other, and the gains are sent back. Rows of a ``Linear`` sharded
-  by ``Shard(0)``, what FSDP2 does, are whole.
-- ``units="both"``: a number for each row and each column, and the tensor to add up those of the two
-  that are cut.
-- ``alignment="frobenius"``: about 32 bytes for each tensor; the tensor where its rows are cut.
-- ``budget="layer"`` the messages for each parameter; ``budget="unit"`` nothing where the units are
-  whole, else scores and masks of the cut tensors.
+- Units that are cut by the boundary of a shard. What an entry is worth depends on all entries of
+  its unit, added up in one order. So the tensor is sent once, an equal share of whole units to each
+  process, one tensor after the other, and what its entries are worth is sent back. The rows of a
+  ``Linear`` sharded by ``Shard(0)``, which is what FSDP2 does, are whole. A parameter of one
+  dimension is one unit, and goes to one process.
+- ``units="both"``: a number for each row and each column; and the tensor, for the rows or the
+  columns that are cut.
+- ``alignment="frobenius"``: some 40 bytes for each tensor; the tensor where its rows are cut.
+- ``budget="layer"``: the messages once for each parameter. ``budget="unit"``: nothing where units
+  are whole; scores, masks and what is left of them where they are cut.
 """
 
 from __future__ import annotations
@@ -91,12 +93,14 @@ def masks(
             process, whichever it was that came upon it.
     """
     ranks = Ranks([target.weight for target in targets])
-    prepared = ranks.attempt(0, lambda: _localized(method, targets, scores, ranks), list)
+    prepared: list[tuple[Target, Tensor | None]] = ranks.attempt(
+        0, lambda: _localized(method, targets, scores, ranks), list
+    )
     ranks.sum()
     _settle(ranks, [target for target, _ in prepared])
     local = [target for target, _ in prepared]
     found = method.new_masks(local, [score for _, score in prepared])
-    wanted = ranks.attempt(
+    wanted: list[Tensor] = ranks.attempt(
         len(local),
         lambda: [_shard(t).spread(mask) for t, mask in zip(local, found, strict=True)],
         list,
@@ -143,7 +147,9 @@ def _settle(ranks: Ranks, targets: Sequence[Target]) -> None:
         return
     leaders = [min(_shard(t).mesh_ranks) for t in partly]
     inside = [ranks.rank in _shard(t).mesh_ranks for t in partly]
-    chosen = ranks.most([-rank if own else -(1 << 40) for rank, own in zip(leaders, inside, strict=True)])
+    chosen = ranks.most(
+        [-rank if own else -(1 << 40) for rank, own in zip(leaders, inside, strict=True)]
+    )
     meshes = ranks.sum([int(rank == ranks.rank) for rank in leaders])
     for target, leader, best, copies in zip(partly, leaders, chosen, meshes, strict=True):
         shard = _shard(target)
@@ -300,7 +306,9 @@ class _Selection:
             chosen = [i == j for j in range(len(self.shards))]
             counts = self._attempt(partial(self._checked_counts, chosen, shift))
             sums.append(int((counts * self._salt()).sum()) * _weight(shard))
-        wrong = [name for name, total in zip(self.names, self.ranks.sum(sums), strict=True) if total]
+        wrong = [
+            name for name, total in zip(self.names, self.ranks.sum(sums), strict=True) if total
+        ]
         raise ValueError(
             f"{', '.join(wrong)} should be the same on all ranks that have a copy, but is not. A "
             "parameter of which each rank has a part should be a DTensor"
@@ -430,10 +438,10 @@ def square_sums(
             columns = shard.shape[1] if dim == 1 else None
             length = shard.shape[dim] if len(shard.shape) > 1 else 1
             whole = torch.zeros(length, dtype=torch.float64, device=target.weight.device)
+            made = ranks.attempt(
+                shard.number, partial(_sums_along, sums_of, units, dim, columns), whole.clone
+            )
             if shard.first:
-                made = ranks.attempt(
-                    shard.number, lambda: sums_of(units, columns)[dim], lambda: whole
-                )
                 scatter(whole, (runs,), made[: sum(n for _, n in runs)])
             vectors.append(whole)
     added = iter(ranks.sum_floats(torch.cat(vectors)).split([v.numel() for v in vectors]))
@@ -447,3 +455,12 @@ def square_sums(
         rows, sums = next(added), next(added)
         found.append((shard.along(rows, 0), shard.along(sums, 1)))
     return found
+
+
+def _sums_along(
+    sums_of: Callable[[Target, int | None], tuple[Tensor, Tensor]],
+    units: Target,
+    dim: int,
+    columns: int | None,
+) -> Tensor:
+    return sums_of(units, columns)[dim]

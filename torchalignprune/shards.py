@@ -113,12 +113,13 @@ def _part(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
 
 def scatter(whole: Tensor, runs: Sequence[Runs], part: Tensor) -> None:
     """Writes what :func:`_part` reads."""
-    places = [list(zip(own, itertools.accumulate((n for _, n in own), initial=0))) for own in runs]
-    for box in itertools.product(*places):
+    ends = [itertools.accumulate(length for _, length in own) for own in runs]
+    boxes = [list(zip(own, end, strict=True)) for own, end in zip(runs, ends, strict=True)]
+    for box in itertools.product(*boxes):
         to, source = whole, part
-        for dim, ((first, length), at) in enumerate(box):
+        for dim, ((first, length), end) in enumerate(box):
             to = to.narrow(dim, first, length)
-            source = source.narrow(dim, at, length)
+            source = source.narrow(dim, end - length, length)
         to.copy_(source)
 
 
@@ -404,7 +405,9 @@ class Shard:
         if self._weight is None:
             return False
         return any(
-            size > 1 and not placement.is_replicate() and (len(self.shape) < 2 or placement.dim != dim)
+            size > 1
+            and not placement.is_replicate()
+            and (len(self.shape) < 2 or placement.dim != dim)
             for size, placement in zip(self._mesh.shape, self._placements, strict=True)
         )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import ops
+from torchalignprune import sharding
 from torchalignprune.ddp import keep_mask
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
@@ -132,7 +132,7 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        return ops.apply_mask(original, mask)
+        return sharding.apply_mask(original, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torchalignprune.parameters import (
     stored,
     unit_dimension,
 )
+
+if TYPE_CHECKING:
+    from torchalignprune.shards import Shard
 
 __all__ = [
     "PerParameter",
@@ -56,6 +59,8 @@ class Target:
         reference: what its units are to stay aligned with, shaped like the weight, maybe on another
             device; None for the weight itself.
         input_norms: one for each input, or None.
+        shard: where its entries lie in the whole parameter; None if this is the whole, or a DTensor
+            that nobody has looked into yet.
     """
 
     weight: Tensor
@@ -66,6 +71,7 @@ class Target:
     parameter: Tensor | None = None
     reference: Tensor | None = None
     input_norms: Tensor | None = None
+    shard: Shard | None = None
 
     @property
     def in_dim(self) -> int:

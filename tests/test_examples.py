@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,9 +66,11 @@ def test_regularize_finetuning(topics: Path, tmp_path: Path) -> None:
 
 
 def torchrun(*arguments: object) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [*command, *map(str, arguments)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    return [*map(str, command), "--master-port", str(port), *map(str, arguments)]
 
 
 def children(process: int) -> list[int]:

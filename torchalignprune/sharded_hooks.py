@@ -35,7 +35,11 @@ class ShardedMaskHook(MaskHook):
             return super().apply_mask(module)
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
-        return original * mask
+        product = original * mask
+        if is_dtensor(product) and _works_on_parts(module):
+            part: Tensor = product.to_local()
+            return part
+        return product
 
     def remove(self, module: nn.Module) -> None:
         """Make the parameter an ordinary one again, with zeros in it; for ``prune.remove``."""
@@ -48,6 +52,20 @@ class ShardedMaskHook(MaskHook):
         del module._parameters[f"{name}_orig"]
         del module._buffers[f"{name}_mask"]
         module.register_parameter(name, original)
+
+
+def _works_on_parts(module: nn.Module) -> bool:
+    """Whether the forward that Transformers has put in takes the parts of the parameters instead.
+
+    Its tensor parallel styles do so without gradients, and for fused projections always. They swap
+    the parameters themselves, which the pruned weight is none of.
+    """
+    forward = vars(module).get("forward")
+    if getattr(forward, "__name__", None) != "tp_forward":
+        return False
+    cells = zip(forward.__code__.co_freevars, forward.__closure__, strict=True)  # type: ignore[union-attr]
+    style = {name: cell.cell_contents for name, cell in cells}.get("self")
+    return bool(style is not None and style.should_use_local_tensors(module))
 
 
 class FullyShardedMaskHook(ShardedMaskHook):

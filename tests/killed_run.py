@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 import torchalignprune as tap
-from torchalignprune import schedules
+from torchalignprune import hf, schedules
 
 STEPS, EVERY = 60, 4
 
@@ -79,6 +80,55 @@ def run(folder: Path, kind: str) -> None:
     save(model.state_dict(), folder / "final.pt")
 
 
+def run_trainer(folder: Path) -> None:
+    """The same by the Trainer of Transformers."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.CosineAlignment(params, reference)
+    schedule = schedules.cubic(0.0, 0.8, begin=2, end=20, every=2)
+    pruner = tap.Pruner(
+        params, tap.AlignedMagnitude, schedule, reference=reference, penalty=penalty
+    )
+    words = torch.randint(50, (64, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row.sum() % 3} for row in words]
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=24,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_steps=3,
+        save_total_limit=2,
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    trainer = hf.AlignmentTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        penalty=penalty,
+        strength=0.1,
+        callbacks=[hf.PruningCallback(pruner)],
+    )
+    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(folder))
+    pruner.finalize()
+    save(model.state_dict(), folder / "final.pt")
+
+
 def save(state: object, path: Path) -> None:
     """There is either the old file or the whole new one."""
     beside = path.with_suffix(".partial")
@@ -92,17 +142,17 @@ def main(folder: Path, kind: str, seed: int, kills: int) -> None:
     while not (folder / "final.pt").exists():
         child = os.fork()
         if child == 0:
-            run(folder, kind)
+            run_trainer(folder) if kind == "trainer" else run(folder, kind)
             os._exit(0)
         if killed < kills:
-            time.sleep(chance.uniform(0.0, 0.12))
+            time.sleep(chance.uniform(0.0, 0.8 if kind == "trainer" else 0.12))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             killed += 1
         elif os.waitstatus_to_exitcode(status) != 0:
             sys.exit("a start has failed by itself")
-    print(killed)
+    print(f"killed {killed}")
 
 
 if __name__ == "__main__":

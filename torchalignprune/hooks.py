@@ -10,19 +10,20 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import sharding
+from torchalignprune import ops
 from torchalignprune.ddp import keep_mask
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 
-__all__ = ["MaskHook", "load_state_dict", "put_masks"]
+__all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
 
 
 class MaskHook(prune.BasePruningMethod):
@@ -51,13 +52,22 @@ class MaskHook(prune.BasePruningMethod):
         return default_mask
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """``name_orig * name_mask``, with a gradient to ``name_orig``."""
+        """``name_orig`` with zeros where ``name_mask`` is False, with a gradient to ``name_orig``.
+
+        See :func:`torchalignprune.ops.masked_weight` and :func:`cached_weights`.
+        """
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
-        if self.straight_through:
+        differentiable = torch.is_grad_enabled() and original.requires_grad
+        if self.straight_through and differentiable:
             pruned: Tensor = _StraightThrough.apply(original, mask)  # type: ignore[no-untyped-call]
             return pruned
-        return original * mask
+        if _cache is None or differentiable or torch.compiler.is_compiling():
+            return _product(original, mask)
+        made = _cache.get(self)
+        if made is None or not made.is_of(original, mask):
+            made = _cache[self] = _Made(original, mask)
+        return made.product
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
         # After a forward the masked weight has a history, which deepcopy refuses. A module's hooks
@@ -74,7 +84,7 @@ class MaskHook(prune.BasePruningMethod):
             original = memo.get(id(stored(module, self._tensor_name)))
             mask = memo.get(id(mask_of(module, self._tensor_name)))
             if isinstance(original, Tensor) and isinstance(mask, Tensor):
-                memo[id(weight)] = original * mask
+                memo[id(weight)] = _product(original, mask)
             else:
                 memo[id(weight)] = weight.detach().clone()
         return twin
@@ -89,6 +99,62 @@ class MaskHook(prune.BasePruningMethod):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._tensor_name!r})"
+
+
+class _Made:
+    """A product, and what it was made of."""
+
+    def __init__(self, original: Tensor, mask: Tensor) -> None:
+        self.tensors = (original, mask)
+        self.state = self._state()
+        self.product = _product(original, mask)
+
+    def is_of(self, original: Tensor, mask: Tensor) -> bool:
+        same = self.tensors[0] is original and self.tensors[1] is mask
+        return same and self.state == self._state()
+
+    def _state(self) -> list[Any]:
+        # What is made in inference mode is of no use outside of it.
+        versions = [None if t.is_inference() else t._version for t in self.tensors]
+        places = [t.data_ptr() for t in self.tensors]
+        return [torch.is_inference_mode_enabled(), *versions, *places]
+
+
+# By hook, within cached_weights().
+_cache: dict[MaskHook, _Made] | None = None
+
+
+@contextmanager
+def cached_weights() -> Iterator[None]:
+    """Within it, weights that need no gradient are multiplied by their masks once.
+
+    For an evaluation under ``torch.no_grad()`` or ``torch.inference_mode()``: the first forward
+    makes the masked weights, the others take them as they are, as
+    ``torch.nn.utils.parametrize.cached()`` does for parametrizations. Where a gradient is needed,
+    nothing is kept. Scopes can be nested; what they kept is freed when the outermost ends.
+
+    The weights are not to be changed within it. Changes of weights and masks that torch counts
+    (optimizers, ``load_state_dict``, in-place operators) and new tensors in their place are
+    noticed, but torch does not count those made through ``.data`` and NumPy, nor those of
+    ``fused=True`` optimizers. This is why nothing is kept outside of it.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> _ = tap.magnitude(layer, "weight", 0.5)
+        >>> with torch.no_grad(), tap.cached_weights():
+        ...     first, second = layer(torch.ones(4)), layer(torch.ones(4))
+        >>> torch.equal(first, second)
+        True
+    """
+    global _cache
+    outer = _cache
+    if outer is None:
+        _cache = {}
+    try:
+        yield
+    finally:
+        _cache = outer
 
 
 def put_masks(
@@ -122,30 +188,16 @@ def put_masks(
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
-    pruned: Tensor = _Masked.apply(original, mask)  # type: ignore[no-untyped-call]
-    return pruned
-
-
-class _Masked(torch.autograd.Function):
-    """``original * mask``, without a mask in the dtype of the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return sharding.apply_mask(original, mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return grad * mask, None
+    # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
+    return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``original * mask``, whose gradient is that of the product, pruned entries included."""
+    """The masked weight, whose gradient reaches pruned entries too."""
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
-        return original * mask
+        return _product(original, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -232,6 +232,11 @@ class Pruner:
         """How many calls of :meth:`step` there were."""
         return self._step
 
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finished
+
     @torch.no_grad()
     def step(self) -> bool:
         """Count one step of training, and prune if the schedule asks for it.

@@ -20,7 +20,13 @@ from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import Limits
 from torchalignprune.parameters import DTYPES, Parameters
 from torchalignprune.ranking import Ranking
-from torchalignprune.targets import Pair, Target, targets_from_history, targets_of
+from torchalignprune.targets import (
+    Pair,
+    Target,
+    parameters_of_caller,
+    targets_from_history,
+    targets_of,
+)
 
 __all__ = ["Budget", "PruningMethod", "global_unstructured"]
 
@@ -227,10 +233,11 @@ class PruningMethod(prune.BasePruningMethod):
             targets, scores = _read_structure(t, self.structure)
         else:
             found = targets_from_history(t)
-            if found is None:
+            read = (found, None) if found is not None else _ask_caller(t)
+            if read is None:
                 self._warn(t)
                 return self._prune_together(itself, [t.detach()])[0].to(default_mask.dtype)
-            targets, scores = found, None
+            targets, scores = read
         # The vector has an entry for each one that was not pruned.
         parts = [
             new.flatten() if target.mask is None else new[target.mask]
@@ -262,8 +269,8 @@ class PruningMethod(prune.BasePruningMethod):
             return
         message = (
             f"{type(self).__name__} cannot see which parameters these {t.numel()} entries belong "
-            "to, because no autograd history leads to them (no_grad, frozen weights, or "
-            "importance_scores){}. Pass structure=parameters, or call "
+            "to, because no autograd history leads to them, nor does torch's global_unstructured "
+            "(with tied weights){}. Pass structure=parameters, or call "
             "torchalignprune.global_unstructured."
         )
         if not self.magnitude_will_do:
@@ -386,6 +393,18 @@ def _checked_score(score: Any, target: Target) -> Tensor:
         raise TypeError(f"the importance_scores of {target.name} should be real, got {score.dtype}")
     here: Tensor = score.detach().to(target.weight.device)
     return here if here.dtype in DTYPES else here.double()
+
+
+def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | None:
+    """As of ``_read_structure``, for the parameters that torch is pruning; None if that is unknown
+    or they do not make up the vector, as tied weights do not, which torch counts twice."""
+    parameters = parameters_of_caller()
+    if parameters is None:
+        return None
+    try:
+        return _read_structure(t, parameters)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _read_structure(

@@ -31,8 +31,6 @@ class ShardedMaskHook(MaskHook):
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """``name_orig * name_mask``, a DTensor, with a gradient to ``name_orig``."""
-        if self.straight_through:
-            return super().apply_mask(module)
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
         product = original * mask
@@ -103,7 +101,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
         def mask_gradient(parameter: Tensor) -> None:
             module = owner()
             mask = None if module is None else mask_of(module, self._tensor_name)
-            if mask is not None and parameter.grad is not None and not self.straight_through:
+            if mask is not None and parameter.grad is not None:
                 _zero(parameter.grad, mask)
 
         self._handles = [

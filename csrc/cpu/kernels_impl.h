@@ -270,6 +270,21 @@ inline Bits all_if(uint8_t kept) {
   return static_cast<Bits>(Bits{0} - static_cast<Bits>(kept != 0));
 }
 
+template <class Bits>
+void apply_mask(const void* values, const uint8_t* __restrict mask, int64_t n, void* out) {
+  const Bits* __restrict from = static_cast<const Bits*>(values);
+  Bits* __restrict to = static_cast<Bits*>(out);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Bits>(from[i] & all_if<Bits>(mask[i]));
+}
+
+template <class Bits>
+bool is_masked(const void* values, const uint8_t* __restrict mask, int64_t n) {
+  const Bits* __restrict bits = static_cast<const Bits*>(values);
+  Bits wrong = 0;
+  for (int64_t i = 0; i < n; ++i) wrong |= static_cast<Bits>(bits[i] & ~all_if<Bits>(mask[i]));
+  return wrong == 0;
+}
+
 // Of a block without pruned entries only the mask is read, and a tile is written only where it is
 // not +0 already. With a branch for the mask of each tile, many would be guessed wrong.
 template <class Bits>
@@ -485,6 +500,8 @@ const Kernels table{
     score_kernels<float>(),
     score_kernels<double>(),
     count_true,
+    {apply_mask<uint16_t>, apply_mask<uint32_t>, apply_mask<uint64_t>},
+    {is_masked<uint16_t>, is_masked<uint32_t>, is_masked<uint64_t>},
     {zero_pruned<uint16_t>, zero_pruned<uint32_t>, zero_pruned<uint64_t>},
     gains};
 

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
+from torchalignprune.shards import is_dtensor
 
 Pair = tuple[nn.Module, str]
 

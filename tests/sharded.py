@@ -6,6 +6,8 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchalignprune as tap
 from models import Pair, Record, holder, pairs
+from torchalignprune.parameters import PrunableParameters
 from torchalignprune.shards import local_runs
 
 Case = Callable[[], None]
@@ -36,7 +39,11 @@ def run(rank: int, world: int, folder: str) -> None:
     """One of the processes: runs all cases and writes what became of each."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=30),
     )
     outcomes = {}
     for name, case in CASES[world].items():
@@ -46,11 +53,9 @@ def run(rank: int, world: int, folder: str) -> None:
             outcomes[name] = ""
         except Exception:
             outcomes[name] = traceback.format_exc()
-        # After a failure the others may wait for this process, and time out.
         if outcomes[name]:
-            break
+            break  # the others may wait for this process, until they time out
     torch.save(outcomes, os.path.join(folder, f"rank{rank}.pt"))
-    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -217,23 +222,20 @@ def assert_error(model: nn.Module, run: Callable[[], Any], *parts: str) -> None:
 
 
 def add_layout_cases() -> None:
-    def make(name: str, values: str) -> Case:
+    def make(name: str) -> Case:
         def function() -> None:
             for method, options in METHODS.values():
-                twins = Twins(weights(values), layouts()[name])
-                for amount in (0.3, 0.5, 11, 0):
-                    twins.prune(method, amount=amount, **options)
-                    twins.assert_same()
+                for values, amounts in (("tied", (0.3, 11)), ("normal", (0.4,))):
+                    twins = Twins(weights(values), layouts()[name])
+                    for amount in amounts:
+                        twins.prune(method, amount=amount, **options)
+                        twins.assert_same()
 
-        function.__name__ = f"{name}, {values}"
         return function
 
     few = ["rows", "columns", "replicated"]
-    for world, names in ((2, few), (4, [*few, *FOUR])):
-        for name in names:
-            for values in ("normal", "tied"):
-                function = make(name, values)
-                CASES[world][function.__name__] = function
+    for world, names in ((2, few), (4, [*few[:2], *FOUR])):
+        CASES[world] |= {name: make(name) for name in names}
 
 
 FOUR = (
@@ -264,7 +266,7 @@ def dtypes() -> None:
         twins.assert_same()
 
 
-@case(2, 4)
+@case(2)
 def all_equal_and_all_zero() -> None:
     for value in (0.0, -0.0, 1.5):
         tensors = [torch.full_like(weight, value) for weight in weights()]
@@ -278,7 +280,7 @@ def all_equal_and_all_zero() -> None:
 @case(2, 4)
 def several_layouts_and_plain_tensors() -> None:
     known = list(layouts().values())
-    for start in range(len(known)):
+    for start in (0, 3, 6)[: len(known) // 3]:
         for method, options in METHODS.values():
             tensors = weights("tied")
             own = [[*known, None][(start + i) % (len(known) + 1)] for i in range(len(tensors))]
@@ -289,14 +291,13 @@ def several_layouts_and_plain_tensors() -> None:
 
 @case(2, 4)
 def budgets() -> None:
-    for name in ("rows", "columns", *(("both dimensions", "strided") if world() == 4 else ())):
+    for name in ("rows", "columns") if world() == 2 else ("both dimensions",):
         for budget in ("layer", "unit"):
             for method, options in METHODS.values():
-                for values in ("normal", "tied"):
-                    twins = Twins(weights(values), layouts()[name])
-                    for amount in (0.4, 0.3):
-                        twins.prune(method, amount=amount, budget=budget, **options)
-                        twins.assert_same()
+                twins = Twins(weights("tied")[2:], layouts()[name])
+                for amount in (0.4, 0.3) if world() == 2 else (0.4,):
+                    twins.prune(method, amount=amount, budget=budget, **options)
+                    twins.assert_same()
 
 
 def world() -> int:
@@ -326,7 +327,7 @@ def references_and_input_norms() -> None:
                 twins.assert_same()
 
 
-@case(2, 4)
+@case(2)
 def importance_scores() -> None:
     tensors = weights()
     scores = [torch.randn_like(weight).round() for weight in tensors]
@@ -355,7 +356,7 @@ def magnitude_criterion() -> None:
     twins.assert_same()
 
 
-@case(2, 4)
+@case(2)
 def pruned_before_it_was_sharded() -> None:
     twins = Twins(weights(), layouts()["rows"])
     plain = holder(*[weight.clone() for weight in weights()])
@@ -439,19 +440,25 @@ def not_all_processes_have_a_shard() -> None:
         )
         twins.prune(method, amount=0.5, **options)
         twins.assert_same()
-    # Those of a part of the processes go by themselves.
-    twins = Twins(tensors[:2], [(first, [Shard(0)]), (overlapping, [Shard(1)])])
-    alone = Twins(tensors[:1], (first, [Shard(0)]))
-    if dist.get_rank() < 3:
-        twins.prune(tap.AlignedMagnitude, amount=0.5)
-        twins.assert_same()
+    # Those of a part of the processes go by themselves, each part at its own time.
+    names = ("stage", "copies", "shards")
+    stage = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)["copies", "shards"]
+    twins = Twins(tensors[dist.get_rank() // 2 :], (stage, [Replicate(), Shard(1)]))
+    twins.prune(tap.AlignedMagnitude, amount=0.5)
+    twins.assert_same()
     if dist.get_rank() < 2:
+        alone = Twins(tensors[:1], (first, [Shard(0)]))
         alone.prune(tap.AlignedMagnitude, amount=0.5)
         alone.assert_same()
-    dist.barrier()
+    apart = Twins(tensors[:2], [(first, [Shard(0)]), (overlapping, [Shard(1)])])
+    assert_error(
+        apart.sharded,
+        lambda: tap.global_unstructured(pairs(apart.sharded), tap.Magnitude, amount=0.5),
+        "ValueError: the parameters are on meshes of which none has all of the ranks [0, 1, 2]",
+    )
 
 
-@case(2, 4)
+@case(2)
 def tied_weights() -> None:
     twins = Twins(weights("tied"), layouts()["columns"])
     for model in (twins.whole, twins.sharded):
@@ -473,7 +480,7 @@ def chance() -> None:
         return int(torch.randint(n, (), generator=generator))
 
     methods, known = list(METHODS.values()), [*layouts().values(), None]
-    for _ in range(40):
+    for _ in range(12):
         tensors = []
         for _ in range(1 + index(4)):
             shape = [1 + index(13) for _ in range(1 + index(3))]
@@ -601,15 +608,19 @@ def copies_that_differ() -> None:
 
 @case(2)
 def amounts_that_are_too_large() -> None:
-    for budget, where in (("global", "the 7 parameters"), ("layer", "weight2), 9")):
+    for budget, where in (("global", "the 7 parameters"), ("layer", "(Module.weight2)")):
         twins = Twins(weights(), layouts()["rows"])
-        entries = sum(weight.numel() for weight in weights())
-        amount = entries + 1 if budget == "global" else 10
-        run = lambda t=twins, a=amount, b=budget: tap.global_unstructured(
-            pairs(t.sharded)[2 if b == "layer" else 0 :], tap.Magnitude, amount=a, budget=b
+        amount = sum(weight.numel() for weight in weights()) + 1 if budget == "global" else 10
+        params = pairs(twins.sharded)[2 if budget == "layer" else 0 :]
+        run = partial(
+            tap.global_unstructured,
+            PrunableParameters(params, [f"(Module.{name})" for _, name in params], {}),
+            tap.Magnitude,
+            amount=amount,
+            budget=budget,
         )
-        assert_error(twins.sharded, run, f"ValueError: amount={amount} should not be larger")
-        assert where.split("),")[0] in error_of(run), error_of(run)
+        message = f"ValueError: amount={amount} should not be larger than the number of entries of "
+        assert_error(twins.sharded, run, message + where)
 
 
 @case(2, 4)

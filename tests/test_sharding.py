@@ -7,6 +7,7 @@ be started once.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import sharded
 from torchalignprune.shards import Runs, Shard
 
-TIMEOUT = 240
+TIMEOUT = 120
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +39,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
             ]
             for process in processes:
                 process.start()
+            deadline = time.monotonic() + TIMEOUT
             for process in processes:
-                process.join(TIMEOUT)
-            for process in processes:
+                process.join(max(0, deadline - time.monotonic()))
                 process.kill()
             files = [Path(folder, f"rank{rank}.pt") for rank in range(world)]
             known[world] = [torch.load(file) if file.exists() else {} for file in files]

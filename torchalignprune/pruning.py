@@ -316,6 +316,10 @@ def global_unstructured(
     method; nothing is concatenated. Tied weights are counted and pruned once, and stay tied if all
     their places are among the parameters.
 
+    Parameters may be sharded (``DTensor``, as FSDP2 and tensor parallelism make them): all
+    processes call together, and the masks, placed as the parameters are, are bit for bit those of
+    one process with the whole model (:mod:`torchalignprune.sharding`).
+
     Args:
         parameters: ``(module, name)`` pairs (:func:`torchalignprune.prunable_parameters`).
         pruning_method: one of the methods here.

@@ -7,9 +7,9 @@ of them lie in each part of the model, in the order of the parameters. The masks
 process would make of the whole model, bit for bit, and are placed as the parameters are.
 
 All processes that have a shard of one of the parameters call together, with the same parameters and
-arguments. The group that adds up is that of the parameters' mesh if they are on one mesh of one
-dimension, the default group if they are on all processes there are, and otherwise one that is made
-for the union of their meshes, once. Parameters that are no DTensors, and the copies that a
+arguments. The group that adds up is the default group if the parameters are on all processes there
+are, or else that of the mesh that has all of their processes; if there is none, that is an error.
+Parameters that are no DTensors, and the copies that a
 replicated dimension of a mesh makes, are counted once; that they are the same on all processes is
 checked.
 

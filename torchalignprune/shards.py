@@ -135,15 +135,22 @@ class Ranks:
 
         meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
         members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
-        self.rank = dist.get_rank()
+        widest = max(meshes, key=lambda mesh: mesh.size())
         if members == list(range(dist.get_world_size())):
             self.group: Any = dist.group.WORLD
-        elif meshes[0].ndim == 1 and len(members) == meshes[0].size():
-            self.group = meshes[0].get_group()
+        elif len(members) > widest.size():
+            raise ValueError(
+                f"the parameters are on meshes of which none has all of the ranks {members}, nor "
+                "are these all ranks there are; got "
+                f"{', '.join(sorted({str(mesh.mesh.tolist()) for mesh in meshes}))}"
+            )
         else:
-            self.group = _group(tuple(members))
+            self.group = (widest if widest.ndim == 1 else widest._flatten()).get_group()
+        self.rank = dist.get_rank()
         self.members = members
-        self.place = {rank: i for i, rank in enumerate(members)}
+        # In the order of the group.
+        self.order = dist.get_process_group_ranks(self.group)
+        self.place = {rank: i for i, rank in enumerate(self.order)}
         kind = meshes[0].device_type
         self.device = torch.device(kind)
         if kind != "cpu":
@@ -217,7 +224,7 @@ class Ranks:
         raise kind(message) from cause
 
     def swap(self, pieces: dict[int, Tensor], sizes: dict[int, int], like: Tensor) -> list[Tensor]:
-        """Sends each process its piece and returns, in the order of the ranks, what they sent.
+        """Sends each process its piece and returns what they sent, by their ``place``.
 
         Args:
             pieces: flat tensors by the rank they go to.
@@ -228,27 +235,13 @@ class Ranks:
 
         size = like.element_size()
         empty = like.new_empty(0)
-        parcel = torch.cat([pieces.get(rank, empty) for rank in self.members])
+        parcel = torch.cat([pieces.get(rank, empty) for rank in self.order])
         out = parcel.view(torch.uint8).to(self.device)
-        to = [size * (pieces[rank].numel() if rank in pieces else 0) for rank in self.members]
-        come = [size * sizes.get(rank, 0) for rank in self.members]
+        to = [size * (pieces[rank].numel() if rank in pieces else 0) for rank in self.order]
+        come = [size * sizes.get(rank, 0) for rank in self.order]
         received = out.new_empty(sum(come))
         dist.all_to_all_single(received, out, come, to, group=self.group)
         return list(received.to(like.device).view(like.dtype).split([n // size for n in come]))
-
-
-_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
-
-
-def _group(members: tuple[int, ...]) -> Any:
-    """A group of these processes, made once."""
-    import torch.distributed as dist
-
-    made_in, group = _groups.get(members, (None, None))
-    if made_in is not dist.group.WORLD:
-        group = dist.new_group(list(members), use_local_synchronization=True)
-        _groups[members] = (dist.group.WORLD, group)
-    return group
 
 
 class Shard:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchalignprune as tap
 from ranks import Ranks
-from torchalignprune import dtensors
+from torchalignprune import dtensors, fsdp
 from torchalignprune.hooks import put_masks
 from torchalignprune.parameters import stored
 from torchalignprune.sharded_hooks import FullyShardedMaskHook
@@ -541,3 +541,19 @@ def own_parts() -> None:
 
 def test_own_parts(ranks: Ranks) -> None:
     ranks.run(4, own_parts)
+
+
+def another_torch() -> None:
+    """What is relied on inside FSDP2 is not there."""
+    sharded, plain = pair()
+    for group in fsdp._groups():
+        del group.reduce_grads
+    with pytest.raises(
+        RuntimeError, match=r"the FSDP2 of torch .* has no FSDPParamGroup.reduce_gr"
+    ):
+        put(sharded, masks_of(plain))
+    assert not prune.is_pruned(sharded)
+
+
+def test_another_torch(ranks: Ranks) -> None:
+    ranks.run(2, another_torch)

@@ -494,6 +494,19 @@ def not_all_processes_have_a_shard() -> None:
 
 
 @case(2)
+def what_remains_is_counted_on_all_ranks() -> None:
+    for layout in (layouts()["rows"], layouts()["columns"], layouts()["replicated"]):
+        twins = Twins(weights(), layout)
+        for _ in range(2):
+            whole, found = (
+                [target.remaining() for target in targets_of(pairs(model))]
+                for model in (twins.whole, twins.sharded)
+            )
+            assert found == whole
+            twins.prune(tap.Magnitude, amount=0.5)
+
+
+@case(2)
 def tied_weights() -> None:
     twins = Twins(weights("tied"), layouts()["columns"])
     for model in (twins.whole, twins.sharded):

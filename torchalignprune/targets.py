@@ -25,6 +25,7 @@ from torchalignprune.parameters import (
     stored,
     unit_dimension,
 )
+from torchalignprune.shards import is_dtensor
 
 if TYPE_CHECKING:
     from torchalignprune.shards import Shard
@@ -86,8 +87,11 @@ class Target:
         return None if self.reference is None else self.reference.to(self.weight.device)
 
     def remaining(self) -> int:
-        """How many entries are not pruned yet."""
-        return self.weight.numel() if self.mask is None else int(self.mask.sum())
+        """How many entries are not pruned yet; of a DTensor on all ranks, which call together."""
+        if self.mask is None:
+            return self.weight.numel()
+        total: Any = self.mask.sum()
+        return int(total.full_tensor() if is_dtensor(total) else total)
 
     def entries(self) -> Tensor:
         """The entries that are not pruned yet, by flat index."""

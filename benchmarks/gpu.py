@@ -517,6 +517,8 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
             f"  memory on top: {result['memory_on_top']:.2f} x the weights, "
             f"by torch {result['memory_on_top_by_torch']:.2f} x"
         )
+    for what in ("ties", "masks") if "ties" in result else ():
+        yield f"  {'ours, ' + what:34} {result[what]['ms']:9.2f} ms"
     if "with_reference" in result:
         yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"
 

@@ -14,13 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import torchalignprune as tap
 from models import Pair, Record, holder, pairs
 from torchalignprune.parameters import PrunableParameters
 from torchalignprune.shards import local_runs
+from torchalignprune.targets import targets_of
 
 Case = Callable[[], None]
 CASES: dict[int, dict[str, Case]] = {2: {}, 4: {}}
@@ -421,6 +428,34 @@ def a_kernel_that_is_cut() -> None:
 
 
 @case(4)
+def as_fully_shard_and_tensor_parallelism_place_them() -> None:
+    line, square = mesh("line"), mesh("square")
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    for kind in ("fsdp", "hybrid", "with tensor parallelism"):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            layers = [nn.Linear(10, 14), nn.Linear(14, 7), nn.Linear(7, 9)]
+            models.append(nn.Sequential(*layers))
+        whole, model = models
+        if kind == "with tensor parallelism":
+            parallelize_module(model, square["tp"], plan)
+        fully_shard(model, mesh={"fsdp": line, "hybrid": square}.get(kind, square["dp"]))
+        for method, options in METHODS.values():
+            expected, found = (
+                method(0.5, **options).masks(targets_of([(layer, "weight") for layer in layers]))
+                for layers in (whole, model)
+            )
+            for mask, own, layer in zip(expected, found, model, strict=True):
+                weight = layer.weight
+                assert own.placements == weight.placements
+                there = distribute_tensor(
+                    mask, weight.device_mesh, weight.placements, src_data_rank=None
+                )
+                assert torch.equal(local(own), local(there)), (kind, weight.placements)
+
+
+@case(4)
 def not_all_processes_have_a_shard() -> None:
     first, second = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [3, 2])
     overlapping = DeviceMesh("cpu", [1, 2])
@@ -456,6 +491,19 @@ def not_all_processes_have_a_shard() -> None:
         lambda: tap.global_unstructured(pairs(apart.sharded), tap.Magnitude, amount=0.5),
         "ValueError: the parameters are on meshes of which none has all of the ranks [0, 1, 2]",
     )
+
+
+@case(2)
+def what_remains_is_counted_on_all_ranks() -> None:
+    for layout in (layouts()["rows"], layouts()["columns"], layouts()["replicated"]):
+        twins = Twins(weights(), layout)
+        for _ in range(2):
+            whole, found = (
+                [target.remaining() for target in targets_of(pairs(model))]
+                for model in (twins.whole, twins.sharded)
+            )
+            assert found == whole
+            twins.prune(tap.Magnitude, amount=0.5)
 
 
 @case(2)
@@ -529,7 +577,7 @@ def where_entries_lie() -> None:
 
 @case(2)
 def few_bytes_are_sent() -> None:
-    sizes = [(300, 40)], [(3000, 300), (1000, 700)]
+    sizes = [(300, 40)], [(900, 300), (500, 200)]
     for method in (tap.Magnitude, tap.AlignedMagnitude):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for values in ("normal", "tied"):

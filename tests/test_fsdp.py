@@ -546,13 +546,16 @@ def test_own_parts(ranks: Ranks) -> None:
 def another_torch() -> None:
     """What is relied on inside FSDP2 is not there."""
     sharded, plain = pair()
-    for group in fsdp._groups():
+    groups = list(fsdp._groups())
+    for group in groups:
         del group.reduce_grads
     with pytest.raises(
         RuntimeError, match=r"the FSDP2 of torch .* has no FSDPParamGroup.reduce_gr"
     ):
         put(sharded, masks_of(plain))
     assert not prune.is_pruned(sharded)
+    for group in groups:  # those of other tests too, if they have not been collected yet
+        group.reduce_grads = True
 
 
 def test_another_torch(ranks: Ranks) -> None:

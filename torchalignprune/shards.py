@@ -397,12 +397,12 @@ class Shard:
         """Whether units along a dimension are cut by the boundary of a shard, on any process."""
         if self._weight is None:
             return False
-        return any(
-            size > 1
-            and not placement.is_replicate()
-            and (len(self.shape) < 2 or placement.dim != dim)
+        cut = [
+            placement.dim % max(1, len(self.shape))
             for size, placement in zip(self._mesh.shape, self._placements, strict=True)
-        )
+            if size > 1 and not placement.is_replicate()
+        ]
+        return any(len(self.shape) < 2 or own != dim for own in cut)
 
     def in_whole_groups(self, dim: int, size: int) -> bool:
         """Whether groups of neighbours along a dimension are cut on no process."""

@@ -6,8 +6,8 @@
 The 84.9 M encoder weights of XLM-R base at 50, 80 and 90%: the bitmasks of `tap.save_pruned`
 against all the weights in a safetensors file, as it is and packed by gzip (and zstd, where
 Python's zstandard is installed). What is loaded is checked bit by bit first. The files stay in the
-system's cache, so that loading measures the work and not the disk. Writes
-results/checkpoints[_DTYPE].json.
+system's cache, so that loading measures the work and not the disk. The memory is the highest on top
+of the model, with the pages of mapped files. Writes results/checkpoints[_DTYPE].json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import torchalignprune as tap
-from common import Encoder, median, read_pass, save, seconds, size
+from common import Encoder, median, peak_memory, read_pass, save, seconds, size, start_memory
 from torchalignprune import ops
 
 SPARSITIES = (0.5, 0.8, 0.9)
@@ -92,14 +92,20 @@ def measure(sparsity: float, dtype: torch.dtype, folder: Path, runs: int) -> dic
     def record(
         name: str, path: Path, write: Callable[[], Any], read: Callable[[], Any], repeats: int
     ) -> None:
+        before = start_memory()
         write()
+        save_extra = peak_memory() - before
         with torch.no_grad():
             for weight in other.weights():
                 weight.fill_(1)
+        before = start_memory()
         read()
+        load_extra = peak_memory() - before
         check(other, state)
         results[name] = {
             "bytes": bytes_in(path),
+            "save_extra": save_extra,
+            "load_extra": load_extra,
             "save_s": seconds(write, repeats),
             "load_s": seconds(read, repeats),
         }
@@ -161,11 +167,14 @@ def main() -> None:
                 continue
             result["of_values_and_bits"] = result["bytes"] / smallest
             unverified = result.get("load_unverified_s")
+            memory = [result[key] / 1e6 for key in ("save_extra", "load_extra")]
             print(
                 f"  {name:22} {result['bytes'] / 1e6:8.1f} MB {result['of_values_and_bits']:7.4f} x"
                 f"  save {median(result['save_s']):7.3f} s  load {median(result['load_s']):7.3f} s"
-                + (f" ({median(unverified):.3f} s without verification)" if unverified else "")
+                f"  memory {memory[0]:4.0f} and {memory[1]:4.0f} MB"
             )
+            if unverified:
+                print(f"{'':26}load without verification {median(unverified):.3f} s")
     suffix = "" if options.dtype == "float32" else f"_{options.dtype}"
     save(f"checkpoints{suffix}", {"weights": n, "read_pass_s": floor, "sparsities": found})
 

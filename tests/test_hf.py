@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import torchalignprune as tap
 from torchalignprune import hf, schedules
+from torchalignprune.state_files import load_state, save_state
 
 
 def rows(count: int = 24) -> list[dict[str, Tensor]]:
@@ -562,13 +564,13 @@ def _of_another_step(folder: Path) -> None:
 
 
 def _of_other_masks(folder: Path) -> None:
-    state = tap.state_files.load_state(folder / "pruner.safetensors")
+    state = load_state(folder / "pruner.safetensors")
     state["pruner"]["pruned"]["bert.encoder.layer.0.attention.self.query.weight"] += 1
-    tap.state_files.save_state(folder / "pruner.safetensors", state)
+    save_state(folder / "pruner.safetensors", state)
 
 
 def _of_another_version(folder: Path) -> None:
-    tap.state_files.save_state(folder / "pruner.safetensors", {"version": 9})
+    save_state(folder / "pruner.safetensors", {"version": 9})
 
 
 def _foreign(folder: Path) -> None:
@@ -715,6 +717,19 @@ def test_lora_on_a_pruned_model(sparsity: float, tmp_path: Path) -> None:
     assert changed > 0
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_module_that_peft_has_copied_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = bert()
+    params = [*tap.prunable_parameters(model), (model.classifier, "weight")]
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, cubic())
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    trainer, _ = plain_trainer(tmp_path, get_peft_model(model, config), pruner)
+    with pytest.raises(ValueError, match=r"original_module\.weight is not trained: PEFT's modules"):
+        trainer.train()
+
+
 def test_a_language_model_with_tied_weights(tmp_path: Path) -> None:
     """The decoder of a masked language model is its embedding; both are pruned, and saved."""
     data = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in rows()]
@@ -812,3 +827,31 @@ def test_a_pretrained_encoder(tmp_path: Path) -> None:
     assert same(again.model.state_dict(), trainer.model.state_dict())
     assert same(again.optimizer.state_dict(), trainer.optimizer.state_dict())
     assert resumed.log() == pruner.log()
+
+
+def test_a_checkpoint_that_a_signal_asks_for(tmp_path: Path) -> None:
+    """With enable_jit_checkpoint the Trainer saves from within a callback, and stops."""
+    if not hasattr(TrainingArguments, "enable_jit_checkpoint"):
+        pytest.skip("Transformers before 5.0")
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer, _ = plain_trainer(tmp_path / "run", enable_jit_checkpoint=True)
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:  # what SIGTERM does, after a few seconds
+                (jit,) = [
+                    callback
+                    for callback in trainer.callback_handler.callbacks
+                    if hasattr(callback, "jit_manager")
+                ]
+                jit.jit_manager.is_checkpoint_requested = True
+
+    trainer.add_callback(Signal())
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    checkpoint = hf.last_complete_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    state = load_state(Path(checkpoint) / "pruner.safetensors")
+    assert state["pruner"]["step"] == state["global_step"] == 4

@@ -262,6 +262,7 @@ def test_finalize_leaves_an_ordinary_model() -> None:
     assert not prune.is_pruned(model)
     assert torch.equal(model(inputs), shown)
     assert all(isinstance(module.weight, nn.Parameter) for module, _ in params)
+    assert pruner.sparsity() == 0.5
     with pytest.raises(RuntimeError, match="finished"):
         pruner.step()
 

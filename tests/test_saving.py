@@ -205,6 +205,41 @@ def test_saving_leaves_the_model(format: Any, tmp_path: Path) -> None:
     record.assert_untouched()
 
 
+def test_a_model_in_the_middle_of_training(tmp_path: Path) -> None:
+    schedule = tap.schedules.cubic(0.0, 0.8, begin=0, end=6, every=2)
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, tap.Pruner]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+        return model, optimizer, tap.Pruner(pairs(model), tap.AlignedMagnitude, schedule)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: tap.Pruner) -> None:
+        for _ in range(4):
+            model(torch.ones(3, 12)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+
+    model, optimizer, pruner = run = start()
+    train(*run)
+    tap.save_pruned(model, tmp_path / "x", "bitmask")
+    entries = PrunedFiles(tmp_path / "x")._entries
+    for name in ("0.weight", "2.weight"):  # the weights beneath the masks take no room
+        assert entries[f"{name}_orig"].kind == "bitmask" and not entries[f"{name}_orig"].signs
+        assert entries[f"{name}_mask"].kind == "mask_of"
+    again = start()
+    tap.load_pruned(again[0], tmp_path / "x")
+    assert_same(again[0], model)
+    again[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again[2].load_state_dict(pruner.state_dict())
+    for either in (run, again):
+        train(*either)
+        either[2].finalize()
+    assert_same(again[0], model)
+    tap.save_pruned(model, tmp_path / "x", "bitmask")
+    assert_same(tap.load_pruned(mlp(), tmp_path / "x"), model)
+
+
 def test_torchs_own_masks(tmp_path: Path) -> None:
     model = mlp()
     for _ in range(2):  # a container of two methods

@@ -135,6 +135,26 @@ def test_from_pretrained_does_not_read_bitmasks(tmp_path: Path) -> None:
         transformers.BertModel.from_pretrained(tmp_path / "x")
 
 
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **(SIZES | {"num_hidden_layers": 1}), num_key_value_heads=2, num_local_experts=2
+    )
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def test_a_model_that_transformers_stores_in_another_form(tmp_path: Path) -> None:
+    model = pruned(mixtral())
+    tap.save_pruned(model, tmp_path / "dense")
+    loaded = tap.load_pruned(transformers.MixtralForCausalLM, tmp_path / "dense")
+    assert_same_outputs(loaded, model)
+    with pytest.raises(ValueError, match="load_pruned with the class, MixtralForCausalLM, makes a"):
+        tap.load_pruned(mixtral(), tmp_path / "dense")
+    tap.save_pruned(model, tmp_path / "bitmask", "bitmask")
+    for what in (transformers.MixtralForCausalLM, mixtral()):
+        assert_same_state(tap.load_pruned(what, tmp_path / "bitmask"), model)
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype, finished: bool, tmp_path: Path) -> None:
@@ -143,11 +163,20 @@ def test_dtypes(dtype: torch.dtype, finished: bool, tmp_path: Path) -> None:
         for pair in tap.prunable_parameters(model):
             prune.remove(*pair)
     model.embeddings.LayerNorm.float()  # one dtype does not stand for all
+    with torch.no_grad():
+        model.embeddings.LayerNorm.weight.copy_(torch.randn(16))
     tap.save_pruned(model, tmp_path / "x", "bitmask")
     other = tap.load_pruned(transformers.AutoModel, tmp_path / "x")
     assert other.dtype == model.dtype and other.embeddings.LayerNorm.weight.dtype == torch.float32
     assert_same_state(other, model)
     assert sum("mask" in name for name in other.state_dict()) == (0 if finished else 12)
+    tap.save_pruned(model, tmp_path / "dense")
+    for what in (transformers.AutoModel, bert().to(dtype)):
+        if isinstance(what, nn.Module):
+            what.embeddings.LayerNorm.float()
+        other = tap.load_pruned(what, tmp_path / "dense")
+        assert other.dtype == dtype and other.embeddings.LayerNorm.weight.dtype == torch.float32
+        assert torch.equal(other.embeddings.LayerNorm.weight, model.embeddings.LayerNorm.weight)
 
 
 def test_another_class_is_refused(tmp_path: Path) -> None:

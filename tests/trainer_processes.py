@@ -36,6 +36,9 @@ def main(folder: Path) -> None:
     assert dist.get_world_size() == 2 and pruner.steps == 8
     state = copy.deepcopy(trainer.model.state_dict())
     check_equal_everywhere(state)
+    # The masks are not sent around in each forward.
+    buffers = [*trainer.model_wrapped.named_module_buffers]
+    assert buffers and not any(name.endswith("_mask") for name in buffers), buffers
 
     again, resumed, _ = regularized(folder, 1.0, **options)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruner import Pruner
@@ -90,6 +91,27 @@ class PruningCallback(TrainerCallback, ExportableState):
         ValueError: when training begins: the pruner is finished, or of another model; a setup that
             this does not work with (FSDP, DeepSpeed, ``torch.nn.DataParallel``); a checkpoint
             without the pruner's state, or with one that does not fit.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> config = transformers.BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     intermediate_size=8,
+        ... )
+        >>> model = transformers.BertForSequenceClassification(config)
+        >>> rows = [{"input_ids": [i, 1, 2], "labels": i % 2} for i in range(8)]
+        >>> schedule = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> pruner = tap.Pruner(tap.prunable_parameters(model), tap.AlignedMagnitude, schedule)
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> callback = hf.PruningCallback(pruner)
+        >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[callback])
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ... 'pruning/sparsity': '0.5', 'pruning/target_sparsity': '0.5'}
+        3
     """
 
     def __init__(self, pruner: Pruner) -> None:
@@ -111,12 +133,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         _check_setup(args, trainer)
         if self.pruner.finished:
             raise ValueError("the pruner is finished: finalize() has taken its hooks away")
-        inside = set(model.modules())
-        if any(module not in inside for module, _ in self.pruner.params):
-            raise ValueError(
-                "the pruner's parameters should be those of the model that is trained, got some of "
-                "another one (model_init and hyperparameter searches make new models)"
-            )
+        self._check_model(model)
         if trainer is not None:
             # The first to hear of logs, so that all others get the numbers that it adds. The list
             # is being walked through now: those before it move by one, and none is skipped.
@@ -125,6 +142,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 raise ValueError("a Trainer should have one PruningCallback, got several")
             callbacks.remove(self)
             callbacks.insert(0, self)
+            self._keep_masks_home(trainer.model_wrapped)
         if state.global_step > 0:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._resume(own if folder is None else Path(folder), state.global_step)
@@ -162,6 +180,29 @@ class PruningCallback(TrainerCallback, ExportableState):
             if folder.is_dir():
                 self._save(folder)
         return {"args": {"pruner": None}, "attributes": {}}
+
+    def _check_model(self, model: nn.Module) -> None:
+        paths = {module: path for path, module in model.named_modules()}
+        for module, name in self.pruner.params:
+            if module not in paths:
+                raise ValueError(
+                    "the pruner's parameters should be those of the model that is trained, got "
+                    "some of another one (model_init and hyperparameter searches make new models)"
+                )
+            if paths[module].endswith(".original_module"):
+                raise ValueError(
+                    f"{paths[module]}.{name} is not trained: PEFT's modules_to_save has a copy of "
+                    "it trained instead. Leave it out of the pruner's parameters"
+                )
+
+    def _keep_masks_home(self, wrapped: nn.Module) -> None:
+        """DistributedDataParallel would broadcast the masks in each forward. Every process makes
+        the same ones."""
+        for ddp in wrapped.modules():
+            if isinstance(ddp, DistributedDataParallel):
+                paths = {module: path for path, module in ddp.module.named_modules()}
+                masks = {f"{paths[module]}.{name}_mask" for module, name in self.pruner.params}
+                ddp.parameters_to_ignore.update(masks)
 
     def _save(self, folder: Path) -> None:
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
@@ -239,6 +280,28 @@ class AlignmentTrainerMixin:
         TypeError: a penalty that is not a module; a strength that is no number or function.
         ValueError: a strength that is negative or not finite; FSDP, DeepSpeed or
             ``torch.nn.DataParallel``; a penalty without any gradient.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> class Regression(torch.nn.Linear):
+        ...     def forward(self, x, y):
+        ...         return {"loss": (super().forward(x) - y).square().mean()}
+        >>> model = Regression(4, 1)
+        >>> params = [(model, "weight")]
+        >>> penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+        >>> rows = [{"x": [1.0 * i, 0.0, 1.0, 2.0], "y": [1.0]} for i in range(8)]
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, logging_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> strength = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> trainer = hf.AlignmentTrainer(
+        ...     model, args, train_dataset=rows, penalty=penalty, strength=strength
+        ... )
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ... 'penalty_strength': '0.25', 'epoch': ...}
+        {'train_runtime': ...}
     """
 
     if TYPE_CHECKING:

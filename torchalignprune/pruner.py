@@ -172,6 +172,7 @@ class Pruner:
         # The values of pruned entries by their flat index, where they may come back.
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
+        self._final_sparsity = 0.0
         masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
         # An optimizer that took steps before may have momentum where something is pruned.
         self._watch = OptimizerWatch(
@@ -290,7 +291,9 @@ class Pruner:
         return True
 
     def sparsity(self) -> float:
-        """The share of all entries that is pruned."""
+        """The share of all entries that is pruned; after :meth:`finalize`, that was then."""
+        if self._finished:
+            return self._final_sparsity
         size, pruned = 0, 0
         for target in targets_of(self.params):
             size += target.weight.numel()
@@ -399,6 +402,7 @@ class Pruner:
         """
         if self._finished:
             return
+        self._final_sparsity = self.sparsity()
         for places in self._places:
             for module, name in places:
                 if mask_of(module, name) is not None:

@@ -68,10 +68,11 @@ def save_pruned(
     :func:`load_pruned` recognizes a file that was altered. A model of transformers is written with
     its config. Nothing is pickled.
 
-    A folder that ``save_pruned`` wrote earlier is replaced in one step; what others have put
-    there, such as a tokenizer, is kept. A process that is killed, even by SIGKILL, leaves the
-    former folder as it was, and a hidden one beside it, ``.NAME.*.partial``. Of several processes
-    only one may write.
+    A folder that ``save_pruned`` wrote earlier is replaced; what others have put there, such as a
+    tokenizer, is kept. On Linux the two folders change places in one step, so that a process that
+    is killed, even by SIGKILL, leaves the former or the new one, whole, and a hidden folder beside
+    it, ``.NAME.*.partial``. Where the system has no such step, the former one is
+    ``.NAME.*.former`` for a moment. Of several processes only one may write.
 
     Args:
         model: any module, on any device; a wrapper of ``torch.compile`` or
@@ -372,6 +373,10 @@ def _ordinary(kind: Any, files: PrunedFiles) -> Any:
     ]
     if problems:
         raise ValueError(_does_not_fit(model, files, problems))
+    # One dtype does not always stand for all.
+    for name, tensor in _plain_state(model).items():
+        if name in files and files.dtype(name) != tensor.dtype:
+            tensor.data = files[name].clone()
     return model
 
 
@@ -426,6 +431,11 @@ def _does_not_fit(model: nn.Module, files: PrunedFiles, problems: Sequence[str])
     listed = list(problems[:_LISTED])
     if len(problems) > _LISTED:
         listed.append(f"and {len(problems) - _LISTED} more")
+    if files.layout == "dense" and files.model == type(model).__name__ and _is_transformers(model):
+        listed.append(
+            "(transformers stores some models in another form: load_pruned with the class, "
+            f"{files.model}, makes a new one)"
+        )
     return "\n  ".join(
         [f"{files.path}, saved from {files.model}, does not fit {type(model).__name__}:", *listed]
     )

@@ -22,13 +22,18 @@ int64_t bytes_of(int64_t bits) { return (bits + 7) / 8; }
 
 // Up to 64 bits from a place that is a multiple of 64, whatever the order of the machine's bytes.
 uint64_t load_bits(const uint8_t* bits, int64_t begin, int64_t end) {
+  const uint8_t* from = bits + begin / 8;
   uint64_t word = 0;
-  const int64_t last = bytes_of(end);
-  for (int64_t byte = begin / 8; byte < last; ++byte) {
-    word |= uint64_t{bits[byte]} << (byte * 8 - begin);
+  if (end - begin == 64) {  // of a length that compilers make one load of
+    for (int k = 0; k < 8; ++k) word |= uint64_t{from[k]} << (8 * k);
+    return word;
   }
+  for (int64_t k = 0; k < bytes_of(end - begin); ++k) word |= uint64_t{from[k]} << (8 * k);
   return word;
 }
+
+// The lowest n bits of 64.
+uint64_t bits_below(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
 
 bool bit_at(const uint8_t* bits, int64_t i) { return (bits[i / 8] >> (i % 8) & 1) != 0; }
 
@@ -39,27 +44,42 @@ struct Counts {
   int64_t lost = 0;
 };
 
+struct Edge {
+  int64_t byte = 0;
+  uint8_t bits = 0;
+};
+
+// Of up to 8 entries, a bit each.
+struct Eight {
+  unsigned nonzero = 0, negative = 0, kept = 0;
+
+  template <class Bits>
+  Eight(const Bits* words, const uint8_t* mask, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) {
+      nonzero |= unsigned{static_cast<Bits>(words[k] << 1) != 0} << k;
+      negative |= unsigned{words[k] >> (8 * sizeof(Bits) - 1) != 0} << k;
+    }
+    if (mask == nullptr) {
+      kept = nonzero;
+    } else {
+      for (int64_t k = 0; k < n; ++k) kept |= unsigned{mask[k] != 0} << k;
+    }
+  }
+};
+
 template <class Bits>
 Counts write_bits(
     const Bits* words, const uint8_t* mask, int64_t begin, int64_t end, uint8_t* bits) {
   Counts counts;
   for (int64_t i = begin; i < end; i += 8) {
-    unsigned nonzero = 0, negative = 0, kept = 0;
-    const int64_t n = std::min<int64_t>(8, end - i);
-    for (int64_t k = 0; k < n; ++k) {
-      const Bits word = words[i + k];
-      nonzero |= unsigned{static_cast<Bits>(word << 1) != 0} << k;
-      negative |= unsigned{word >> (8 * sizeof(Bits) - 1) != 0} << k;
-    }
-    if (mask == nullptr) {
-      kept = nonzero;
-    } else {
-      for (int64_t k = 0; k < n; ++k) kept |= unsigned{mask[i + k] != 0} << k;
-    }
-    bits[i / 8] = static_cast<uint8_t>(kept);
-    counts.kept += std::popcount(kept);
-    counts.lost += std::popcount(nonzero & ~kept);
-    counts.negative += std::popcount(negative & ~nonzero & ~kept);
+    const uint8_t* own_mask = mask == nullptr ? nullptr : mask + i;
+    // All but the last are 8, which the compiler unrolls.
+    const Eight eight =
+        end - i >= 8 ? Eight(words + i, own_mask, 8) : Eight(words + i, own_mask, end - i);
+    bits[i / 8] = static_cast<uint8_t>(eight.kept);
+    counts.kept += std::popcount(eight.kept);
+    counts.lost += std::popcount(eight.nonzero & ~eight.kept);
+    counts.negative += std::popcount(eight.negative & ~eight.nonzero & ~eight.kept);
   }
   return counts;
 }
@@ -107,11 +127,33 @@ void pack_as(
   if (total.negative == 0) return;
   signs = at::zeros({bytes_of(n - total.kept)}, bits.options());
   auto* to_sign = signs.mutable_data_ptr<uint8_t>();
-  int64_t zero = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (bit_at(packed, i)) continue;
-    to_sign[zero / 8] |= static_cast<uint8_t>((words[i] != 0) << (zero % 8));
-    ++zero;
+  // A block's zeros begin and end within bytes that it shares with others.
+  std::vector<Edge> edges(2 * blocks);
+  at::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
+    for (int64_t block = from; block < to; ++block) {
+      const int64_t end = std::min(n, (block + 1) * block_size);
+      int64_t zero = block * block_size - first[block];
+      const int64_t first_byte = zero / 8;
+      unsigned byte = 0;
+      for (int64_t i = block * block_size; i < end; i += 64) {
+        const int64_t last = std::min(end, i + 64);
+        const uint64_t kept = load_bits(packed, i, last);
+        for (uint64_t left = bits_below(last - i) & ~kept; left != 0; left &= left - 1) {
+          byte |= unsigned{words[i + std::countr_zero(left)] != 0} << (zero % 8);
+          if (++zero % 8 != 0) continue;
+          if (zero / 8 - 1 == first_byte) {
+            edges[2 * block] = {first_byte, static_cast<uint8_t>(byte)};
+          } else {
+            to_sign[zero / 8 - 1] = static_cast<uint8_t>(byte);
+          }
+          byte = 0;
+        }
+      }
+      if (byte != 0) edges[2 * block + 1] = {zero / 8, static_cast<uint8_t>(byte)};
+    }
+  });
+  for (const Edge& edge : edges) {
+    if (edge.bits != 0) to_sign[edge.byte] |= edge.bits;
   }
 }
 
@@ -180,7 +222,6 @@ template <class Bits>
 void unpack_as(
     const uint8_t* bits, const std::vector<int64_t>& first, const at::Tensor& values,
     const uint8_t* signs, at::Tensor& out) {
-  constexpr Bits negative_zero = static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1));
   const int64_t n = out.numel();
   const auto* from_value = static_cast<const Bits*>(values.const_data_ptr());
   auto* to = static_cast<Bits*>(out.mutable_data_ptr());
@@ -198,9 +239,9 @@ void unpack_as(
           to[i + std::countr_zero(left)] = *value++;
         }
         if (signs == nullptr) continue;
-        for (int64_t k = i; k < last; ++k) {
-          if ((kept >> (k - i) & 1) != 0) continue;
-          if (bit_at(signs, zero++)) to[k] = negative_zero;
+        for (uint64_t left = bits_below(last - i) & ~kept; left != 0; left &= left - 1) {
+          const Bits sign = bit_at(signs, zero++) ? 1 : 0;
+          to[i + std::countr_zero(left)] = static_cast<Bits>(sign << (8 * sizeof(Bits) - 1));
         }
       }
     }

@@ -165,6 +165,32 @@ def cosine_gains(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     return {"weights": size(weights), **ours, "with_reference": with_reference}
 
 
+def shards(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
+    """What each process of several does to its shards: one round of counting, and the masks."""
+    weights = weights_of(MODELS["85 M"], dtype)
+    counts = ops.shard_counts(weights, 0, 21, 2048)
+    assert int(counts[:2048].sum()) == size(weights), "an entry was not counted"
+    flat = torch.cat([weight.flatten() for weight in weights]).abs_().float()
+    key = int(flat.median().view(torch.int32)) | 1 << 31
+    places = [torch.tensor([0, weight.numel()]) for weight in weights]
+    masks = ops.shard_masks(weights, key, [0] * len(weights))
+    kept = torch.cat([mask.flatten() for mask in masks])
+    assert torch.equal(kept, flat >= flat.median()), "another mask"
+    del masks, kept
+    moved = sum(weight.nbytes for weight in weights)
+    return {
+        "weights": size(weights),
+        **compared(
+            lambda: ops.shard_counts(weights, 0, 21, 2048),
+            {"torch.histc": lambda: torch.histc(flat, 2048)},
+            moved,
+            bandwidth,
+        ),
+        "ties": times(lambda: ops.shard_ties(weights, key, places)),
+        "masks": times(lambda: ops.shard_masks(weights, key, [0] * len(weights))),
+    }
+
+
 def select_rows(columns: int, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     rows = 84_934_656 // columns
     (scores,) = weights_of([(rows, columns)], dtype)
@@ -564,6 +590,8 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
             f"  memory on top: {result['memory_on_top']:.2f} x the weights, "
             f"by torch {result['memory_on_top_by_torch']:.2f} x"
         )
+    for what in ("ties", "masks") if "ties" in result else ():
+        yield f"  {'ours, ' + what:34} {result[what]['ms']:9.2f} ms"
     if "with_reference" in result:
         yield f"  {'ours, with a reference':34} {result['with_reference']['ms']:9.2f} ms"
 
@@ -604,6 +632,7 @@ def main() -> int:
             cases[f"select_global {str(dtype)[6:]} {model}"] = lambda m=model, d=dtype: (
                 select_global(m, d, bandwidth)
             )
+        cases[f"shards {str(dtype)[6:]}"] = lambda d=dtype: shards(d, bandwidth)
         cases[f"cosine_gains {str(dtype)[6:]}"] = lambda d=dtype: cosine_gains(d, bandwidth)
         for columns in (768, 4):
             cases[f"select_rows {str(dtype)[6:]} rows of {columns}"] = lambda c=columns, d=dtype: (

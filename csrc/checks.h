@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
@@ -131,12 +132,12 @@ inline at::ScalarType score_dtype(at::ArrayRef<at::Tensor> weights) {
   return wide ? at::kDouble : at::kFloat;
 }
 
-inline void check_select_global(
+inline void check_score_arguments(
     at::ArrayRef<at::Tensor> weights, const std::vector<std::optional<at::Tensor>>& masks,
     const std::vector<std::optional<at::Tensor>>& references,
     const std::vector<std::optional<at::Tensor>>& row_scales,
     const std::vector<std::optional<at::Tensor>>& column_scales, at::ArrayRef<std::string> names,
-    int64_t count, Score score) {
+    Score score) {
   const auto check_length = [&](size_t length, const char* what) {
     TORCH_CHECK_VALUE(
         length == weights.size(), what, " should have one entry for each of the ", weights.size(),
@@ -147,7 +148,6 @@ inline void check_select_global(
   check_length(row_scales.size(), "row_scales");
   check_length(column_scales.size(), "column_scales");
   check_length(names.size(), "names");
-  TORCH_CHECK_VALUE(count >= 0, "count should not be negative, got ", count);
   const at::ScalarType dtype = score_dtype(weights);
   for (size_t i = 0; i < weights.size(); ++i) {
     check_weight(weights[i], names[i]);
@@ -166,6 +166,86 @@ inline void check_select_global(
     check_scale(
         weights[i], column_scales[i], columns_of(weights[i]), dtype, "column scale", names[i]);
   }
+}
+
+// Keys come in as the bits of an int64; the largest one is no score's.
+inline void check_shard_key(at::ArrayRef<at::Tensor> weights, int64_t key) {
+  const bool wide = score_dtype(weights) == at::kDouble;
+  TORCH_CHECK_VALUE(
+      wide ? key != -1 : key >= 0 && key < int64_t{0xFFFFFFFF}, "key should be one of ",
+      wide ? 64 : 32, " bits that are not all set, got ", key);
+}
+
+inline constexpr int64_t most_shard_bins = 2048;
+
+inline void check_shard_counts(
+    at::ArrayRef<at::Tensor> weights, int64_t low, int64_t shift, int64_t bins) {
+  check_shard_key(weights, low);
+  const int64_t bits = score_dtype(weights) == at::kDouble ? 64 : 32;
+  TORCH_CHECK_VALUE(shift >= 0 && shift < bits, "shift should be in [0, ", bits, "), got ", shift);
+  TORCH_CHECK_VALUE(
+      bins > 0 && bins <= most_shard_bins, "bins should be in [1, ", most_shard_bins, "], got ",
+      bins);
+}
+
+// Returns the edges on the CPU, contiguous.
+inline std::vector<at::Tensor> check_edges(
+    at::ArrayRef<at::Tensor> weights, at::ArrayRef<at::Tensor> edges,
+    at::ArrayRef<std::string> names) {
+  TORCH_CHECK_VALUE(
+      edges.size() == weights.size(), "edges should have one entry for each of the ",
+      weights.size(), " weights, got ", edges.size());
+  std::vector<at::Tensor> result;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    TORCH_CHECK_TYPE(
+        edges[i].scalar_type() == at::kLong, "the edges of ", names[i], " should be int64, got ",
+        edges[i].scalar_type());
+    TORCH_CHECK_VALUE(
+        edges[i].dim() == 1 && edges[i].numel() > 0 && edges[i].is_cpu(), "the edges of ", names[i],
+        " should be a 1d tensor on the CPU that is not empty, got shape ", edges[i].sizes(), " on ",
+        edges[i].device());
+    result.push_back(edges[i].contiguous());
+    const auto* edge = result.back().const_data_ptr<int64_t>();
+    const int64_t n = edges[i].numel();
+    TORCH_CHECK_VALUE(
+        std::is_sorted(edge, edge + n) && edge[0] >= 0 && edge[n - 1] <= weights[i].numel(),
+        "the edges of ", names[i], " should rise from at least 0 to at most ", weights[i].numel());
+  }
+  return result;
+}
+
+inline void check_splits(
+    at::ArrayRef<at::Tensor> weights, at::IntArrayRef splits, at::ArrayRef<std::string> names) {
+  TORCH_CHECK_VALUE(
+      splits.size() == weights.size(), "splits should have one entry for each of the ",
+      weights.size(), " weights, got ", splits.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        splits[i] >= 0 && splits[i] <= weights[i].numel(), "the split of ", names[i],
+        " should be in [0, ", weights[i].numel(), "], got ", splits[i]);
+  }
+}
+
+// What goes into the score of each tensor's entries, as the operators take it.
+struct ScoreArguments {
+  std::vector<at::Tensor> weights;
+  std::vector<std::optional<at::Tensor>> masks, references, row_scales, column_scales;
+  std::vector<std::string> names;
+  Score score;
+};
+
+inline ScoreArguments check_scores(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, const c10::List<std::string>& names,
+    const std::string& score) {
+  ScoreArguments call{weights.vec(),       masks.vec(), references.vec(),  row_scales.vec(),
+                      column_scales.vec(), names.vec(), parse_score(score)};
+  check_score_arguments(
+      call.weights, call.masks, call.references, call.row_scales, call.column_scales, call.names,
+      call.score);
+  return call;
 }
 
 inline void check_count(int64_t count, int64_t alive) {
@@ -192,11 +272,15 @@ inline void check_select_rows(
 
 inline void check_square_sums(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
-    const std::optional<at::Tensor>& column_scale, const std::string& name) {
+    const std::optional<at::Tensor>& column_scale, const std::string& name,
+    std::optional<int64_t> all_columns) {
   check_weight(weight, name);
   const at::ScalarType dtype = score_dtype(weight);
   check_scale(weight, row_scale, rows_of(weight), dtype, "row scale", name);
   check_scale(weight, column_scale, columns_of(weight), dtype, "column scale", name);
+  TORCH_CHECK_VALUE(
+      !all_columns || (weight.dim() >= 2 && *all_columns >= columns_of(weight)),
+      "all_columns should be at least the number of columns of ", name, ", got ", *all_columns);
 }
 
 // Units lie along dim 0 or 1; a tensor of at most one dimension is a single unit, along dim 0.

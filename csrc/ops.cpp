@@ -9,13 +9,22 @@ TORCH_LIBRARY(torchalignprune, m) {
       "select_global(Tensor[] weights, Tensor?[] masks, Tensor?[] references, "
       "Tensor?[] row_scales, Tensor?[] column_scales, str[] names, int count, str score) "
       "-> Tensor[]");
+  m.def(
+      "shard_counts(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] row_scales, "
+      "Tensor?[] column_scales, str[] names, str score, int low, int shift, int bins) -> Tensor");
+  m.def(
+      "shard_ties(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] row_scales, "
+      "Tensor?[] column_scales, str[] names, str score, int key, Tensor[] edges) -> Tensor");
+  m.def(
+      "shard_masks(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] row_scales, "
+      "Tensor?[] column_scales, str[] names, str score, int key, int[] splits) -> Tensor[]");
   m.def("select_rows(Tensor weight, Tensor? mask, Tensor counts, str name) -> Tensor");
   m.def(
       "cosine_gains(Tensor weight, Tensor? mask, Tensor? reference, Tensor? column_scale, "
       "str name) -> Tensor");
   m.def(
-      "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name) "
-      "-> (Tensor, Tensor)");
+      "square_sums(Tensor weight, Tensor? row_scale, Tensor? column_scale, str name, "
+      "int? all_columns=None) -> (Tensor, Tensor)");
   m.def("greedy_match(Tensor similarity, str name) -> Tensor");
   m.def("match_in_order(Tensor rows, Tensor columns, int row_count, int column_count) -> Tensor");
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 import torchalignprune  # noqa: F401  (registers the operators)
+from ranks import Ranks
 
 # The default is the same search every time. To look further: pytest --hypothesis-profile=search
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=60)
@@ -50,3 +51,11 @@ def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for tests that need several."""
+    started = Ranks()
+    yield started
+    started.stop()

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
+from torchalignprune.shards import is_dtensor
 
 Pair = tuple[nn.Module, str]
 
@@ -139,6 +140,9 @@ class Record:
 
 
 def _bits(tensor: Tensor) -> tuple[object, ...]:
+    if is_dtensor(tensor):
+        spread: Any = tensor
+        return (spread.requires_grad, spread.placements, spread.shape, _bits(spread.to_local()))
     kind = (tensor.dtype, tensor.layout, tensor.device, tensor.requires_grad)
     grad = None if not tensor.is_leaf or tensor.grad is None else _bits(tensor.grad)
     if tensor.layout != torch.strided or torch.nn.parameter.is_lazy(tensor):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +69,70 @@ def select_global(
     kept[candidates[order[:count]]] = False
     pieces = kept.split([w.numel() for w in weights])
     return [piece.reshape(w.shape) for piece, w in zip(pieces, weights, strict=True)]
+
+
+def keys(scores: Tensor) -> list[int]:
+    """The bits of each score as an integer that orders as the scores do."""
+    letters = ("d", "Q", 64) if scores.dtype == torch.float64 else ("f", "I", 32)
+    found = []
+    for score in scores.flatten().tolist():
+        (bits,) = struct.unpack(letters[1], struct.pack(letters[0], score + 0.0))
+        sign = 1 << (letters[2] - 1)
+        found.append(bits ^ (2 * sign - 1) if bits & sign else bits | sign)
+    return found
+
+
+def candidates(
+    weights: list[Tensor],
+    *,
+    score: str = "magnitude",
+    masks: list[Tensor | None] | None = None,
+    references: list[Tensor | None] | None = None,
+    row_scales: list[Tensor | None] | None = None,
+    column_scales: list[Tensor | None] | None = None,
+) -> list[dict[int, int]]:
+    """The keys of each tensor's candidates by their flat index."""
+    none = [None] * len(weights)
+    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+    lists = (masks, references, row_scales, column_scales)
+    found = []
+    for w, m, r, row, column in zip(weights, *(own or none for own in lists), strict=True):
+        alive = [True] * w.numel() if m is None else m.flatten().tolist()
+        of_all = keys(scores(w, score, r, row, column, dtype))
+        found.append({i: key for i, key in enumerate(of_all) if alive[i]})
+    return found
+
+
+def shard_counts(
+    weights: list[Tensor], low: int, shift: int, bins: int, **options: Any
+) -> list[int]:
+    """One key after the other; none of them NaN's."""
+    counts = [0] * (bins + 2)
+    for key in (key for own in candidates(weights, **options) for key in own.values()):
+        if key < low:
+            counts[bins] += 1
+        elif (key - low) >> shift < bins:
+            counts[(key - low) >> shift] += 1
+    return counts
+
+
+def shard_ties(
+    weights: list[Tensor], key: int, edges: list[list[int]], **options: Any
+) -> list[int]:
+    return [
+        sum(start <= i < end and other == key for i, other in own.items())
+        for own, at in zip(candidates(weights, **options), edges, strict=True)
+        for start, end in itertools.pairwise(at)
+    ]
+
+
+def shard_masks(
+    weights: list[Tensor], key: int, splits: list[int], **options: Any
+) -> list[list[bool]]:
+    return [
+        [i in own and (own[i] > key or (own[i] == key and i >= split)) for i in range(w.numel())]
+        for w, own, split in zip(weights, candidates(weights, **options), splits, strict=True)
+    ]
 
 
 def select_rows(scores: Tensor, counts: Tensor, *, mask: Tensor | None = None) -> Tensor:

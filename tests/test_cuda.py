@@ -316,6 +316,61 @@ def test_select_global_needs_little_memory() -> None:
     assert extra < 0.02 * sum(weight.nbytes for weight in weights)
 
 
+# shard_counts, shard_ties and shard_masks
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_shards_equal_the_cpu(seed: int) -> None:
+    weights, _, options = random_selection(seed)
+    draw = Draw(seed)
+    bits = 64 if any(weight.dtype == torch.float64 for weight in weights) else 32
+    here, given = on_gpu(weights), on_gpu(options)
+    # Near the key of one of the entries.
+    counts = ops.shard_counts(weights, 0, bits - 11, 2048, **options)
+    bins = counts[:2048].nonzero().flatten().tolist() or [0]
+    low = draw.one(bins) << (bits - 11)
+    for start, shift, number in [(0, bits - 11, 2048), (low, bits - 22, 2048), (low, 3, 77)]:
+        expected = ops.shard_counts(weights, start, shift, number, **options)
+        assert_same(ops.shard_counts(here, start, shift, number, **given), expected)
+    alone = {k: v[:1] if isinstance(v, list) else v for k, v in options.items()}
+    key = low
+    if (weights[0].dtype == torch.float64) == (bits == 64):
+        (known,) = reference.candidates(weights[:1], **alone)
+        key = draw.one(list(known.values())[:50] or [low])
+    edges, splits = [], []
+    for weight in weights:
+        own = [draw.index(weight.numel() + 1) for _ in range(1 + draw.index(9))]
+        edges.append(torch.tensor(sorted(own)))
+        splits.append(draw.index(weight.numel() + 1))
+    expected = ops.shard_ties(weights, key, edges, **options)
+    assert_same(ops.shard_ties(here, key, edges, **given), expected)
+    masks = ops.shard_masks(weights, key, splits, **options)
+    for found, mask in zip(ops.shard_masks(here, key, splits, **given), masks, strict=True):
+        assert_same(found, mask)
+
+
+def test_shards_of_many_entries_equal_the_cpu() -> None:
+    weights = [torch.randn(3001, 4099).round().mul_(0.25), torch.randn(1 << 20).bfloat16()]
+    here = on_gpu(weights)
+    key = 0x3E800000 | 1 << 31  # that of 0.25
+    for low, shift in [(0, 21), (key, 0)]:
+        expected = ops.shard_counts(weights, low, shift, 2048)
+        assert_same(ops.shard_counts(here, low, shift, 2048), expected)
+    edges = [torch.arange(0, weight.numel(), 7919) for weight in weights]
+    assert_same(ops.shard_ties(here, key, edges), ops.shard_ties(weights, key, edges))
+    splits = [5_000_001, 77]
+    masks = ops.shard_masks(weights, key, splits)
+    for found, mask in zip(ops.shard_masks(here, key, splits), masks, strict=True):
+        assert_same(found, mask)
+
+
+def test_nan_of_a_shard_is_found() -> None:
+    weights = [torch.ones(9), torch.empty(0), torch.ones(20_000), torch.ones(5)]
+    weights[2][19_999] = weights[3][0] = NAN
+    assert int(ops.shard_counts(on_gpu(weights), 0, 21, 2048)[-1]) == 3
+    assert int(ops.shard_counts(on_gpu(weights[:2]), 0, 21, 2048)[-1]) == 0
+
+
 # select_rows
 
 COLUMNS = [1, 2, 4, 5, 31, 32, 33, 63, 100, 512, 513, 768, 4097, 8192, 8193, 70_001, (1 << 20) + 3]
@@ -444,6 +499,8 @@ def test_square_sums_equal_the_cpu(seed: int) -> None:
         "row_scale": draw.one([None, draw.scale(rows, wide)]),
         "column_scale": draw.one([None, draw.scale(columns, wide)]),
     }
+    if weight.dim() > 1:
+        options["all_columns"] = draw.one([None, columns, 3 * columns, 100 * columns])
     expected = ops.square_sums(weight, **options)
     found = ops.square_sums(on_gpu(weight), **on_gpu(options))
     for sums, cpu in zip(found, expected, strict=True):
@@ -976,6 +1033,11 @@ def test_opcheck() -> None:
     lists = ([w, w.bfloat16()], [mask, None], none, none, [scale, None], ["a", "b"], 20)
     torch.library.opcheck(operators.select_global.default, (*lists, "magnitude"))
     torch.library.opcheck(operators.select_rows.default, (w, None, counts, "w"))
+    shards = (*lists[:6], "magnitude", (0x3F800000 | 1 << 31))
+    torch.library.opcheck(operators.shard_counts.default, (*shards, 3, 100))
+    edges = [torch.tensor([0, 700, 1200]), torch.tensor([5])]
+    torch.library.opcheck(operators.shard_ties.default, (*shards, edges))
+    torch.library.opcheck(operators.shard_masks.default, (*shards, [7, 1200]))
     torch.library.opcheck(operators.cosine_gains.default, (w, mask, w * w, scale, "w"))
     torch.library.opcheck(operators.square_sums.default, (w, None, scale, "w"))
     leaf, vector = w.clone().requires_grad_(), torch.randn(5, device=DEVICE)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +64,50 @@ def test_regularize_finetuning(topics: Path, tmp_path: Path) -> None:
     process = launch(script, *arguments, "--languages", "yy")
     assert process.returncode == 2
     assert "has no test.yy.tsv.gz" in process.stderr
+
+
+def torchrun(*arguments: object) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    return [*map(str, command), "--master-port", str(port), *map(str, arguments)]
+
+
+def children(process: int) -> list[int]:
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
+def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
+    script = [EXAMPLES / "fsdp_pruning.py", "--steps", 24, "--every", 4, "--save-every", 4]
+    ends = []
+    for name, kills in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        command = torchrun("--max-restarts", 1, *script, "--out", folder)
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            deadline = time.monotonic() + 120
+            while kills and time.monotonic() < deadline:
+                if (folder / "checkpoints" / "step-00000008" / ".metadata").exists():
+                    os.kill(children(process.pid)[-1], signal.SIGKILL)
+                    break
+                time.sleep(0.01)
+            output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+        assert ("goes on from step-" in output) == kills
+        assert "with sparsity 0.7" in output
+        ends.append(load_file(folder / "model" / "model.safetensors"))
+    # The run that was killed ends bit for bit as the other one.
+    whole, killed = ends
+    assert whole.keys() == killed.keys()
+    for key, value in whole.items():
+        assert torch.equal(value, killed[key]), key
+    pruned = sum(int((value == 0).sum()) for key, value in whole.items() if "encoder" in key)
+    assert pruned > 0.6 * sum(v.numel() for k, v in whole.items() if "encoder" in k)
 
 
 @pytest.mark.slow

@@ -80,6 +80,24 @@ def test_sums_do_not_depend_on_the_number_of_threads(shape: tuple[int, ...], lay
         torch.testing.assert_close(found[0][1].sum(), total)
 
 
+@pytest.mark.parametrize("shape", [(70, 20_000), (3000, 700), (30, 70, 5, 9)])
+def test_sums_of_some_columns_are_those_of_the_whole(shape: tuple[int, ...], device: str) -> None:
+    weight = torch.randn(shape, device=device)
+    columns = shape[1]
+    _, whole = ops.square_sums(weight)
+    for part in (slice(0, columns // 3), slice(columns // 3, columns)):
+        _, some = ops.square_sums(weight[:, part], all_columns=columns)
+        assert torch.equal(some, whole[part])
+    rows, _ = ops.square_sums(weight[7:19])
+    assert torch.equal(rows, ops.square_sums(weight)[0][7:19])
+
+
+def test_all_columns_are_at_least_those_of_the_weight() -> None:
+    for weight, columns in ((torch.ones(2, 3), 2), (torch.ones(3), 3)):
+        with pytest.raises(ValueError, match=f"all_columns should be .* of here, got {columns}"):
+            ops.square_sums(weight, all_columns=columns, name="here")
+
+
 def test_squares_of_the_largest_and_smallest_floats_are_finite_and_not_zero() -> None:
     rows, _ = ops.square_sums(torch.tensor([[2.0**127], [2.0**-140]]))
     torch.testing.assert_close(rows, torch.tensor([2.0**254, 2.0**-280], dtype=torch.float64))
@@ -90,6 +108,7 @@ def test_opcheck(device: str) -> None:
     w = torch.randn(4, 3, device=device).t()
     torch.library.opcheck(operator, (w, None, None, "w"))
     torch.library.opcheck(operator, (w, torch.rand(3, device=device), None, "w"))
+    torch.library.opcheck(operator, (w, None, None, "w", 9))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torchalignprune import build_info as _build_info
 
 _build_info.check()
 
-from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
+from torchalignprune import criteria, ddp, methods, ops, schedules  # noqa: E402
 from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
 from torchalignprune.calibration import Calibration  # noqa: E402
 from torchalignprune.hooks import cached_weights, load_state_dict  # noqa: E402
@@ -54,6 +54,7 @@ __all__ = [
     "alignment_report",
     "cached_weights",
     "criteria",
+    "ddp",
     "global_unstructured",
     "load_pruned",
     "load_state_dict",

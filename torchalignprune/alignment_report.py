@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchalignprune import figures
 from torchalignprune.checkpoints import empty_model, find_checkpoint_weights
+from torchalignprune.dtensors import add_up, is_dtensor, local, own_indices, own_part, shard_dims
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
     from rich.table import Table
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["AlignmentReport", "alignment_report", "checkpoint_report"]
 
@@ -169,6 +171,9 @@ def alignment_report(
     are left out of that. It takes a product of every parameter's units with each other, which is
     :math:`U^2 d` for ``U`` units of ``d`` weights; they are never in memory all at once.
 
+    Where parameters are sharded (``DTensor``), every rank is to call it, and gets the same report;
+    what they send each other is three numbers a unit.
+
     Args:
         params: ``(module, name)`` pairs, pruned or not.
         reference: the weights of the unpruned network: a :class:`torchalignprune.Reference`, any
@@ -189,7 +194,8 @@ def alignment_report(
         - ``dead_units_out`` and ``dead_units_in``: units that are all zero and whose reference is
           not;
         - ``moved_share``: of the output units that are not zero, the share that has moved; None
-          without ``matching`` and where there are none;
+          without ``matching``, where there are none, and of sharded parameters, whose units would
+          have to be compared with those that other ranks hold;
         - ``tied_to``: the name of an earlier parameter that is the same one, or None.
 
         and ``totals``, in which tied parameters count once. Its means and percentiles are over all
@@ -325,6 +331,28 @@ class _Sums:
         # How many output units have moved; None if nobody has looked.
         self.moved: int | None = None
 
+    def of_all_ranks(self, whole: DTensor, out_dim: int) -> _Sums:
+        """Those of the whole tensor, where these are of the part that is here."""
+        sums = _Sums(torch.empty(0, 0, device=local(whole).device))
+        sums.entries = whole.numel()
+        positions = [own_indices(whole, dim) for dim in range(min(2, whole.dim()))]
+        lengths = list(whole.shape[:2])
+        if whole.dim() < 2:  # one unit
+            positions, lengths = [torch.zeros(1, dtype=torch.long), *positions], [1, *lengths]
+        elif out_dim == 1:
+            positions, lengths = positions[::-1], lengths[::-1]
+        parts = [torch.stack([self.nonzero.double(), self.distortion])]
+        for own, index, length in zip((self.out, self.into), positions, lengths, strict=True):
+            part = own.new_zeros(3, length)
+            part[:, index.to(part.device)] = own
+            parts.append(part.flatten())
+        dims = [i for i, _ in shard_dims(whole)]
+        total = add_up(torch.cat(parts), whole.device_mesh, dims)
+        counts, out, into = total.split([part.numel() for part in parts])
+        sums.nonzero, sums.distortion = counts[0].round().long(), counts[1]
+        sums.out, sums.into = out.reshape(3, -1), into.reshape(3, -1)
+        return sums
+
     @property
     def live(self) -> Tensor:
         """Which outputs have a direction, both in the pruned network and in the reference."""
@@ -346,6 +374,11 @@ def _measure(
     target: Target, weight: Tensor, mask: Tensor | None, reference: Tensor, matching: bool
 ) -> _Sums:
     """The tensors are in the layout of the module, and need not be where the target is."""
+    whole = weight
+    if is_dtensor(weight):
+        mask = None if mask is None else own_part(mask, weight, f"the mask of {target.name}")
+        reference = own_part(reference, weight, f"the reference of {target.name}")
+        weight, matching = local(weight), False
     if weight.dim() < 2:  # one unit
         weight, reference = weight.reshape(1, -1), reference.reshape(1, -1)
         mask = None if mask is None else mask.reshape(1, -1)
@@ -367,6 +400,8 @@ def _measure(
                 columns = product.squeeze(2) if product.shape[2] == 1 else product.sum(2)
                 sums.out[row, part] = columns.sum(1)
                 sums.into[row] += columns.sum(0)
+        if is_dtensor(whole):
+            sums = sums.of_all_ranks(whole, target.out_dim)
         for row, what in ((0, "weights"), (2, "reference")):
             if not bool(sums.out[row].isfinite().all()):
                 raise ValueError(f"NaN or infinity in the {what} of {target.name}")
@@ -431,8 +466,9 @@ def _figures(parts: list[_Sums]) -> dict[str, Any]:
     zeros = entries - sum(int(part.nonzero) for part in parts)
     distortion = sum(float(part.distortion) for part in parts)
     reference = sum(float(part.out[2].sum()) for part in parts)
-    live = sum(int(part.live.sum()) for part in parts)
-    moved = [part.moved for part in parts if part.moved is not None]
+    looked = [part for part in parts if part.moved is not None]
+    live = sum(int(part.live.sum()) for part in looked)
+    moved = [part.moved for part in looked if part.moved is not None]
     return {
         "entries": entries,
         "zeros": zeros,

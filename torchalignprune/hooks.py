@@ -7,9 +7,10 @@ forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.i
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchalignprune import ops
+from torchalignprune.ddp import keep_mask
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 
 __all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
@@ -38,6 +41,11 @@ class MaskHook(prune.BasePruningMethod):
     def __init__(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Show the product."""
+        keep_mask(self)
+        super().__call__(module, inputs)  # type: ignore[no-untyped-call]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The mask there is: a hook prunes nothing further."""
@@ -90,7 +98,7 @@ class MaskHook(prune.BasePruningMethod):
         self._module = weakref.ref(module if module is not None else nn.Module())
 
     def __repr__(self) -> str:
-        return f"MaskHook({self._tensor_name!r})"
+        return f"{type(self).__name__}({self._tensor_name!r})"
 
 
 class _Made:
@@ -156,7 +164,8 @@ def put_masks(
 
     Args:
         masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
-            comes with several parameters (tied weights) is shared by them.
+            comes with several parameters (tied weights) is shared by them. That of a DTensor is one
+            of the same layout, or a whole one that is the same on all ranks.
         zeroed: the stored weights are zero, or are about to be, wherever the masks prune, so that
             until the next forward the modules can show them without a product of their own.
 
@@ -164,12 +173,18 @@ def put_masks(
         The hook of each parameter.
     """
     # Whatever needs memory comes first, so that running out of it changes nothing.
-    ready = []
+    ready: list[Callable[[], MaskHook]] = []
+    parts: dict[tuple[int, int], Tensor] = {}
     for module, name, mask in masks:
         original = stored(module, name)
-        pruned = original.detach() if zeroed else _product(original, mask)
-        ready.append((module, name, mask, original, pruned))
-    return [_put(*entry) for entry in ready]
+        if is_dtensor(original):
+            from torchalignprune import sharded_hooks
+
+            ready.append(sharded_hooks.prepare(module, name, mask, original, parts))
+        else:
+            pruned = original.detach() if zeroed else _product(original, mask)
+            ready.append(functools.partial(put_mask, module, name, mask, original, pruned))
+    return [put() for put in ready]
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
@@ -189,7 +204,15 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: Tensor) -> MaskHook:
+def put_mask(
+    module: nn.Module,
+    name: str,
+    mask: Tensor,
+    original: Tensor,
+    pruned: Tensor | None,
+    kind: type[MaskHook] = MaskHook,
+) -> MaskHook:
+    """Put one mask on: the names, what is shown (None: what there is), and one hook of a kind."""
     hooks = [
         (key, hook)
         for key, hook in module._forward_pre_hooks.items()
@@ -200,12 +223,13 @@ def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: T
         assert isinstance(original, nn.Parameter)
         module.register_parameter(f"{name}_orig", original)
     module.register_buffer(f"{name}_mask", mask)
-    setattr(module, name, pruned)
-    if len(hooks) == 1 and type(hooks[0][1]) is MaskHook:
+    if pruned is not None:
+        setattr(module, name, pruned)
+    if len(hooks) == 1 and type(hooks[0][1]) is kind:
         return hooks[0][1]
     for key, _ in hooks:
         del module._forward_pre_hooks[key]
-    hook = MaskHook(module, name)
+    hook = kind(module, name)
     module.register_forward_pre_hook(hook)
     return hook
 
@@ -273,8 +297,7 @@ def load_state_dict(
         shared.setdefault(id(original), torch.ones_like(original, dtype=torch.bool))
     put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
     result = model.load_state_dict(state, strict=strict, assign=assign)
-    for _, module, name in wanted:
-        setattr(module, name, _product(stored(module, name), getattr(module, f"{name}_mask")))
+    put_masks((module, name, getattr(module, f"{name}_mask")) for _, module, name in wanted)
     return result
 
 

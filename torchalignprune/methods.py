@@ -174,6 +174,13 @@ class AlignedMagnitude(PruningMethod):
     def needs_structure(self) -> bool:
         return True
 
+    def check_sharded(self) -> None:
+        if self.matching is not None:
+            raise ValueError(
+                f"matching={self.matching!r} compares all units of a parameter, which no rank has "
+                "of a sharded one: permute the reference before the model is sharded (match_units)"
+            )
+
     def prepare(self, targets: Sequence[Target]) -> list[Target]:
         found = with_input_norms(with_references(targets, self.reference), self.input_norms)
         if self.matching is None:
@@ -254,8 +261,19 @@ class AlignedNM(PruningMethod):
         return Ranking([within_unit(target) for target in targets], "value")
 
     def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
+        shard = target.shard
+        if shard is not None and shard.in_whole_groups(target.in_dim, self.m):
+            scores = self._scores(target, score, signed)
+            return shard.ranks.attempt(
+                shard.number,
+                lambda: self._select_units(target, scores),
+                lambda: torch.zeros_like(scores, dtype=torch.bool),
+            )
+        return super()._prune_units(target, score, signed)
+
+    def _select_units(self, target: Target, scores: Tensor) -> Tensor:
         ends = (target.out_dim, target.in_dim)
-        inputs_last = self._scores(target, score, signed).movedim(ends, (0, -1))
+        inputs_last = scores.movedim(ends, (0, -1))
         groups = inputs_last.reshape(-1, self.m)
         mask = None
         alive = torch.full((groups.size(0),), self.m, device=groups.device)
@@ -312,6 +330,12 @@ class Random(PruningMethod):
         if scores is not None:
             raise TypeError("Random draws its scores: importance_scores are not for it")
         return super().masks(targets)
+
+    def check_sharded(self) -> None:
+        raise ValueError(
+            "Random draws from one stream for all entries, of which each rank has only some of a "
+            "sharded parameter: prune at random before the model is sharded"
+        )
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         device = "cpu" if self.generator is None else self.generator.device

@@ -28,6 +28,9 @@ __all__ = [
     "pack_entries",
     "select_global",
     "select_rows",
+    "shard_counts",
+    "shard_masks",
+    "shard_ties",
     "square_sums",
     "unit_combination",
     "unit_products",
@@ -89,23 +92,188 @@ def select_global(
         [tensor([ True, False]), tensor([[ True],
                 [False]])]
     """
-    none = [None] * len(weights)
     if not weights:
         if count != 0:
             raise ValueError(f"count={count} should be 0 when there are no weights")
         return []
-    return list(
-        torch.ops.torchalignprune.select_global(
-            [w.detach() for w in weights],
-            list(masks) if masks is not None else none,
-            [None if r is None else r.detach() for r in references] if references else none,
-            list(row_scales) if row_scales is not None else none,
-            list(column_scales) if column_scales is not None else none,
-            list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))],
-            count,
-            score,
-        )
+    *lists, named = _score_arguments(weights, masks, references, row_scales, column_scales, names)
+    return list(torch.ops.torchalignprune.select_global(*lists, named, count, score))
+
+
+def _score_arguments(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None] | None,
+    references: Sequence[Tensor | None] | None,
+    row_scales: Sequence[Tensor | None] | None,
+    column_scales: Sequence[Tensor | None] | None,
+    names: Sequence[str] | None,
+) -> tuple[Any, ...]:
+    """The same with the defaults filled in."""
+    none = [None] * len(weights)
+    return (
+        [w.detach() for w in weights],
+        list(masks) if masks is not None else none,
+        [None if r is None else r.detach() for r in references] if references else none,
+        list(row_scales) if row_scales is not None else none,
+        list(column_scales) if column_scales is not None else none,
+        list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))],
     )
+
+
+def shard_counts(
+    weights: Sequence[Tensor],
+    low: int,
+    shift: int,
+    bins: int,
+    *,
+    score: Score = "magnitude",
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    row_scales: Sequence[Tensor | None] | None = None,
+    column_scales: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """How many candidates have keys in each of ``bins`` bins of ``2**shift`` keys from ``low`` on.
+
+    A key is an unsigned integer of 32 bits (64 if a tensor is float64) that orders as its score
+    does: the bits of the score with the sign bit flipped, all bits flipped if it is negative; -0
+    has the key of +0. Processes that hold the shards of the same tensors add up what they count,
+    and agree in a few rounds on the key of the last entry that is to be pruned, for
+    :func:`shard_masks`.
+
+    Args:
+        weights: at least one tensor, as in :func:`select_global`; maybe empty.
+        low: the first key that is counted in a bin.
+        shift: bins are ``2**shift`` keys wide.
+        bins: how many, at most 2048; those behind the last key stay empty.
+        score: as in :func:`select_global`.
+        masks: as in :func:`select_global`.
+        references: as in :func:`select_global`.
+        row_scales: as in :func:`select_global`.
+        column_scales: as in :func:`select_global`.
+        names: as in :func:`select_global`.
+
+    Returns:
+        int64, shape ``(bins + 2,)``, on the device of the weights: the bins, then how many
+        candidates have lower keys, then 0, or with NaN among the candidates' scores 1 + the number
+        of the first tensor that has one.
+
+    Raises:
+        ValueError: a shape or device that does not fit; ``low``, ``shift`` or ``bins`` out of
+            range; no weights.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> one = 0x3F800000 | 1 << 31  # the key of 1
+        >>> shard_counts([torch.tensor([0.5, -1.0, 1.0, 1.9, 2.0])], one, 23, 2)
+        tensor([3, 1, 1, 0])
+    """
+    if not weights:
+        raise ValueError("weights should have at least one tensor, got none")
+    lists = _score_arguments(weights, masks, references, row_scales, column_scales, names)
+    counts: Tensor = torch.ops.torchalignprune.shard_counts(
+        *lists, score, _signed(low), shift, bins
+    )
+    return counts
+
+
+def shard_ties(
+    weights: Sequence[Tensor],
+    key: int,
+    edges: Sequence[Tensor],
+    *,
+    score: Score = "magnitude",
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    row_scales: Sequence[Tensor | None] | None = None,
+    column_scales: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """How many candidates between given places have exactly the given key.
+
+    Args:
+        weights: at least one tensor, as in :func:`shard_counts`.
+        key: as in :func:`shard_counts`.
+        edges: for each tensor rising flat indices, int64, shape ``(stretches + 1,)``, on the CPU: a
+            stretch reaches from one edge to just before the next. What is before the first and
+            behind the last edge is not looked at.
+        score: as in :func:`select_global`.
+        masks: as in :func:`select_global`.
+        references: as in :func:`select_global`.
+        row_scales: as in :func:`select_global`.
+        column_scales: as in :func:`select_global`.
+        names: as in :func:`select_global`.
+
+    Returns:
+        int64, shape ``(stretches,)``, those of one tensor after those of another, on the device of
+        the weights.
+
+    Raises:
+        ValueError: a shape or device that does not fit; a key that no score has; no weights.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> one = 0x3F800000 | 1 << 31
+        >>> shard_ties([torch.tensor([1.0, -1.0, 2.0, 1.0])], one, [torch.tensor([0, 2, 4])])
+        tensor([2, 1])
+    """
+    if not weights:
+        raise ValueError("weights should have at least one tensor, got none")
+    lists = _score_arguments(weights, masks, references, row_scales, column_scales, names)
+    counts: Tensor = torch.ops.torchalignprune.shard_ties(*lists, score, _signed(key), list(edges))
+    return counts
+
+
+def shard_masks(
+    weights: Sequence[Tensor],
+    key: int,
+    splits: Sequence[int],
+    *,
+    score: Score = "magnitude",
+    masks: Sequence[Tensor | None] | None = None,
+    references: Sequence[Tensor | None] | None = None,
+    row_scales: Sequence[Tensor | None] | None = None,
+    column_scales: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Masks that prune the candidates with keys below ``key``, and some of those that have it.
+
+    Args:
+        weights: at least one tensor, as in :func:`shard_counts`, without NaN among the scores of
+            the candidates.
+        key: as in :func:`shard_counts`.
+        splits: for each tensor a flat index: the entries before it that have the key go.
+        score: as in :func:`select_global`.
+        masks: as in :func:`select_global`.
+        references: as in :func:`select_global`.
+        row_scales: as in :func:`select_global`.
+        column_scales: as in :func:`select_global`.
+        names: as in :func:`select_global`.
+
+    Returns:
+        bool masks with the shapes and strides of the weights, True where an entry is kept.
+
+    Raises:
+        ValueError: a shape or device that does not fit; a key that no score has; no weights.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> one = 0x3F800000 | 1 << 31
+        >>> shard_masks([torch.tensor([1.0, -0.5, -1.0, 2.0])], one, [2])
+        [tensor([False, False,  True,  True])]
+    """
+    if not weights:
+        raise ValueError("weights should have at least one tensor, got none")
+    lists = _score_arguments(weights, masks, references, row_scales, column_scales, names)
+    return list(torch.ops.torchalignprune.shard_masks(*lists, score, _signed(key), list(splits)))
+
+
+def _signed(key: int) -> int:
+    """A key of 64 bits as the int64 of the same bits."""
+    return key - (1 << 64) if key >= 1 << 63 else key
 
 
 def select_rows(
@@ -501,6 +669,7 @@ def square_sums(
     *,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
+    all_columns: int | None = None,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
     """The sums of the squares of a tensor's rows and of its columns, in one pass.
@@ -517,6 +686,9 @@ def square_sums(
             columns as in :func:`select_global`.
         row_scale: shape ``(rows,)`` or ``(1,)``, float32 (float64 for a float64 weight).
         column_scale: shape ``(columns,)`` or ``(1,)``, likewise.
+        all_columns: where these are only some columns of a tensor, how many that has: the sums of
+            the columns are then the same, bit for bit, as those of the whole tensor. (Those of a
+            row are so whatever other rows there are.) Default: as many as the weight.
         name: what to call the tensor in an error.
 
     Returns:
@@ -533,14 +705,18 @@ def square_sums(
         (tensor([5., 9.], dtype=torch.float64), tensor([10.,  4.], dtype=torch.float64))
     """
     sums: tuple[Tensor, Tensor] = torch.ops.torchalignprune.square_sums(
-        weight.detach(), row_scale, column_scale, name
+        weight.detach(), row_scale, column_scale, name, all_columns
     )
     return sums
 
 
 @torch.library.register_fake("torchalignprune::square_sums")
 def _(
-    weight: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, name: str
+    weight: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    name: str,
+    all_columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = 1 if weight.dim() < 2 else weight.size(0)
     columns = 0 if weight.dim() < 2 else weight.size(1)
@@ -792,6 +968,52 @@ def _(
     names: list[str],
     count: int,
     score: str,
+) -> list[Tensor]:
+    return [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
+
+
+@torch.library.register_fake("torchalignprune::shard_counts")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    row_scales: list[Tensor | None],
+    column_scales: list[Tensor | None],
+    names: list[str],
+    score: str,
+    low: int,
+    shift: int,
+    bins: int,
+) -> Tensor:
+    return weights[0].new_empty(bins + 2, dtype=torch.int64)
+
+
+@torch.library.register_fake("torchalignprune::shard_ties")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    row_scales: list[Tensor | None],
+    column_scales: list[Tensor | None],
+    names: list[str],
+    score: str,
+    key: int,
+    edges: list[Tensor],
+) -> Tensor:
+    return weights[0].new_empty(sum(own.numel() - 1 for own in edges), dtype=torch.int64)
+
+
+@torch.library.register_fake("torchalignprune::shard_masks")
+def _(
+    weights: list[Tensor],
+    masks: list[Tensor | None],
+    references: list[Tensor | None],
+    row_scales: list[Tensor | None],
+    column_scales: list[Tensor | None],
+    names: list[str],
+    score: str,
+    key: int,
+    splits: list[int],
 ) -> list[Tensor]:
     return [torch.empty_like(weight, dtype=torch.bool) for weight in weights]
 

@@ -15,6 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchalignprune import fsdp
+from torchalignprune.dtensors import is_dtensor
+
 __all__ = [
     "DTYPES",
     "HEADS",
@@ -236,7 +239,10 @@ def prunable_parameters(
         )
     for place in listed:
         assert place.parameter is not None
-        if unit_dimension(place.module, place.attribute) == 1:
+        # For torch's own functions, which know no DTensor. ``model.to`` can replace no DTensor that
+        # has a weak reference.
+        units_along_1 = unit_dimension(place.module, place.attribute) == 1
+        if units_along_1 and not is_dtensor(place.parameter):
             _UNITS_ALONG_1[place.parameter] = True
     return PrunableParameters(
         [(place.module, place.attribute) for place in listed],
@@ -296,15 +302,18 @@ def parameter_names(params: Parameters) -> list[str]:
 def stored(module: nn.Module, name: str) -> Tensor:
     """The parameter behind a name: ``name_orig`` if it is pruned, without the mask.
 
+    Under ``fully_shard`` it is always the sharded parameter, also while the gathered one is shown.
+
     Example:
         >>> from torch import nn
         >>> layer = nn.Linear(2, 2)
         >>> stored(layer, "weight") is layer.weight
         True
     """
-    found = getattr(module, name if mask_of(module, name) is None else f"{name}_orig")
+    own = name if mask_of(module, name) is None else f"{name}_orig"
+    found = getattr(module, own)
     assert isinstance(found, Tensor)
-    return found
+    return fsdp.sharded(module, own, found)
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from torchalignprune import ops, schedules
+from torchalignprune.dtensors import is_dtensor, local
 from torchalignprune.gradient_criteria import GradientCriterion, scores_of
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
@@ -150,6 +151,11 @@ class Pruner:
             own = [target.places[0] for target in criterion.targets]
             if own != [target.places[0] for target in targets]:
                 raise ValueError("criterion should have been made with the same params")
+        if any(is_dtensor(target.weight) for target in targets) and (regrow or limits != Limits()):
+            raise ValueError(
+                "sharded parameters (DTensor) go without regrow, min_unit, max_layer_sparsity and "
+                "min_layer_sparsity, which take what is on several ranks together"
+            )
         self.regrow = bool(regrow)
         self._every = 0 if isinstance(regrow, bool) else regrow
         self._alignment = None if reference is None else CosineAlignment(params, reference)
@@ -210,7 +216,8 @@ class Pruner:
             target.weight != 0 if target.mask is None else target.mask & (target.weight != 0)
             for target in targets
         ]
-        if all(bool(mask.all()) for mask in masks):
+        kept = [replace(target, mask=mask) for target, mask in zip(targets, masks, strict=True)]
+        if all(target.remaining() == target.weight.numel() for target in kept):
             raise ValueError(
                 f"params should have zeros to keep, got {len(targets)} parameters without any: is "
                 "this the sparse checkpoint?"
@@ -463,13 +470,13 @@ class Pruner:
         tensors, covers = [], []
         for parameter, mask in zip(parameters, masks, strict=True):
             if mask is not None:
-                tensors.append(parameter.detach())
-                covers.append(mask)
+                tensors.append(local(parameter.detach()))
+                covers.append(local(mask))
         for number, state in self._watch.states(parameters):
             cover = masks[number]
             if cover is not None:
-                tensors.append(state)
-                covers.append(cover)
+                tensors.append(local(state))
+                covers.append(local(cover))
         for device in {tensor.device for tensor in tensors}:
             here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
             ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])

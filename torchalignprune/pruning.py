@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import ops
+from torchalignprune import ops, sharding
 from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import Limits
 from torchalignprune.parameters import DTYPES, Parameters
@@ -92,12 +92,27 @@ class PruningMethod(prune.BasePruningMethod):
         Returns:
             bool masks, shaped like the weights.
         """
+        if sharding.are_sharded(targets):
+            return sharding.masks(self, targets, scores, signed)
         targets = self.prepare(targets)
-        given = [None] * len(targets) if scores is None else list(scores)
+        given = [None] * len(targets) if scores is None else scores
+        return self.new_masks(targets, given, signed)
+
+    def check_sharded(self) -> None:
+        """Raises if the method cannot prune sharded parameters."""
+        return
+
+    def new_masks(
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None],
+        signed: bool = False,
+    ) -> list[Tensor]:
+        """The masks of targets that are prepared."""
         if self.budget == "global":
-            return self._prune_together(targets, given, signed)
+            return self._prune_together(targets, scores, signed)
         masks = []
-        for target, score in zip(targets, given, strict=True):
+        for target, score in zip(targets, scores, strict=True):
             if self.budget == "layer" or target.weight.dim() < 2:
                 masks += self._prune_together([target], [score], signed)
             else:
@@ -110,25 +125,24 @@ class PruningMethod(prune.BasePruningMethod):
         scores: Sequence[Tensor | None],
         signed: bool = False,
     ) -> list[Tensor]:
-        remaining = sum(target.remaining() for target in targets)
-        if self.absolute:
-            size = sum(target.weight.numel() for target in targets)
-            count = max(0, round(self.amount * size) - (size - remaining))
-        else:
-            count = int(prune._compute_nparams_toprune(self.amount, remaining))
-        if count > remaining:
-            where = targets[0].name if len(targets) == 1 else f"the {len(targets)} parameters"
-            raise ValueError(
-                f"amount={self.amount} should not be larger than the number of entries of {where} "
-                f"that are not pruned yet, {remaining}"
-            )
-        if all(score is None for score in scores):
-            ranking = self.ranking(targets)
-        else:
-            both = zip(scores, targets, strict=True)
-            ranking = Ranking(
-                [t.weight if s is None else s for s, t in both], "value" if signed else "magnitude"
-            )
+        def count_of(remaining: int) -> int:
+            if self.absolute:
+                sizes = [t.weight.numel() if t.shard is None else t.shard.numel for t in targets]
+                count = max(0, round(self.amount * sum(sizes)) - (sum(sizes) - remaining))
+            else:
+                count = int(prune._compute_nparams_toprune(self.amount, remaining))
+            if count > remaining:
+                where = targets[0].name if len(targets) == 1 else f"the {len(targets)} parameters"
+                raise ValueError(
+                    f"amount={self.amount} should not be larger than the number of entries of "
+                    f"{where} that are not pruned yet, {remaining}"
+                )
+            return count
+
+        if targets[0].shard is not None:
+            return sharding.select(targets, self._ranking(targets, scores, signed), count_of)
+        count = count_of(sum(target.remaining() for target in targets))
+        ranking = self._ranking(targets, scores, signed)
         if self.limits is not None:
             return self.limits.masks(
                 targets, ranking.scores(), [self.unit_dim(t) for t in targets], count
@@ -144,14 +158,35 @@ class PruningMethod(prune.BasePruningMethod):
             names=[target.name for target in targets],
         )
 
+    def _ranking(
+        self, targets: Sequence[Target], scores: Sequence[Tensor | None], signed: bool
+    ) -> Ranking:
+        if all(score is None for score in scores):
+            return self.ranking(targets)
+        both = zip(scores, targets, strict=True)
+        return Ranking(
+            [t.weight if s is None else s for s, t in both], "value" if signed else "magnitude"
+        )
+
     def _scores(self, target: Target, score: Tensor | None, signed: bool) -> Tensor:
         if score is None:
             return self.ranking([target]).scores()[0]
         return score if signed else score.abs()
 
     def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
+        scores = self._scores(target, score, signed)
+        if target.shard is None:
+            return self._select_units(target, scores)
+        return target.shard.per_unit(
+            replace(target, weight=scores, reference=None),
+            self.unit_dim(target),
+            lambda whole: self._select_units(whole, whole.weight),
+            torch.bool,
+        )
+
+    def _select_units(self, target: Target, scores: Tensor) -> Tensor:
         unit_dim = self.unit_dim(target)
-        units_first = self._scores(target, score, signed).movedim(unit_dim, 0)
+        units_first = scores.movedim(unit_dim, 0)
         rows = units_first.flatten(1)
         mask = None
         remaining = torch.full((rows.size(0),), rows.size(1), device=rows.device)
@@ -185,6 +220,11 @@ class PruningMethod(prune.BasePruningMethod):
         Returns:
             The mask, with the shape and dtype of ``default_mask``.
         """
+        if sharding.is_dtensor(t):
+            raise TypeError(
+                f"{type(self).__name__} prunes DTensors by torchalignprune.global_unstructured; "
+                "torch's own functions would gather them"
+            )
         mask = None if bool((default_mask != 0).all()) else default_mask != 0
         itself = [Target(t.detach(), mask, "t")]
         if not self.needs_structure() or t.dim() != 1 or mask is not None:
@@ -275,6 +315,10 @@ def global_unstructured(
     pruned. The masks are what ``torch.nn.utils.prune.global_unstructured`` would make with the same
     method; nothing is concatenated. Tied weights are counted and pruned once, and stay tied if all
     their places are among the parameters.
+
+    Parameters may be sharded (``DTensor``, as FSDP2 and tensor parallelism make them): all
+    processes call together, and the masks, placed as the parameters are, are bit for bit those of
+    one process with the whole model (:mod:`torchalignprune.sharding`).
 
     Args:
         parameters: ``(module, name)`` pairs (:func:`torchalignprune.prunable_parameters`).

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from torchalignprune import ops
+from torchalignprune import ops, sharding
 from torchalignprune.matching import Method, Metric, match_units
 from torchalignprune.targets import Target
 
@@ -92,6 +93,9 @@ def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method
 
 def unit_gains(target: Target, unit_dim: int) -> Tensor:
     """The cosine gains, units along ``unit_dim``, in the layout of the weight."""
+    if target.shard is not None:
+        gains_of = partial(unit_gains, unit_dim=unit_dim)
+        return target.shard.per_unit(target, unit_dim, gains_of, target.dtype)
     w, reference, norms = target.weight, target.reference_here(), target.input_norms
     if w.dim() < 2:
         return ops.cosine_gains(w, mask=target.mask, reference=reference, name=target.name)
@@ -111,6 +115,8 @@ def unit_gains(target: Target, unit_dim: int) -> Tensor:
 
 def within_unit(target: Target) -> Tensor:
     """What decides among the entries of one output unit: |w|, or w (r - rho w / 2)."""
+    if target.shard is not None and target.reference is not None:
+        return target.shard.per_unit(target, target.out_dim, within_unit, target.dtype)
     w = target.weight.to(target.dtype)
     scale = 1 if target.input_norms is None else along(target.input_norms, target.in_dim, w)
     w = w * scale
@@ -119,20 +125,18 @@ def within_unit(target: Target) -> Tensor:
         return w.abs()
     r = reference.to(w.dtype) * scale
     alive = w if target.mask is None else w * target.mask
-    others = [dim for dim in range(w.dim()) if dim != target.out_dim]
-    square = (alive * alive).sum(dim=others, keepdim=True, dtype=torch.float64)
-    dot = (alive * r).sum(dim=others, keepdim=True, dtype=torch.float64)
+    units = [tensor.movedim(target.out_dim, 0) for tensor in (alive, r)]
+    square, dot, _ = ops.unit_products(units[:1], references=units[1:])
     rho = (dot / square.where(square > 0, 1)).to(w.dtype)
-    return w * (r - rho * w / 2)
+    return w * (r - along(rho, target.out_dim, w) * w / 2)
 
 
 def frobenius(targets: Sequence[Target]) -> Ranking:
     """w (2 r - w) / |R|^2; for r = w its root |w| / |R|, which ranks the same."""
     result = _ranking(targets)
-    for target in targets:
-        rows, _ = _square_sums(target)
-        # fsum is exact, so that the order of the rows does not matter.
-        size = _inverse(rows.new_tensor([math.fsum(rows.tolist())]).sqrt()).to(_dtype(targets))
+    for target, total in zip(targets, _totals(targets), strict=True):
+        whole = torch.tensor([total], dtype=torch.float64, device=target.weight.device)
+        size = _inverse(whole.sqrt()).to(_dtype(targets))
         by_dim: list[Tensor | None] = [size, None]
         if target.input_norms is not None:
             by_dim[target.in_dim] = target.input_norms.to(size.dtype)
@@ -145,9 +149,12 @@ def frobenius(targets: Sequence[Target]) -> Ranking:
 def two_sided(targets: Sequence[Target]) -> Ranking:
     """w (2 r - w) / (|r_row| |r_column|); for r = w its root, which ranks the same."""
     result = _ranking(targets)
-    for target in targets:
-        dtype = _dtype(targets)
-        rows, columns = _square_sums(target)
+    if _are_shards(targets):
+        sums = sharding.square_sums(targets, _square_sums)
+    else:
+        sums = [_square_sums(target) for target in targets]
+    dtype = _dtype(targets)
+    for target, (rows, columns) in zip(targets, sums, strict=True):
         if target.weight.dim() < 2:
             result.row_scales.append(_inverse(rows.sqrt()).to(dtype))
             result.column_scales.append(None)
@@ -179,7 +186,18 @@ def _ranking(targets: Sequence[Target]) -> Ranking:
     return Ranking(weights, "worth", references=[target.reference_here() for target in targets])
 
 
-def _square_sums(target: Target) -> tuple[Tensor, Tensor]:
+def _are_shards(targets: Sequence[Target]) -> bool:
+    return any(target.shard is not None for target in targets)
+
+
+def _totals(targets: Sequence[Target]) -> list[float]:
+    """The sum of the squares of each reference, exactly rounded, so that no order matters."""
+    if _are_shards(targets):
+        return sharding.totals(targets, lambda target: _square_sums(target)[0])
+    return [math.fsum(_square_sums(target)[0].tolist()) for target in targets]
+
+
+def _square_sums(target: Target, all_columns: int | None = None) -> tuple[Tensor, Tensor]:
     """Those of the reference's rows and columns, with the input norms in it."""
     reference = target.reference_here()
     r = target.weight if reference is None else reference
@@ -187,7 +205,13 @@ def _square_sums(target: Target) -> tuple[Tensor, Tensor]:
     if target.input_norms is not None:
         wide = torch.float64 if r.dtype == torch.float64 else torch.float32
         scales[target.in_dim] = target.input_norms.to(wide)
-    return ops.square_sums(r, row_scale=scales[0], column_scale=scales[1], name=target.name)
+    return ops.square_sums(
+        r,
+        row_scale=scales[0],
+        column_scale=scales[1],
+        all_columns=all_columns,
+        name=target.name,
+    )
 
 
 def _inverse(size: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune.checkpoints import find_checkpoint_weights
+from torchalignprune.dtensors import converted, is_dtensor
 from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters
 from torchalignprune.pruned_files import open_weights
 from torchalignprune.targets import targets_of
@@ -78,6 +79,8 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     ) -> Reference:
         """A copy of the weights as they are now; of pruned ones without their masks.
 
+        Of a sharded parameter each rank copies its own part.
+
         Args:
             params: ``(module, name)`` pairs. Those of :func:`torchalignprune.prunable_parameters`
                 have names, which :meth:`save` needs.
@@ -101,7 +104,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
                 raise ValueError(f"{target.name} has no values: it is on the meta device")
         tensors: dict[tuple[nn.Module, str], Tensor] = {}
         for target in targets:
-            copied = target.weight.to(device, dtype, copy=True)
+            copied = converted(target.weight, device, dtype, copy=True)
             tensors |= dict.fromkeys(target.places, copied)
         names = _names(pairs) if isinstance(pairs, PrunableParameters) else None
         return cls._of({pair: tensors[pair] for pair in map(tuple, pairs)}, names)
@@ -201,7 +204,8 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             path: the file; one that is there is replaced.
 
         Raises:
-            TypeError: the parameters have no names: they were captured from plain pairs.
+            TypeError: the parameters have no names: they were captured from plain pairs; or they
+                are sharded.
             OSError: it cannot be written.
             ImportError: safetensors is not installed.
         """
@@ -209,6 +213,12 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             raise TypeError(
                 "Reference.save needs the names of the parameters, which plain pairs do not have: "
                 "capture it from prunable_parameters(model)"
+            )
+        if any(map(is_dtensor, self._tensors.values())):
+            raise TypeError(
+                "Reference.save writes whole tensors, and those of this reference are sharded: "
+                "Reference.from_checkpoint reads the checkpoint of the unpruned model, each rank "
+                "its own part"
             )
         first: dict[int, str] = {}
         keys, tensors = {}, {}
@@ -240,7 +250,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             device, dtype = None, device
         _check_dtype(dtype)
         moved = {id(tensor): tensor for tensor in self._tensors.values()}
-        moved = {key: tensor.to(device, dtype) for key, tensor in moved.items()}
+        moved = {key: converted(tensor, device, dtype) for key, tensor in moved.items()}
         return self._of(
             {pair: moved[id(tensor)] for pair, tensor in self._tensors.items()}, self._names
         )

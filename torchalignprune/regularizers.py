@@ -14,14 +14,23 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torchalignprune import ops
+from torchalignprune import fsdp, ops
+from torchalignprune.dtensors import (
+    add_up_together,
+    check_layout,
+    differentiable_local,
+    is_dtensor,
+    local,
+    own_part,
+    shard_dims,
+)
 from torchalignprune.matching import match_units
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
@@ -30,6 +39,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["CosineAlignment", "FrobeniusAlignment"]
+
+_NO_MATCHING = (
+    "{} is sharded, and matching compares its units with those that other ranks have: match before "
+    "the model is sharded, or leave matching out"
+)
 
 Weights = Mapping[Pair, float] | Sequence[float]
 
@@ -49,6 +63,9 @@ class _Penalty(nn.Module):
         targets = with_references(targets_of(params), reference)
         for target in targets:
             assert target.reference is not None
+            if is_dtensor(target.weight):
+                check_layout(target.weight, target.name)
+                own_part(target.reference, target.weight, f"the reference of {target.name}")
             if target.weight.numel() and _memory(target.reference) == _memory(target.weight):
                 raise ValueError(
                     f"the reference of {target.name} is the parameter itself, which training will "
@@ -56,21 +73,35 @@ class _Penalty(nn.Module):
                 )
         self._weights = _weights(targets, weights)
         # Without the tensors of now: the model's may be replaced, as by ``model.to``.
-        self._targets = [replace(t, weight=t.weight.to("meta"), mask=None) for t in targets]
+        self._targets = [
+            replace(
+                t,
+                weight=torch.empty(t.weight.shape, dtype=t.weight.dtype, device="meta"),
+                mask=None,
+            )
+            for t in targets
+        ]
         self._indices: list[Tensor | None] = [None] * len(self._targets)
 
     @abstractmethod
     def _sides(self, target: Target) -> tuple[int, ...]:
         """The dimensions whose units are looked at; the penalty is the mean over them."""
 
+    # Whether what is summed over units takes whole units, of which ranks may have parts.
+    _takes_whole_units: bool
+
     @abstractmethod
-    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        """The penalty of each parameter, and 1 or 0 for whether it counts; both float64.
+    def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
+        """What can be summed over units, for each parameter: shape ``(sums, parameters)``, float64.
 
         Args:
             products: those of the units (:func:`torchalignprune.ops.unit_products`).
             sizes: how many units each parameter has.
         """
+
+    @abstractmethod
+    def _of(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The penalty of each parameter, and 1 or 0 for whether it counts; both float64."""
 
     def forward(self) -> Tensor:
         """The penalty of the weights and masks as they are now.
@@ -144,10 +175,13 @@ class _Penalty(nn.Module):
         if not leaves:
             raise ValueError("none of the parameters of the penalty requires a gradient")
         norms = {}
-        for what, value in (("task_loss", task_loss), ("the penalty", self())):
+        for what, value, gradients in (
+            ("task_loss", task_loss, _task_gradients),
+            ("the penalty", self(), _gradients),
+        ):
             if not value.requires_grad:
                 raise ValueError(f"{what} has no autograd history")
-            grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            grads = gradients(value, leaves)
             norms[what] = _norm([grad for grad in grads if grad is not None])
         # What rounding, also of the reference, may look like.
         references = [t.reference for t in self._targets if t.reference is not None]
@@ -168,7 +202,7 @@ class _Penalty(nn.Module):
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
         """The penalty of each parameter and its share of the mean."""
-        places = [stored(*target.places[0]).device for target in self._targets]
+        places = [local(stored(*target.places[0])).device for target in self._targets]
         groups = [
             [i for i, place in enumerate(places) if place == device]
             for device in dict.fromkeys(places)
@@ -190,25 +224,58 @@ class _Penalty(nn.Module):
         targets = [self._targets[number] for number in numbers]
         weights = [stored(*target.places[0]) for target in targets]
         masks = [mask_of(*target.places[0]) for target in targets]
-        device = weights[0].device
+        names = [target.name for target in targets]
+        # Of a sharded parameter the part that is here; everything else is of the same part.
+        parts = [
+            differentiable_local(weight, _before_gradient(*target.places[0], weight))
+            for target, weight in zip(targets, weights, strict=True)
+        ]
+        masks = [
+            m if m is None else own_part(m, w, f"the mask of {name}")
+            for m, w, name in zip(masks, weights, names, strict=True)
+        ]
         # What is on the CPU stays there: the operators fetch it, one tensor at a time.
-        references = [target.reference for target in targets]
+        references = [
+            r if r is None else own_part(r, w, f"the reference of {name}")
+            for r, w, name in zip((t.reference for t in targets), weights, names, strict=True)
+        ]
+        device = parts[0].device
         sides = []
         for side in range(len(self._sides(targets[0]))):
             dims = [self._sides(target)[side] for target in targets]
             products = ops.unit_products(
-                weights,
+                parts,
                 masks=[m if m is None or m.dtype == torch.bool else m != 0 for m in masks],
                 references=[r if r is None or r.is_cpu else r.to(device) for r in references],
                 indices=[self._indices[number] for number in numbers],
                 dims=dims,
-                names=[target.name for target in targets],
+                names=names,
             )
             sizes = [
-                1 if w.dim() < 2 else w.size(dim) for w, dim in zip(weights, dims, strict=True)
+                1 if part.dim() < 2 else part.size(dim)
+                for part, dim in zip(parts, dims, strict=True)
             ]
-            sides.append(self._of(products, sizes))
+            sides.append(self._of(self._whole_sums(products, sizes, weights, dims)))
         return torch.stack([values for values, _ in sides]).mean(dim=0), sides[0][1]
+
+    def _whole_sums(
+        self, products: Tensor, sizes: list[int], weights: Sequence[Tensor], dims: Sequence[int]
+    ) -> Tensor:
+        """:meth:`_sums_of` of whole parameters, of which a rank may have parts."""
+        if not any(map(is_dtensor, weights)):
+            return self._sums_of(products, sizes)
+        across = [shard_dims(weight) for weight in weights]
+        cut: list[list[int]] = [[] for _ in weights]
+        if self._takes_whole_units:
+            # Along these dimensions of the mesh each rank has a part of the same units.
+            cut = [
+                [i for i, sharded in own if weight.dim() < 2 or sharded != dim]
+                for own, weight, dim in zip(across, weights, dims, strict=True)
+            ]
+            products = torch.cat(add_up_together(products.split(sizes, 1), weights, cut), dim=1)
+        sums = self._sums_of(products, sizes)
+        rest = [[i for i, _ in own if i not in done] for own, done in zip(across, cut, strict=True)]
+        return torch.cat(add_up_together(sums.split(1, 1), weights, rest), dim=1)
 
 
 class CosineAlignment(_Penalty):
@@ -277,6 +344,9 @@ class CosineAlignment(_Penalty):
             raise ValueError(
                 f"matching should be one of ('greedy', 'hungarian') or None, got {matching!r}"
             )
+        for target in targets_of(params) if matching is not None else ():
+            if is_dtensor(target.weight):
+                raise ValueError(_NO_MATCHING.format(target.name))
         if matching is not None and units == "both":
             raise ValueError("matching goes with units='out' or 'in', not with 'both'")
         if match_every < 1:
@@ -296,14 +366,19 @@ class CosineAlignment(_Penalty):
         out, into = target.out_dim, target.in_dim
         return {"out": (out,), "in": (into,), "both": (out, into)}[self.units]
 
-    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    _takes_whole_units = True
+
+    def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
         pp, pr, rr = products
         # The root has no gradient at 0, so a unit that is all zero is kept away from it.
         alive, counted = pp != 0, rr != 0
         norms = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
         gaps = torch.where(counted, 1 - torch.where(alive, pr / norms, 0), 0)
-        units = _sums(counted.double(), sizes)
-        return _sums(gaps, sizes) / units.clamp(min=1), units.sign()
+        return _sums(torch.stack([gaps, counted.double()]), sizes)
+
+    def _of(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        gaps, units = sums
+        return gaps / units.clamp(min=1), units.sign()
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
         if self._count is not None:
@@ -338,6 +413,8 @@ class CosineAlignment(_Penalty):
             if weight.dim() < 2:
                 continue
             (dim,) = self._sides(target)
+            if is_dtensor(weight):
+                raise ValueError(_NO_MATCHING.format(target.name))
             pruned = weight if mask is None else weight * (mask != 0)
             assert target.reference is not None
             reference = target.reference.to(weight.device, weight.dtype)
@@ -393,8 +470,13 @@ class FrobeniusAlignment(_Penalty):
     def _size(self, norm: float) -> float:
         return super()._size(norm) if self.normalize else norm
 
-    def _of(self, products: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        pp, pr, rr = _sums(products, sizes)
+    _takes_whole_units = False
+
+    def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
+        return _sums(products, sizes)
+
+    def _of(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        pp, pr, rr = sums
         distance = pp - 2 * pr + rr
         if not self.normalize:
             return distance, torch.ones_like(rr)
@@ -408,11 +490,79 @@ def _sums(values: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return local(tensor).untyped_storage().data_ptr()
+
+
+def _before_gradient(module: nn.Module, name: str, weight: Tensor) -> Callable[[], None] | None:
+    """What a gradient that does not come by FSDP2 has to wait for, on a GPU under FSDP2."""
+    if not is_dtensor(weight) or not weight.is_cuda:
+        return None
+    entry = fsdp.managed(module, name if mask_of(module, name) is None else f"{name}_orig")
+    return None if entry is None else entry.wait
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(t.detach().double())) for t in tensors))
+    """Over all entries, those on other ranks included."""
+    norms = [torch.linalg.vector_norm(local(t.detach()).double()) for t in tensors]
+    if any(map(is_dtensor, tensors)):
+        squares = [norm.square().reshape(1, 1) for norm in norms]
+        dims = [[i for i, _ in shard_dims(t)] for t in tensors]
+        norms = [square.sqrt() for square in add_up_together(squares, tensors, dims)]
+    return math.hypot(*map(float, norms))
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
+
+
+def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a loss, each in the layout of its leaf; its graph is kept."""
+    groups = fsdp.groups_of(leaves)
+    if not groups:
+        grads = _gradients(task_loss, leaves)
+        return [
+            grad.redistribute(placements=leaf.placements)
+            if is_dtensor(grad) and is_dtensor(leaf)
+            else grad
+            for grad, leaf in zip(grads, leaves, strict=True)
+        ]
+    # FSDP2 knows no gradient but that of a backward, which it averages and shards. All that one
+    # would leave behind is put back.
+    if not all(group.reduce_grads for group in groups):
+        raise ValueError(
+            "task_loss should be one whose backward averages the gradients over the ranks, but "
+            "set_requires_gradient_sync(False) has been called: measure in the last step of the "
+            "accumulation"
+        )
+    touched = {
+        id(leaf): leaf for leaf in (*leaves, *fsdp.parameters_of(groups), *_leaves(task_loss))
+    }
+    before = [(leaf, leaf.grad) for leaf in touched.values()]
+    try:
+        for leaf, _ in before:
+            leaf.grad = None
+        task_loss.backward(retain_graph=True)
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, grad in before:
+            leaf.grad = grad
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves that a backward would accumulate gradients in."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        nodes += [function for function, _ in node.next_functions]
+    return found
 
 
 def _weights(targets: Sequence[Target], weights: Weights | None) -> list[float]:

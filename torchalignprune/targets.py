@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
 from torchalignprune.calibration import Calibration
+from torchalignprune.dtensors import add_up, is_dtensor, like, local, own_part, shard_dims
 from torchalignprune.parameters import (
     DTYPES,
     Parameters,
@@ -27,6 +28,9 @@ from torchalignprune.parameters import (
     stored,
     unit_dimension,
 )
+
+if TYPE_CHECKING:
+    from torchalignprune.shards import Shard
 
 __all__ = [
     "PerParameter",
@@ -58,6 +62,8 @@ class Target:
         reference: what its units are to stay aligned with, shaped like the weight, maybe on another
             device; None for the weight itself.
         input_norms: one for each input, or None.
+        shard: where its entries lie in the whole parameter; None if this is the whole, or a DTensor
+            that nobody has looked into yet.
     """
 
     weight: Tensor
@@ -68,6 +74,7 @@ class Target:
     parameter: Tensor | None = None
     reference: Tensor | None = None
     input_norms: Tensor | None = None
+    shard: Shard | None = None
 
     @property
     def in_dim(self) -> int:
@@ -83,8 +90,14 @@ class Target:
         return None if self.reference is None else self.reference.to(self.weight.device)
 
     def remaining(self) -> int:
-        """How many entries are not pruned yet."""
-        return self.weight.numel() if self.mask is None else int(self.mask.sum())
+        """How many entries are not pruned yet; those of all ranks, which are to call together."""
+        if self.mask is None:
+            return self.weight.numel()
+        count = local(self.mask).sum()
+        if is_dtensor(self.mask):
+            dims = [i for i, _ in shard_dims(self.mask)]
+            count = add_up(count, self.mask.device_mesh, dims)
+        return int(count)
 
     def entries(self) -> Tensor:
         """The entries that are not pruned yet, by flat index."""
@@ -116,6 +129,9 @@ def targets_of(parameters: Parameters) -> list[Target]:
         weight = _parameter(module, name, label)
         mask = mask_of(module, name)
         mask = mask if mask is None or mask.dtype == torch.bool else mask != 0
+        if mask is not None and is_dtensor(weight) and not is_dtensor(mask):
+            # Pruned first and sharded then: every rank has the whole mask.
+            mask = like(weight, own_part(mask, weight, label).contiguous())
         tied = found.get(id(weight))
         if tied is None:
             found[id(weight)] = Target(
@@ -123,7 +139,9 @@ def targets_of(parameters: Parameters) -> list[Target]:
             )
             continue
         if (tied.mask is None) != (mask is None) or (
-            mask is not None and tied.mask is not None and not torch.equal(mask, tied.mask)
+            mask is not None
+            and tied.mask is not None
+            and not torch.equal(local(mask), local(tied.mask))
         ):
             raise ValueError(f"{label} is tied to {tied.name}, but their masks differ")
         if (module, name) not in tied.places:

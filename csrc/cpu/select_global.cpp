@@ -5,30 +5,22 @@
 // bracket misses or its entries are too many to hold, a histogram of them narrows it for another
 // pass. Entries are never copied as a whole, concatenated or sorted.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <vector>
 
-#include "entries.h"
-#include "huge_pages.h"
+#include "chunks.h"
 
 namespace torchalignprune {
 namespace {
 
-constexpr int64_t chunk_size = 64 * block_size;
 constexpr int64_t bin_count = int64_t{1} << 11;  // they stay in the first-level cache
 constexpr int64_t always_held = int64_t{1} << 18;
 constexpr double held_share = 0.015;  // of the memory of the weights
 constexpr int64_t sample_run = 16;
 constexpr int64_t sample_runs = int64_t{1} << 13;
-
-struct Chunk {
-  int64_t tensor, begin, length;
-};
 
 template <class Acc>
 class Selection {
@@ -36,22 +28,10 @@ class Selection {
   static constexpr Key highest = not_a_candidate<Key> - 1;
 
  public:
-  Selection(std::vector<Entries<Acc>> entries, at::ArrayRef<std::string> names, Score score)
-      : entries_(std::move(entries)),
-        names_(names),
-        scan_(kernels().of<Acc>().scan[static_cast<int>(score)]),
-        keep_(kernels().of<Acc>().keep[static_cast<int>(score)]) {
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      const int64_t size = entries_[i].weight.numel();
-      for (int64_t begin = 0; begin < size; begin += chunk_size) {
-        chunks_.push_back({static_cast<int64_t>(i), begin, std::min(chunk_size, size - begin)});
-      }
-      size_ += size;
-    }
-    // A thread is not worth starting for less than a few blocks.
-    grain_ =
-        1 + static_cast<int64_t>(chunks_.size()) * 32 * block_size / std::max<int64_t>(1, size_);
-  }
+  explicit Selection(const ScoreArguments& call)
+      : all_(call),
+        scan_(kernels().of<Acc>().scan[static_cast<int>(call.score)]),
+        keep_(kernels().of<Acc>().keep[static_cast<int>(call.score)]) {}
 
   std::vector<at::Tensor> masks(int64_t count) {
     const int64_t alive = count_alive();
@@ -84,78 +64,51 @@ class Selection {
     }
   };
 
-  // Calls visit(chunk index, piece, begin within the chunk, nan) for every piece.
   template <class Visit>
   void for_each_piece(Visit visit) {
-    constexpr int64_t none = std::numeric_limits<int64_t>::max();
-    std::atomic<int64_t> first_nan{none};
-    at::parallel_for(
-        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-          for (int64_t c = from; c < to; ++c) {
-            const Chunk& chunk = chunks_[c];
-            bool nan = false;
-            for (int64_t at = 0; at < chunk.length; at += block_size) {
-              const int64_t n = std::min(block_size, chunk.length - at);
-              entries_[chunk.tensor].for_each_piece(
-                  chunk.begin + at, n, [&](const Piece<Acc>& piece, int64_t offset) {
-                    visit(c, piece, at + offset, &nan);
-                  });
-            }
-            int64_t seen = first_nan.load();
-            while (nan && chunk.tensor < seen &&
-                   !first_nan.compare_exchange_weak(seen, chunk.tensor)) {
-            }
-          }
-        });
-    const int64_t wrong = first_nan;
-    if (wrong == none) return;
-    TORCH_CHECK_VALUE(false, "the scores of ", names_[wrong], " should be numbers, got NaN");
+    const int64_t wrong = all_.for_each_piece(visit);
+    TORCH_CHECK_VALUE(
+        wrong < 0, "the scores of ", all_.names[wrong], " should be numbers, got NaN");
   }
 
   int64_t count_alive() {
     std::atomic<int64_t> alive{0};
-    at::parallel_for(
-        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-          std::array<uint8_t, block_size> buffer;
-          int64_t total = 0;
-          for (int64_t c = from; c < to; ++c) {
-            const Chunk& chunk = chunks_[c];
-            const auto& mask = entries_[chunk.tensor].mask;
-            if (!mask) {
-              total += chunk.length;
-              continue;
-            }
-            for (int64_t at = 0; at < chunk.length; at += block_size) {
-              const int64_t n = std::min(block_size, chunk.length - at);
-              total +=
-                  kernels().count_true(read_mask(*mask, chunk.begin + at, n, buffer.data()), n);
-            }
-          }
-          alive += total;
-        });
+    all_.for_each([&](int64_t c) {
+      std::array<uint8_t, block_size> buffer;
+      const auto& chunk = all_.chunks[c];
+      const auto& mask = all_.entries[chunk.tensor].mask;
+      int64_t total = mask ? 0 : chunk.length;
+      for (int64_t at = 0; mask && at < chunk.length; at += block_size) {
+        const int64_t n = std::min(block_size, chunk.length - at);
+        total += kernels().count_true(read_mask(*mask, chunk.begin + at, n, buffer.data()), n);
+      }
+      alive += total;
+    });
     return alive;
   }
 
   // Two keys between which the rank-th smallest of all lies, most probably.
   std::pair<Key, Key> bracket(int64_t rank, int64_t alive) {
-    if (size_ <= always_held) return {0, highest};
+    if (all_.size <= always_held) return {0, highest};
     std::vector<Key> sample(sample_runs * sample_run, not_a_candidate<Key>);
     std::vector<int64_t> ends;
     int64_t end = 0;
-    for (const Chunk& chunk : chunks_) ends.push_back(end += chunk.length);
+    for (const auto& chunk : all_.chunks) ends.push_back(end += chunk.length);
     at::parallel_for(0, sample_runs, 1024, [&](int64_t from, int64_t to) {
       for (int64_t run = from; run < to; ++run) {
         // Spread evenly, with a fixed scatter that no row length falls in step with.
         const double scatter = std::fmod(static_cast<double>(run) * 0.6180339887498949, 1.0);
         const auto position = static_cast<int64_t>(
-            (static_cast<double>(run) + scatter) * (static_cast<double>(size_) / sample_runs));
-        const auto c = std::upper_bound(ends.begin(), ends.end(), std::min(position, size_ - 1)) -
-                       ends.begin();
-        const Chunk& chunk = chunks_[c];
-        const int64_t at = std::min(position, size_ - 1) - (ends[c] - chunk.length);
+            (static_cast<double>(run) + scatter) * (static_cast<double>(all_.size) / sample_runs));
+        const auto c =
+            std::upper_bound(ends.begin(), ends.end(), std::min(position, all_.size - 1)) -
+            ends.begin();
+        const auto& chunk = all_.chunks[c];
+        const int64_t at = std::min(position, all_.size - 1) - (ends[c] - chunk.length);
         const int64_t n = std::min(sample_run, chunk.length - at);
         bool nan = false;  // the passes report it
-        entries_[chunk.tensor].read(chunk.begin + at, n, sample.data() + run * sample_run, &nan);
+        all_.entries[chunk.tensor].read(
+            chunk.begin + at, n, sample.data() + run * sample_run, &nan);
       }
     });
     sample.erase(std::remove(sample.begin(), sample.end(), not_a_candidate<Key>), sample.end());
@@ -185,7 +138,7 @@ class Selection {
   Threshold find(int64_t rank, int64_t alive) {
     auto [low, high] = bracket(rank, alive);
     double bytes = 0;
-    for (const auto& entries : entries_) bytes += static_cast<double>(entries.weight.nbytes());
+    for (const auto& entries : all_.entries) bytes += static_cast<double>(entries.weight.nbytes());
     const int64_t threads = at::get_num_threads();
     const auto most_held =
         std::max(always_held, static_cast<int64_t>(held_share * bytes / sizeof(Key)) / threads);
@@ -258,105 +211,60 @@ class Selection {
   }
 
   std::vector<at::Tensor> write(const Threshold& threshold) {
-    std::vector<at::Tensor> masks;
-    for (const auto& entries : entries_) {
-      masks.push_back(at::empty_like(entries.weight, at::TensorOptions().dtype(at::kBool)));
-      advise_huge_pages(masks.back());
-    }
+    const std::vector<at::Tensor> masks = all_.empty_masks();
     // Where only some of the equals go, the larger party is written first, and the chunks that hold
     // the others are gone over again.
     const bool keep_equal = 2 * threshold.pruned < threshold.equal || threshold.equal == 0;
-    std::vector<int64_t> equal(chunks_.size(), 0);
+    std::vector<int64_t> equal(all_.chunks.size(), 0);
     for_each_piece([&](int64_t c, const Piece<Acc>& piece, int64_t at, bool* nan) {
-      with_mask(masks, c, at, piece.n, false, [&](uint8_t* mask) {
+      all_.with_mask(masks, c, at, piece.n, false, [&](uint8_t* mask) {
         equal[c] += keep_(piece, threshold.key, keep_equal, mask, nan);
       });
     });
     if (threshold.pruned == 0 || threshold.pruned == threshold.equal) return masks;
-    std::vector<int64_t> rank(chunks_.size(), 0);
+    std::vector<int64_t> rank(all_.chunks.size(), 0);
     int64_t total = 0;
-    for (size_t c = 0; c < chunks_.size(); ++c) {
+    for (size_t c = 0; c < all_.chunks.size(); ++c) {
       rank[c] = total;
       total += equal[c];
     }
-    at::parallel_for(
-        0, static_cast<int64_t>(chunks_.size()), grain_, [&](int64_t from, int64_t to) {
-          std::array<Key, block_size> keys;
-          for (int64_t c = from; c < to; ++c) {
-            const bool wrong =
-                keep_equal ? rank[c] < threshold.pruned : rank[c] + equal[c] > threshold.pruned;
-            if (equal[c] == 0 || !wrong) continue;
-            const Chunk& chunk = chunks_[c];
-            int64_t place = rank[c];
-            for (int64_t at = 0; at < chunk.length; at += block_size) {
-              const int64_t n = std::min(block_size, chunk.length - at);
-              bool nan = false;
-              entries_[chunk.tensor].read(chunk.begin + at, n, keys.data(), &nan);
-              with_mask(masks, c, at, n, true, [&](uint8_t* mask) {
-                for (int64_t i = 0; i < n; ++i) {
-                  if (keys[i] == threshold.key) mask[i] = place++ >= threshold.pruned ? 1 : 0;
-                }
-              });
-            }
+    all_.for_each([&](int64_t c) {
+      const bool wrong =
+          keep_equal ? rank[c] < threshold.pruned : rank[c] + equal[c] > threshold.pruned;
+      if (equal[c] == 0 || !wrong) return;
+      std::array<Key, block_size> keys;
+      const auto& chunk = all_.chunks[c];
+      int64_t place = rank[c];
+      for (int64_t at = 0; at < chunk.length; at += block_size) {
+        const int64_t n = std::min(block_size, chunk.length - at);
+        bool nan = false;
+        all_.entries[chunk.tensor].read(chunk.begin + at, n, keys.data(), &nan);
+        all_.with_mask(masks, c, at, n, true, [&](uint8_t* mask) {
+          for (int64_t i = 0; i < n; ++i) {
+            if (keys[i] == threshold.key) mask[i] = place++ >= threshold.pruned ? 1 : 0;
           }
         });
+      }
+    });
     return masks;
   }
 
-  // Hands `edit` the n bytes of a mask, contiguous, and puts them where the mask's strides want
-  // them. Without `load` they come in with any content.
-  template <class Edit>
-  void with_mask(
-      const std::vector<at::Tensor>& masks, int64_t c, int64_t at, int64_t n, bool load,
-      Edit edit) {
-    const at::Tensor& mask = masks[chunks_[c].tensor];
-    const int64_t begin = chunks_[c].begin + at;
-    auto* data = static_cast<uint8_t*>(mask.data_ptr());
-    if (mask.is_contiguous()) return edit(data + begin);
-    std::array<uint8_t, block_size> buffer;
-    if (load) read_mask(mask, begin, n, buffer.data());
-    edit(buffer.data());
-    for_each_run(mask, begin, n, [&](int64_t from, int64_t offset, int64_t stride, int64_t length) {
-      for (int64_t i = 0; i < length; ++i) data[offset + i * stride] = buffer[from + i];
-    });
-  }
-
-  std::vector<Entries<Acc>> entries_;
-  at::ArrayRef<std::string> names_;
+  Chunks<Acc> all_;
   typename ScoreKernels<Acc>::Scan scan_;
   typename ScoreKernels<Acc>::Keep keep_;
-  std::vector<Chunk> chunks_;
-  int64_t size_ = 0;
-  int64_t grain_ = 1;
 };
 
 std::vector<at::Tensor> select_global(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& mask_list,
-    const c10::List<std::optional<at::Tensor>>& reference_list,
-    const c10::List<std::optional<at::Tensor>>& row_scale_list,
-    const c10::List<std::optional<at::Tensor>>& column_scale_list, c10::List<std::string> name_list,
-    int64_t count, std::string score_name) {
-  const auto masks = mask_list.vec();
-  const auto references = reference_list.vec();
-  const auto row_scales = row_scale_list.vec();
-  const auto column_scales = column_scale_list.vec();
-  const auto names = name_list.vec();
-  const Score score = parse_score(score_name);
-  check_select_global(weights, masks, references, row_scales, column_scales, names, count, score);
-  const auto run = [&](auto zero) {
-    using Acc = decltype(zero);
-    std::vector<Entries<Acc>> entries;
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const auto contiguous = [](const std::optional<at::Tensor>& scale) {
-        return scale ? std::optional(scale->contiguous()) : std::nullopt;
-      };
-      entries.push_back(
-          {weights[i], masks[i], references[i], contiguous(row_scales[i]),
-           contiguous(column_scales[i]), score});
-    }
-    return Selection<Acc>(std::move(entries), names, score).masks(count);
-  };
-  return score_dtype(weights) == at::kDouble ? run(double{}) : run(float{});
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    int64_t count, std::string score) {
+  const auto call =
+      check_scores(weights, masks, references, row_scales, column_scales, names, score);
+  TORCH_CHECK_VALUE(count >= 0, "count should not be negative, got ", count);
+  return score_dtype(call.weights) == at::kDouble ? Selection<double>(call).masks(count)
+                                                  : Selection<float>(call).masks(count);
 }
 
 TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("select_global", &select_global); }

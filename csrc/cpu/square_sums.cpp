@@ -20,7 +20,7 @@ constexpr int64_t most_partial_sums = int64_t{1} << 20;
 template <class Acc>
 std::tuple<at::Tensor, at::Tensor> square_sums_as(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
-    const std::optional<at::Tensor>& column_scale) {
+    const std::optional<at::Tensor>& column_scale, std::optional<int64_t> all_columns) {
   const int64_t rows = rows_of(weight);
   // The columns of a single row are its entries, and nobody's sums.
   const int64_t columns = weight.dim() < 2 ? 0 : columns_of(weight);
@@ -35,9 +35,10 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
                              row_scale, column_scale, Score::magnitude};
   const int64_t row_size = weight.numel() / rows;
   const int64_t inner = row_size / columns_of(weight);
+  const int64_t whole = columns == 0 ? 0 : all_columns.value_or(columns);
   const int64_t parts = std::min(
-      {most_parts, rows, std::max<int64_t>(1, most_partial_sums / std::max<int64_t>(1, columns)),
-       1 + weight.numel() / (16 * block_size)});
+      {most_parts, rows, std::max<int64_t>(1, most_partial_sums / std::max<int64_t>(1, whole)),
+       1 + (columns == 0 ? row_size : rows * whole * inner) / (16 * block_size)});
   std::vector<std::vector<double>> partial(parts);
   at::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
     std::array<double, block_size> squares;
@@ -73,15 +74,17 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
 
 std::tuple<at::Tensor, at::Tensor> square_sums(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
-    const std::optional<at::Tensor>& column_scale, std::string name) {
-  check_square_sums(weight, row_scale, column_scale, name);
+    const std::optional<at::Tensor>& column_scale, std::string name,
+    std::optional<int64_t> all_columns) {
+  check_square_sums(weight, row_scale, column_scale, name, all_columns);
   const auto contiguous = [](const std::optional<at::Tensor>& scale) {
     return scale ? std::optional(scale->contiguous()) : std::nullopt;
   };
   const auto rows = contiguous(row_scale);
   const auto columns = contiguous(column_scale);
-  return weight.scalar_type() == at::kDouble ? square_sums_as<double>(weight, rows, columns)
-                                             : square_sums_as<float>(weight, rows, columns);
+  return weight.scalar_type() == at::kDouble
+             ? square_sums_as<double>(weight, rows, columns, all_columns)
+             : square_sums_as<float>(weight, rows, columns, all_columns);
 }
 
 TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("square_sums", &square_sums); }

@@ -140,63 +140,165 @@ void select(
   C10_CUDA_CHECK(cuda::select_global_write(call, memory.data_ptr(), found, stream));
 }
 
-std::vector<at::Tensor> select_global(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& mask_list,
-    const c10::List<std::optional<at::Tensor>>& reference_list,
-    const c10::List<std::optional<at::Tensor>>& row_scale_list,
-    const c10::List<std::optional<at::Tensor>>& column_scale_list, c10::List<std::string> name_list,
-    int64_t count, std::string score_name) {
-  const auto masks = mask_list.vec();
-  const auto references = reference_list.vec();
-  const auto row_scales = row_scale_list.vec();
-  const auto column_scales = column_scale_list.vec();
-  const auto names = name_list.vec();
-  const Score score = parse_score(score_name);
-  check_select_global(weights, masks, references, row_scales, column_scales, names, count, score);
-  const c10::cuda::CUDAGuard guard(weights[0].device());
+// The tensors of a call as the kernels take them, those that are not empty, and their masks.
+struct ScoreTensors {
+  ScoreTensors(const ScoreArguments& call, bool with_masks) {
+    for (size_t i = 0; i < call.weights.size(); ++i) {
+      const at::Tensor& weight = call.weights[i];
+      if (with_masks) outputs.emplace_back(weight, at::kBool);
+      if (weight.numel() == 0) continue;
+      cuda::Tensor tensor;
+      tensor.weight = inputs.view(weight);
+      tensor.mask = inputs.view(call.masks[i]);
+      tensor.reference = inputs.view(call.references[i]);
+      if (with_masks) tensor.out = view_of(outputs.back().written);
+      tensor.row_scale = inputs.vector(call.row_scales[i]);
+      tensor.column_scale = inputs.vector(call.column_scales[i]);
+      tensor.row_step = step_of(call.row_scales[i]);
+      tensor.column_step = step_of(call.column_scales[i]);
+      tensor.size = weight.numel();
+      tensor.row_size = row_size_of(weight);
+      tensor.inner = inner_of(weight);
+      set_layout(tensor);
+      tensors.push_back(tensor);
+      numbers.push_back(static_cast<int64_t>(i));
+    }
+  }
+
+  std::vector<at::Tensor> masks() {
+    std::vector<at::Tensor> result;
+    for (Output& output : outputs) result.push_back(output.finish());
+    return result;
+  }
+
   Inputs inputs;
   std::vector<Output> outputs;
   std::vector<cuda::Tensor> tensors;
-  int64_t entries = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const at::Tensor& weight = weights[i];
-    outputs.emplace_back(weight, at::kBool);
-    entries += weight.numel();
-    if (weight.numel() == 0) continue;
-    cuda::Tensor tensor;
-    tensor.weight = inputs.view(weight);
-    tensor.mask = inputs.view(masks[i]);
-    tensor.reference = inputs.view(references[i]);
-    tensor.out = view_of(outputs.back().written);
-    tensor.row_scale = inputs.vector(row_scales[i]);
-    tensor.column_scale = inputs.vector(column_scales[i]);
-    tensor.row_step = step_of(row_scales[i]);
-    tensor.column_step = step_of(column_scales[i]);
-    tensor.size = weight.numel();
-    tensor.row_size = row_size_of(weight);
-    tensor.inner = inner_of(weight);
-    set_layout(tensor);
-    tensors.push_back(tensor);
-  }
-  if (entries == 0) {
+  std::vector<int64_t> numbers;  // of the tensors among all
+};
+
+std::vector<at::Tensor> select_global(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    int64_t count, std::string score) {
+  const auto call =
+      check_scores(weights, masks, references, row_scales, column_scales, names, score);
+  TORCH_CHECK_VALUE(count >= 0, "count should not be negative, got ", count);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  ScoreTensors all(call, true);
+  if (all.tensors.empty()) {
     check_count(count, 0);
-  } else {
-    const auto check = [&](const cuda::Found& found) {
-      if (found.nan >= 0) {
-        // Empty tensors are not among those that the search saw.
-        size_t at = 0;
-        for (int64_t seen = found.nan; weights[at].numel() == 0 || seen-- > 0;) ++at;
-        TORCH_CHECK_VALUE(false, "the scores of ", names[at], " should be numbers, got NaN");
-      }
-      check_count(count, found.alive);
-    };
-    select(
-        tensors, static_cast<cuda::Score>(score), score_dtype(weights) == at::kDouble, count,
-        weights[0], check);
+    return all.masks();
   }
-  std::vector<at::Tensor> result;
-  for (Output& output : outputs) result.push_back(output.finish());
+  const auto check = [&](const cuda::Found& found) {
+    TORCH_CHECK_VALUE(
+        found.nan < 0, "the scores of ", call.names[all.numbers[found.nan]],
+        " should be numbers, got NaN");
+    check_count(count, found.alive);
+  };
+  select(
+      all.tensors, static_cast<cuda::Score>(call.score), score_dtype(weights) == at::kDouble, count,
+      weights[0], check);
+  return all.masks();
+}
+
+cuda::Shards shards_of(const ScoreArguments& call, const ScoreTensors& all) {
+  cuda::Shards shards{};
+  shards.tensors = all.tensors.data();
+  shards.length = static_cast<int64_t>(all.tensors.size());
+  shards.score = static_cast<cuda::Score>(call.score);
+  shards.wide = score_dtype(call.weights) == at::kDouble;
+  return shards;
+}
+
+at::Tensor shard_counts(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    std::string score, int64_t low, int64_t shift, int64_t bins) {
+  const auto arguments =
+      check_scores(weights, masks, references, row_scales, column_scales, names, score);
+  check_shard_counts(arguments.weights, low, shift, bins);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  at::Tensor result = at::zeros({bins + 2}, weights[0].options().dtype(at::kLong));
+  ScoreTensors all(arguments, false);
+  if (all.tensors.empty()) return result;
+  cuda::ShardCounts call{};
+  call.shards = shards_of(arguments, all);
+  call.numbers = all.numbers.data();
+  call.all = static_cast<int64_t>(weights.size());
+  call.low = static_cast<uint64_t>(low);
+  call.shift = static_cast<int>(shift);
+  call.bins = bins;
+  call.out = result.mutable_data_ptr<int64_t>();
+  const at::Tensor memory = workspace(cuda::shard_counts_workspace(call), result);
+  C10_CUDA_CHECK(cuda::shard_counts(call, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return result;
+}
+
+at::Tensor shard_ties(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    std::string score, int64_t key, at::TensorList edges) {
+  const auto arguments =
+      check_scores(weights, masks, references, row_scales, column_scales, names, score);
+  check_shard_key(arguments.weights, key);
+  const std::vector<at::Tensor> own = check_edges(arguments.weights, edges, arguments.names);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  ScoreTensors all(arguments, false);
+  std::vector<int64_t> all_edges, first_edges, first_stretches;
+  int64_t stretches = 0;
+  for (size_t i = 0; i < own.size(); ++i) {
+    if (weights[i].numel() > 0) {
+      const auto* edge = own[i].const_data_ptr<int64_t>();
+      first_edges.push_back(static_cast<int64_t>(all_edges.size()));
+      first_stretches.push_back(stretches);
+      all_edges.insert(all_edges.end(), edge, edge + own[i].numel());
+    }
+    stretches += own[i].numel() - 1;
+  }
+  first_edges.push_back(static_cast<int64_t>(all_edges.size()));
+  at::Tensor result = at::zeros({stretches}, weights[0].options().dtype(at::kLong));
+  if (all.tensors.empty() || stretches == 0) return result;
+  cuda::ShardTies call{};
+  call.shards = shards_of(arguments, all);
+  call.key = static_cast<uint64_t>(key);
+  call.edges = all_edges.data();
+  call.first_edges = first_edges.data();
+  call.first_stretches = first_stretches.data();
+  call.out = result.mutable_data_ptr<int64_t>();
+  const at::Tensor memory = workspace(cuda::shard_ties_workspace(call), result);
+  C10_CUDA_CHECK(cuda::shard_ties(call, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return result;
+}
+
+std::vector<at::Tensor> shard_masks(
+    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
+    const c10::List<std::optional<at::Tensor>>& references,
+    const c10::List<std::optional<at::Tensor>>& row_scales,
+    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    std::string score, int64_t key, at::IntArrayRef splits) {
+  const auto arguments =
+      check_scores(weights, masks, references, row_scales, column_scales, names, score);
+  check_shard_key(arguments.weights, key);
+  check_splits(arguments.weights, splits, arguments.names);
+  const c10::cuda::CUDAGuard guard(weights[0].device());
+  ScoreTensors all(arguments, true);
+  if (all.tensors.empty()) return all.masks();
+  std::vector<int64_t> own;
+  for (const int64_t number : all.numbers) own.push_back(splits[number]);
+  cuda::ShardMasks call{};
+  call.shards = shards_of(arguments, all);
+  call.key = static_cast<uint64_t>(key);
+  call.splits = own.data();
+  const at::Tensor memory = workspace(cuda::shard_masks_workspace(call), weights[0]);
+  C10_CUDA_CHECK(cuda::shard_masks(call, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return all.masks();
 }
 
 // A few long rows would leave most of the device idle with a block for each.
@@ -302,8 +404,9 @@ at::Tensor cosine_gains(
 
 std::tuple<at::Tensor, at::Tensor> square_sums(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
-    const std::optional<at::Tensor>& column_scale, std::string name) {
-  check_square_sums(weight, row_scale, column_scale, name);
+    const std::optional<at::Tensor>& column_scale, std::string name,
+    std::optional<int64_t> all_columns) {
+  check_square_sums(weight, row_scale, column_scale, name, all_columns);
   const c10::cuda::CUDAGuard guard(weight.device());
   const auto options = weight.options().dtype(at::kDouble);
   at::Tensor row_sums = at::zeros({rows_of(weight)}, options);
@@ -320,6 +423,7 @@ std::tuple<at::Tensor, at::Tensor> square_sums(
   call.column_step = step_of(column_scale);
   call.rows = rows_of(weight);
   call.columns = columns_of(weight);
+  call.all_columns = all_columns.value_or(call.columns);
   call.inner = inner_of(weight);
   call.wide = weight.scalar_type() == at::kDouble;
   call.row_sums = row_sums.mutable_data_ptr<double>();
@@ -556,6 +660,9 @@ TORCH_LIBRARY_IMPL(torchalignprune, CUDA, m) {
   m.impl("zero_pruned_", &zero_pruned_);
   m.impl("select_global", &select_global);
   m.impl("select_rows", &select_rows);
+  m.impl("shard_counts", &shard_counts);
+  m.impl("shard_ties", &shard_ties);
+  m.impl("shard_masks", &shard_masks);
   m.impl("cosine_gains", &cosine_gains);
   m.impl("square_sums", &square_sums);
   m.impl("greedy_match", &greedy_match);

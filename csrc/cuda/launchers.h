@@ -41,6 +41,52 @@ cudaError_t select_global_search(
 cudaError_t select_global_write(
     const SelectGlobal& call, void* workspace, const Found& found, cudaStream_t stream);
 
+// The shards of a list of tensors that are here.
+struct Shards {
+  const Tensor* tensors;  // on the host, none of them empty
+  int64_t length;         // at least one
+  Score score;
+  bool wide;  // scores in float64
+};
+
+// How many candidates have keys in bins of 2^shift keys from `low` on.
+struct ShardCounts {
+  Shards shards;
+  const int64_t* numbers;  // on the host: that of each tensor among `all`, empty ones included
+  int64_t all;
+  uint64_t low;
+  int shift;
+  int64_t bins;
+  int64_t* out;  // bins + 2, all 0 before: the bins, how many are lower, 1 + the first with NaN
+};
+
+size_t shard_counts_workspace(const ShardCounts& call);
+cudaError_t shard_counts(const ShardCounts& call, void* workspace, cudaStream_t stream);
+
+// How many candidates between the edges, which are flat indices, have the key.
+struct ShardTies {
+  Shards shards;
+  uint64_t key;
+  const int64_t* edges;            // on the host, those of one tensor after those of another
+  const int64_t* first_edges;      // on the host, length + 1: where those of each tensor begin
+  const int64_t* first_stretches;  // on the host: where those of each tensor begin in `out`
+  int64_t* out;                    // all 0 before
+};
+
+size_t shard_ties_workspace(const ShardTies& call);
+cudaError_t shard_ties(const ShardTies& call, void* workspace, cudaStream_t stream);
+
+// Masks without the candidates of lower keys, and without those before each tensor's split that
+// have the key.
+struct ShardMasks {
+  Shards shards;
+  uint64_t key;
+  const int64_t* splits;  // on the host
+};
+
+size_t shard_masks_workspace(const ShardMasks& call);
+cudaError_t shard_masks(const ShardMasks& call, void* workspace, cudaStream_t stream);
+
 // A mask that prunes exactly counts[i] entries of row i, those of the lowest scores.
 struct SelectRows {
   const void* weight;
@@ -85,7 +131,8 @@ struct SquareSums {
   const void* column_scale;
   int64_t row_step, column_step;
   int64_t rows, columns, inner;
-  bool wide;  // the scales are float64
+  int64_t all_columns;  // of the tensor that these are columns of
+  bool wide;            // the scales are float64
   double* row_sums;
   double* column_sums;  // or null
 };

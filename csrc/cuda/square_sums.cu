@@ -23,8 +23,8 @@ int64_t blocks_of(const SquareSums& call) {
 int64_t parts_of(const SquareSums& call) {
   if (call.column_sums == nullptr) return 0;
   return std::min(
-      {most_parts, call.rows, std::max<int64_t>(1, most_partial_sums / call.columns),
-       1 + call.rows * call.columns * call.inner / (16 * row_block)});
+      {most_parts, call.rows, std::max<int64_t>(1, most_partial_sums / call.all_columns),
+       1 + call.rows * call.all_columns * call.inner / (16 * row_block)});
 }
 
 template <class Acc>

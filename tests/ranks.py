@@ -1,0 +1,100 @@
+"""A few processes that run functions as the ranks of a gloo group; started once for many tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+MOST = 4
+_LIMIT = 60  # seconds
+
+
+class Ranks:
+    """``run`` calls a function of a test module on some of the processes, as one group."""
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returned on each rank.
+
+        If it raises on a rank, all processes end, because the others may wait for that one.
+        """
+        if not self._processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(world):
+                self._pipes[rank].send((rank, world, store, function, arguments))
+            answers = []
+            for rank in range(world):
+                there = self._pipes[rank].poll(_LIMIT)
+                answers.append(self._pipes[rank].recv() if there else (False, "no answer"))
+                if not answers[-1][0]:
+                    break
+        failed = [(rank, problem) for rank, (well, problem) in enumerate(answers) if not well]
+        if failed:
+            # A rank that waited in vain says so; the one that went wrong is worth more.
+            for rank in range(len(answers), world):
+                if self._pipes[rank].poll(1):
+                    well, problem = self._pipes[rank].recv()
+                    failed += [] if well else [(rank, problem)]
+            self.stop()
+            raise AssertionError("\n".join(f"rank {rank}: {problem}" for rank, problem in failed))
+        return [answer for _, answer in answers]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(MOST):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world, store, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=20),
+        )
+        try:
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+            return
+        finally:
+            dist.destroy_process_group()

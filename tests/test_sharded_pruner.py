@@ -1,0 +1,226 @@
+"""The Pruner under ``fully_shard``: the masks, weights and figures of one process."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import torchalignprune as tap
+from ranks import Ranks
+from torchalignprune import criteria
+from torchalignprune.parameters import mask_of, stored
+
+SIZES = (12, 11, 9, 6)
+
+
+def net() -> nn.Module:
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(SIZES)]
+    return nn.Sequential(*(nn.Sequential(layer, nn.GELU()) for layer in layers)).double()
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+class Run:
+    """A model in training with its pruner."""
+
+    def __init__(self, model: nn.Module, method: Any, criterion: Any = None, late: int = 0) -> None:
+        self.model = model
+        self.params = tap.prunable_parameters(model)
+        self.reference = tap.Reference.capture(self.params)
+        self.penalty = tap.CosineAlignment(self.params, self.reference)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.1)
+        self.step = 0
+        self.train(late, pruner=None)  # an optimizer that has momentum before the first pruning
+        self.criterion = None if criterion is None else criterion(self.params)
+        schedule = tap.schedules.linear(0.0, 0.6, begin=1, end=6)
+        self.pruner = tap.Pruner(
+            self.params,
+            method,
+            schedule,
+            reference=self.reference,
+            penalty=self.penalty,
+            criterion=self.criterion,
+        )
+
+    def train(self, steps: int, pruner: tap.Pruner | None) -> None:
+        many, rank = dist.get_world_size(), dist.get_rank()
+        sharded = isinstance(stored(*self.params[0]), DTensor)
+        for _ in range(steps):
+            generator = torch.Generator().manual_seed(self.step)
+            batch = torch.randn(4 * many, SIZES[0], generator=generator).double()
+            x = batch.chunk(many)[rank] if sharded else batch
+            (self.model(x).square().mean() + 0.1 * self.penalty()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            if pruner is not None:
+                pruner.step()
+
+
+def check_same(sharded: Run, plain: Run) -> None:
+    for pair, twin in zip(sharded.params, plain.params, strict=True):
+        mask, other = mask_of(*pair), mask_of(*twin)
+        assert mask is not None and other is not None
+        assert torch.equal(whole(mask), other)
+        weight = whole(stored(*pair))
+        assert not weight[~other].any()
+        torch.testing.assert_close(weight, stored(*twin).detach())
+    figures, others = sharded.pruner.log(), plain.pruner.log()
+    assert figures == pytest.approx(others, rel=1e-9)
+    assert sharded.pruner.sparsity() == plain.pruner.sparsity() == figures["pruning/sparsity"]
+    assert sharded.pruner.state_dict()["pruned"] == plain.pruner.state_dict()["pruned"]
+
+
+def trains(method: Any, criterion: Any, late: int, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = net()
+    runs = [
+        Run(m, method, criterion, late) for m in (shard(copy.deepcopy(plain), **options), plain)
+    ]
+    for _ in range(4):
+        for run in runs:
+            run.train(2, run.pruner)
+        check_same(*runs)
+    entries = sum(stored(*p).numel() for p in runs[0].params)
+    in_units = isinstance(method, partial)  # whole entries of each unit
+    sparsity = pytest.approx(0.6, abs=0.02) if in_units else round(0.6 * entries) / entries
+    assert runs[0].pruner.sparsity() == sparsity
+    for run in runs:
+        run.pruner.finalize()
+    for (module, name), (twin, _) in zip(runs[0].params, runs[1].params, strict=True):
+        torch.testing.assert_close(whole(getattr(module, name)), getattr(twin, name).detach())
+    assert list(runs[0].model.state_dict()) == list(runs[1].model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "criterion", "late", "options"),
+    [
+        (2, tap.AlignedMagnitude, None, 0, {}),
+        (4, tap.AlignedMagnitude, None, 2, {}),
+        (2, tap.Magnitude, None, 2, {"reshard_after_forward": False}),
+        (2, partial(tap.AlignedMagnitude, budget="unit"), None, 0, {}),
+        (2, tap.Magnitude, criteria.Movement, 0, {}),
+        (2, tap.Magnitude, criteria.Taylor, 1, {}),
+        (2, tap.Magnitude, None, 1, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ],
+    ids=["aligned-2", "aligned-4", "kept", "unit", "movement", "taylor", "offloaded"],
+)
+def test_is_that_of_one_process(
+    ranks: Ranks, world: int, method: Any, criterion: Any, late: int, options: Any
+) -> None:
+    ranks.run(world, trains, method, criterion, late, options)
+
+
+def resumed() -> None:
+    torch.manual_seed(0)
+    plain = net()
+    twins = [shard(copy.deepcopy(plain)) for _ in range(2)]
+    first, second = (Run(model, tap.AlignedMagnitude) for model in twins)
+    first.train(4, first.pruner)
+    state = copy.deepcopy(first.pruner.state_dict())
+    with pytest.raises(ValueError, match="load the model's state_dict that was saved with it"):
+        second.pruner.load_state_dict(state)
+    second.model.load_state_dict({k: v.clone() for k, v in first.model.state_dict().items()})
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.pruner.load_state_dict(state)
+    second.step = first.step
+    for run in (first, second):
+        run.train(4, run.pruner)
+    for p, q in zip(first.params, second.params, strict=True):
+        assert torch.equal(whole(stored(*p)), whole(stored(*q)))
+        assert torch.equal(whole(mask_of(*p)), whole(mask_of(*q)))
+
+
+def test_resumed(ranks: Ranks) -> None:
+    ranks.run(2, resumed)
+
+
+def frozen() -> None:
+    torch.manual_seed(0)
+    model = net()
+    with pytest.raises(ValueError, match="should have zeros to keep"):
+        tap.Pruner.freeze(tap.prunable_parameters(shard(copy.deepcopy(model))))
+    with torch.no_grad():
+        model[0][0].weight[0, :5] = 0.0  # on the first rank only
+    sharded = shard(model)
+    params = tap.prunable_parameters(sharded)
+    pruner = tap.Pruner.freeze(params)
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-2)
+    for _ in range(3):
+        sharded(torch.randn(4, SIZES[0]).double()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+    zeros = [int((whole(stored(*p)) == 0).sum()) for p in params]
+    assert zeros == [5, 0, 0]
+
+
+def test_frozen(ranks: Ranks) -> None:
+    ranks.run(2, frozen)
+
+
+def sent() -> int:
+    """The bytes of all collectives in one pruning step of some thousand entries."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, tap.schedules.one_shot(0.5, at=1))
+    sizes: list[int] = []
+
+    def counted(call: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            sizes.append(max(t.numel() * t.element_size() for t in tensors))
+            return call(*args, **kwargs)
+
+        return count
+
+    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+    originals = {name: getattr(dist, name) for name in names}
+    for name, call in originals.items():
+        setattr(dist, name, counted(call))
+    try:
+        pruner.step()
+    finally:
+        for name, call in originals.items():
+            setattr(dist, name, call)
+    assert pruner.sparsity() == 0.5
+    return sum(sizes)
+
+
+def test_a_pruning_step_sends_little(ranks: Ranks) -> None:
+    for size in ranks.run(2, sent):
+        assert 0 < size < 64 * 1024
+
+
+def refused() -> None:
+    params = tap.prunable_parameters(shard(net()))
+    schedule = tap.schedules.constant(0.5)
+    for options in ({"regrow": True}, {"min_unit": 1}, {"max_layer_sparsity": 0.9}):
+        with pytest.raises(ValueError, match=r"sharded parameters \(DTensor\) go without regrow"):
+            tap.Pruner(params, tap.Magnitude, schedule, **options)
+    assert not any(mask_of(*p) is not None for p in params)
+
+
+def test_refused(ranks: Ranks) -> None:
+    ranks.run(2, refused)

@@ -1,0 +1,245 @@
+"""Sharded tensors (``DTensor``): the part that this rank holds, and sums over all the parts.
+
+Nothing here imports ``torch.distributed.tensor``, which is large: where it has not been imported,
+there is no ``DTensor``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+__all__ = [
+    "add_up",
+    "add_up_together",
+    "check_layout",
+    "converted",
+    "differentiable_local",
+    "is_dtensor",
+    "like",
+    "local",
+    "own_indices",
+    "own_part",
+    "shard_dims",
+]
+
+
+def is_dtensor(tensor: object) -> TypeIs[DTensor]:
+    """Whether a tensor is a ``torch.distributed.tensor.DTensor``."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is here, detached, in the same memory; any other tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+def like(tensor: DTensor, part: Tensor) -> DTensor:
+    """A DTensor of the same layout, of which this rank's part is another tensor.
+
+    ``DTensor.from_local`` would move a part that is offloaded to the CPU back to the GPU.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(tensor.shape, tensor.stride(), part.dtype)
+    spec = DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta)
+    return DTensor(part, spec, requires_grad=False)
+
+
+def converted(
+    tensor: Tensor,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    copy: bool = False,
+) -> Tensor:
+    """``tensor.to(device, dtype, copy=copy)``, which for a DTensor is done to the part here."""
+    if not is_dtensor(tensor):
+        return tensor.to(device, dtype, copy=copy)
+    part = local(tensor)
+    moved = part.to(device, dtype, copy=copy)
+    return tensor if moved is part else like(tensor, moved)
+
+
+def check_layout(tensor: DTensor, name: str) -> None:
+    """Refuses what has no values of its own on each rank, such as a sum that is still pending.
+
+    Raises:
+        TypeError: a placement that is neither ``Shard`` nor ``Replicate``.
+    """
+    for placement in tensor.placements:
+        if not (placement.is_replicate() or _dim(placement) is not None):
+            raise TypeError(
+                f"{name} should be a DTensor of Shard and Replicate placements, got {placement}"
+            )
+
+
+def _dim(placement: Any) -> int | None:
+    """The dimension that a placement shards, or None."""
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    return placement.dim if isinstance(placement, Shard | _StridedShard) else None
+
+
+def shard_dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """For each dimension of the mesh that shards the tensor: that, and the tensor's dimension."""
+    if not is_dtensor(tensor):
+        return []
+    pairs = [(i, _dim(placement)) for i, placement in enumerate(tensor.placements)]
+    sizes = tensor.device_mesh.shape
+    return [(i, dim % tensor.dim()) for i, dim in pairs if dim is not None and sizes[i] > 1]
+
+
+def own_indices(tensor: DTensor, dim: int) -> Tensor:
+    """Which positions along a dimension of the whole this rank's part holds, in its order.
+
+    Returns:
+        int64, shape ``(length of the part,)``.
+    """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None, "this rank is not in the mesh"
+    indices = torch.arange(tensor.shape[dim])
+    for i, placement in enumerate(tensor.placements):
+        if _dim(placement) is None or _dim(placement) % tensor.dim() != dim:  # type: ignore[operator]
+            continue
+        many, own = tensor.device_mesh.shape[i], coordinates[i]
+        pieces = [indices]
+        if isinstance(placement, _StridedShard):
+            pieces = list(indices.chunk(placement.split_factor))  # type: ignore[arg-type]
+        indices = torch.cat([_chunk(piece, many, own) for piece in pieces])
+    return indices
+
+
+def _chunk(indices: Tensor, many: int, own: int) -> Tensor:
+    """As ``torch.chunk``, where the last ones may be short or empty."""
+    length = math.ceil(len(indices) / many)
+    return indices[own * length : (own + 1) * length]
+
+
+def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
+    """What belongs to this rank's part of ``tensor``: a view of a whole tensor where it can be.
+
+    Args:
+        whole: of the shape of ``tensor``; a plain tensor that is the same on all ranks (maybe
+            mapped from a file, of which only the part is read), or a DTensor of the same layout.
+        tensor: sharded or not.
+        name: what to call ``whole`` in an error.
+
+    Raises:
+        ValueError: a DTensor of another layout, or one for a plain tensor.
+    """
+    if is_dtensor(whole):
+        if not is_dtensor(tensor):
+            raise ValueError(f"{name} is a DTensor, but what it belongs to is a plain tensor")
+        if whole.device_mesh != tensor.device_mesh or whole.placements != tensor.placements:
+            raise ValueError(
+                f"{name} should be laid out as {tensor.placements} on {tensor.device_mesh}, got "
+                f"{whole.placements} on {whole.device_mesh}"
+            )
+        return local(whole)
+    if not is_dtensor(tensor):
+        return whole
+    part = whole
+    for dim in sorted({dim for _, dim in shard_dims(tensor)}):
+        indices = own_indices(tensor, dim)
+        first = int(indices[0]) if len(indices) else 0
+        if torch.equal(indices, torch.arange(first, first + len(indices))):
+            part = part.narrow(dim, first, len(indices))
+        else:
+            part = part.index_select(dim, indices.to(part.device))
+    return part
+
+
+def add_up_together(
+    values: Sequence[Tensor], owners: Sequence[Tensor], mesh_dims: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """:func:`add_up` of many, where those that go the same way go together.
+
+    Args:
+        values: shape ``(rows, columns)`` each, with the same rows, on one device.
+        owners: what each belongs to: a DTensor, whose mesh it is summed on, or a plain tensor.
+        mesh_dims: the dimensions of its mesh; none for a plain tensor.
+    """
+    summed = list(values)
+    ways: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for i, (owner, dims) in enumerate(zip(owners, mesh_dims, strict=True)):
+        if dims:
+            assert is_dtensor(owner)
+            ways.setdefault((owner.device_mesh, tuple(dims)), []).append(i)
+    for (mesh, dims), numbers in ways.items():
+        sizes = [values[i].size(1) for i in numbers]
+        parts = add_up(torch.cat([values[i] for i in numbers], dim=1), mesh, dims).split(sizes, 1)
+        for i, part in zip(numbers, parts, strict=True):
+            summed[i] = part
+    return summed
+
+
+def add_up(values: Tensor, mesh: DeviceMesh, mesh_dims: Sequence[int]) -> Tensor:
+    """The sum over the ranks along some dimensions of a mesh, the same on all of them.
+
+    Differentiable. What the ranks make of the sum is one number, of which each has a copy, so that
+    the gradient of a rank's own values is that of the sum: nothing is sent in the backward.
+    """
+    if not mesh_dims:
+        return values
+    summed: Tensor = _Sum.apply(values, mesh, tuple(mesh_dims))  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mesh: DeviceMesh, mesh_dims: tuple[int, ...]) -> Tensor:
+        # What is offloaded to the CPU goes by the mesh's own device.
+        total = values.to(mesh.device_type, copy=True)
+        for dim in mesh_dims:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        return total.to(values.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def differentiable_local(tensor: Tensor, before: Callable[[], None] | None = None) -> Tensor:
+    """As :func:`local`, with a gradient to the DTensor, of its layout.
+
+    Args:
+        tensor: a DTensor; any other tensor is returned as it is.
+        before: called before the gradient is handed on.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    part: Tensor = _Local.apply(tensor, before)  # type: ignore[no-untyped-call]
+    return part
+
+
+class _Local(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor, before: Callable[[], None] | None) -> Tensor:
+        ctx.tensor, ctx.before = tensor.detach(), before
+        part = local(tensor)
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.before is not None:
+            ctx.before()
+        return like(ctx.tensor, grad), None

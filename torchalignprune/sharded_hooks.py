@@ -1,0 +1,204 @@
+"""How a mask sits on a parameter that is a DTensor: each rank has the mask of its own part.
+
+Where the module works with the DTensor itself (tensor parallel), the hook shows the product with
+the mask, part by part. Under ``fully_shard`` the module works with the gathered parameter, for
+which no rank has the whole mask; there the zeros are in the sharded parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torchalignprune import fsdp, ops
+from torchalignprune.dtensors import check_layout, is_dtensor, like, local, own_part
+from torchalignprune.hooks import MaskHook, put_mask
+from torchalignprune.parameters import mask_of, stored
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["FullyShardedMaskHook", "ShardedMaskHook", "prepare"]
+
+
+class ShardedMaskHook(MaskHook):
+    """The one forward pre-hook of a pruned DTensor parameter: shows the product with its mask."""
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """``name_orig * name_mask``, a DTensor, with a gradient to ``name_orig``."""
+        original: Tensor = getattr(module, self._tensor_name + "_orig")
+        mask: Tensor = getattr(module, self._tensor_name + "_mask")
+        product = original * mask
+        if is_dtensor(product) and _works_on_parts(module):
+            part: Tensor = product.to_local()
+            return part
+        return product
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the parameter an ordinary one again, with zeros in it; for ``prune.remove``."""
+        name = self._tensor_name
+        original = module._parameters[f"{name}_orig"]
+        assert original is not None
+        # Assigning to the ``data`` of a DTensor would not reach the part that is here.
+        _zero(original, getattr(module, f"{name}_mask"))
+        vars(module).pop(name, None)
+        del module._parameters[f"{name}_orig"]
+        del module._buffers[f"{name}_mask"]
+        module.register_parameter(name, original)
+
+
+def _works_on_parts(module: nn.Module) -> bool:
+    """Whether the forward that Transformers has put in takes the parts of the parameters instead.
+
+    Its tensor parallel styles do so without gradients, and for fused projections always. They swap
+    the parameters themselves, which the pruned weight is none of.
+    """
+    forward = vars(module).get("forward")
+    if getattr(forward, "__name__", None) != "tp_forward":
+        return False
+    cells = zip(forward.__code__.co_freevars, forward.__closure__, strict=True)  # type: ignore[union-attr]
+    style = {name: cell.cell_contents for name, cell in cells}.get("self")
+    return bool(style is not None and style.should_use_local_tensors(module))
+
+
+class FullyShardedMaskHook(ShardedMaskHook):
+    """The one forward pre-hook of a pruned parameter that ``fully_shard`` has sharded.
+
+    Pruned entries are zeros of the sharded parameter, and so of the gathered one. Their gradients
+    are set to zero where the sharded gradient arrives, after the reduce-scatter, so that an
+    optimizer without momentum from before the pruning leaves them at zero. FSDP2 itself keeps the
+    attribute ``name`` up to date, and a forward has nothing to multiply.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self._handles: list[Any] = []
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        # ``model.to`` and ``load_state_dict(assign=True)`` may have replaced the parameter.
+        if not torch.compiler.is_compiling():
+            self.watch(module)
+
+    def apply_mask(self, module: nn.Module) -> Tensor:
+        """The sharded parameter, in which the zeros are."""
+        return stored(module, self._tensor_name)
+
+    def watch(self, module: nn.Module) -> None:
+        """Mask the gradients of the parameter, and what is loaded into it."""
+        parameter = stored(module, self._tensor_name)
+        # A weak reference to the parameter would say it, but torch swaps no tensor that has one.
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if self._handles and self._handles[0].id in hooks:
+            return
+        self._unwatch()
+        owner = weakref.ref(module)
+
+        def mask_gradient(parameter: Tensor) -> None:
+            module = owner()
+            mask = None if module is None else mask_of(module, self._tensor_name)
+            if mask is not None and parameter.grad is not None:
+                _zero(parameter.grad, mask)
+
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(mask_gradient),
+            module.register_load_state_dict_post_hook(self._loaded),
+        ]
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _loaded(self, module: nn.Module, _: Any) -> None:
+        mask = mask_of(module, self._tensor_name)
+        if mask is not None:
+            vars(module)[self._tensor_name] = parameter = stored(module, self._tensor_name)
+            _zero(parameter, mask)
+
+    def remove(self, module: nn.Module) -> None:
+        """Make the parameter an ordinary one again, with zeros in it; for ``prune.remove``."""
+        name = self._tensor_name
+        entry = _entry(module, name)
+        assert entry is not None
+        entry.reshard(f"{name} of {type(module).__name__}")
+        self._unwatch()
+        entry.hide(module, name)
+        entry.rename(module, f"{name}_orig", name)
+        super().remove(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise RuntimeError("fully_shard does not support deepcopy: use state dicts")
+
+
+def prepare(
+    module: nn.Module,
+    name: str,
+    mask: Tensor,
+    original: DTensor,
+    parts: dict[tuple[int, int], Tensor],
+) -> Callable[[], MaskHook]:
+    """All that putting a mask on a DTensor parameter needs; the call that then does it.
+
+    Args:
+        module: holds the parameter.
+        name: the parameter's name in it.
+        mask: bool; a DTensor of the parameter's layout, or a whole one, the same on all ranks.
+        original: the parameter.
+        parts: of whole masks, by the masks and parameters; tied weights share theirs.
+
+    Raises:
+        ValueError: a mask of another shape or layout.
+        TypeError: a parameter with values that are not on any rank (``Partial``).
+        RuntimeError: the parameter is gathered for a forward or backward that is under way.
+    """
+    where = f"{name} of {type(module).__name__}"
+    check_layout(original, where)
+    if mask.shape != original.shape:
+        raise ValueError(
+            f"the mask of {where} should have shape {tuple(original.shape)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    part = own_part(mask, original, f"the mask of {where}")
+    if is_dtensor(mask):
+        own: Tensor = mask
+    else:
+        key = id(mask), id(original)
+        if key not in parts:
+            here = part.to(local(original).device, copy=True).contiguous()
+            parts[key] = like(original, here)
+        own = parts[key]
+    entry = _entry(module, name)
+    if entry is None:
+        pruned = original * own
+        return functools.partial(
+            put_mask, module, name, own, original, pruned, kind=ShardedMaskHook
+        )
+    entry.reshard(where)
+    return functools.partial(_put_fully_sharded, module, name, own, original, entry)
+
+
+def _put_fully_sharded(
+    module: nn.Module, name: str, mask: Tensor, original: Tensor, entry: fsdp.Managed
+) -> MaskHook:
+    if mask_of(module, name) is None:
+        entry.rename(module, name, f"{name}_orig")
+    hook = put_mask(module, name, mask, original, None, kind=FullyShardedMaskHook)
+    assert isinstance(hook, FullyShardedMaskHook)
+    _zero(original, mask)
+    entry.show(module, name)
+    hook.watch(module)
+    return hook
+
+
+def _entry(module: nn.Module, name: str) -> fsdp.Managed | None:
+    return fsdp.managed(module, name if mask_of(module, name) is None else f"{name}_orig")
+
+
+def _zero(tensor: Tensor, mask: Tensor) -> None:
+    """Zeros where the mask is false, in place, in the part that is here."""
+    ops.zero_pruned_([local(tensor)], [local(mask)])

@@ -1,0 +1,556 @@
+"""Where the entries of a sharded parameter lie, and how the processes that hold them talk.
+
+A ``DTensor`` is cut by its placements, one for each dimension of its mesh of processes. Whatever
+they are, the entries that one process holds are, along each dimension, a few runs of neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchalignprune.targets import Target
+
+__all__ = ["Ranks", "Runs", "Shard", "is_dtensor", "local_runs", "scatter"]
+
+Result = TypeVar("Result")
+
+Runs = tuple[tuple[int, int], ...]
+"""Rising indices, as (first, how many) of each stretch of neighbours."""
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a ``torch.distributed.tensor.DTensor``; does not import what is not used."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _length(runs: Runs) -> int:
+    return sum(length for _, length in runs)
+
+
+def _take(runs: Runs, begin: int, end: int) -> Runs:
+    """Those from the ``begin``-th of the indices on, up to the ``end``-th."""
+    taken: list[tuple[int, int]] = []
+    at = 0
+    for first, length in runs:
+        low, high = max(begin - at, 0), min(end - at, length)
+        if low < high:
+            if taken and sum(taken[-1]) == first + low:
+                taken[-1] = (taken[-1][0], taken[-1][1] + high - low)
+            else:
+                taken.append((first + low, high - low))
+        at += length
+    return tuple(taken)
+
+
+def _chunk(runs: Runs, n: int, i: int) -> Runs:
+    """The i-th of n chunks, as ``torch.chunk`` makes them."""
+    size = -(-_length(runs) // n)
+    return _take(runs, i * size, (i + 1) * size)
+
+
+def _count_below(runs: Runs, bound: int) -> int:
+    return sum(min(max(bound - first, 0), length) for first, length in runs)
+
+
+def _joined(parts: Iterable[Runs]) -> Runs:
+    runs = tuple(itertools.chain.from_iterable(parts))
+    return _take(runs, 0, _length(runs))
+
+
+def local_runs(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Any],
+) -> tuple[Runs, ...]:
+    """For each dimension of a tensor the indices that the process at a coordinate of the mesh has.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: how many processes there are along each dimension of the mesh.
+        coordinate: the process's, one number for each dimension of the mesh.
+        placements: ``Shard``, ``_StridedShard`` or ``Replicate``, one for each likewise.
+
+    Example:
+        >>> from torch.distributed.tensor import Replicate, Shard
+        >>> local_runs((7, 4), (3, 2), (1, 0), (Shard(0), Replicate()))
+        (((3, 3),), ((0, 4),))
+    """
+    runs: list[Runs] = [((0, size),) if size else () for size in shape]
+    for n, i, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            continue
+        # A strided shard is what is left when a shard to its right came first.
+        pieces = int(getattr(placement, "split_factor", 1))
+        own = runs[placement.dim]
+        runs[placement.dim] = _joined(
+            _chunk(_chunk(own, pieces, piece), n, i) for piece in range(pieces)
+        )
+    return tuple(runs)
+
+
+def _part(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
+    """The entries of a whole tensor at the given indices of each dimension; a view if it can be."""
+    for dim, own in enumerate(runs):
+        if len(own) == 1:
+            tensor = tensor.narrow(dim, *own[0])
+        else:
+            pieces = [tensor.narrow(dim, *run) for run in own]
+            tensor = torch.cat(pieces, dim) if pieces else tensor.narrow(dim, 0, 0)
+    return tensor
+
+
+def scatter(whole: Tensor, runs: Sequence[Runs], part: Tensor) -> None:
+    """Writes what :func:`_part` reads."""
+    ends = [itertools.accumulate(length for _, length in own) for own in runs]
+    boxes = [list(zip(own, end, strict=True)) for own, end in zip(runs, ends, strict=True)]
+    for box in itertools.product(*boxes):
+        to, source = whole, part
+        for dim, ((first, length), end) in enumerate(box):
+            to = to.narrow(dim, first, length)
+            source = source.narrow(dim, end - length, length)
+        to.copy_(source)
+
+
+class Ranks:
+    """The processes that prune together: all that hold a shard of one of the parameters.
+
+    What goes wrong on one of them is kept until they next add something up, and is then raised on
+    all of them, so that none waits for one that has given up.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        import torch.distributed as dist
+
+        meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
+        members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
+        widest = max(meshes, key=lambda mesh: mesh.size())
+        if members == list(range(dist.get_world_size())):
+            self.group: Any = dist.group.WORLD
+        elif len(members) > widest.size():
+            raise ValueError(
+                f"the parameters are on meshes of which none has all of the ranks {members}, nor "
+                "are these all ranks there are; got "
+                f"{', '.join(sorted({str(mesh.mesh.tolist()) for mesh in meshes}))}"
+            )
+        else:
+            self.group = (widest if widest.ndim == 1 else widest._flatten()).get_group()
+        self.rank = dist.get_rank()
+        self.members = members
+        # In the order of the group.
+        self.order = dist.get_process_group_ranks(self.group)
+        self.place = {rank: i for i, rank in enumerate(self.order)}
+        kind = meshes[0].device_type
+        self.device = torch.device(kind)
+        if kind != "cpu":
+            self.device = torch.device(kind, torch.get_device_module(kind).current_device())
+        self._failures: list[tuple[int, Exception]] = []
+
+    def attempt(
+        self, number: int, run: Callable[[], Result], default: Callable[[], Result]
+    ) -> Result:
+        """What ``run`` returns; if it fails, ``default()``, and the failure is kept.
+
+        Args:
+            number: of several failures the one with the lowest is raised.
+            run: talks to no other process.
+            default: likewise.
+        """
+        try:
+            return run()
+        except Exception as error:
+            self._failures.append((number, error))
+            return default()
+
+    def fail(self, number: int, error: Exception) -> None:
+        self._failures.append((number, error))
+
+    def sum(self, values: Tensor | Sequence[int] = ()) -> list[int]:
+        """The sum of what all processes bring, int64.
+
+        Raises:
+            Exception: what failed on one of them, the same on all of them.
+        """
+        import torch.distributed as dist
+
+        own = torch.as_tensor(values, dtype=torch.int64, device=self.device)
+        failed = own.new_tensor([len(self._failures)])
+        message = torch.cat([own, failed])
+        dist.all_reduce(message, group=self.group)
+        *total, failures = message.tolist()
+        if failures:
+            self._raise()
+        return total
+
+    def sum_floats(self, values: Tensor) -> Tensor:
+        """The sum of float64 vectors; exact only where all but one of the addends are 0."""
+        import torch.distributed as dist
+
+        message = values.to(self.device, copy=True)
+        dist.all_reduce(message, group=self.group)
+        return message.to(values.device)
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        """The maximum of what the processes bring, one by one."""
+        import torch.distributed as dist
+
+        message = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group)
+        found: list[int] = message.tolist()
+        return found
+
+    def _raise(self) -> NoReturn:
+        import torch.distributed as dist
+
+        own = None
+        if self._failures:
+            number, error = min(self._failures, key=lambda failure: failure[0])
+            own = (number, type(error), str(error))
+        found: list[Any] = [None] * len(self.members)
+        dist.all_gather_object(found, own, group=self.group)
+        _, kind, message = min(filter(None, found), key=lambda failure: failure[0])
+        cause = next((error for _, error in self._failures if str(error) == message), None)
+        raise kind(message) from cause
+
+    def swap(self, pieces: dict[int, Tensor], sizes: dict[int, int], like: Tensor) -> list[Tensor]:
+        """Sends each process its piece and returns what they sent, by their ``place``.
+
+        Args:
+            pieces: flat tensors by the rank they go to.
+            sizes: by the rank they come from, how many entries they have.
+            like: a tensor of their dtype, on the device where they are wanted.
+        """
+        import torch.distributed as dist
+
+        size = like.element_size()
+        empty = like.new_empty(0)
+        parcel = torch.cat([pieces.get(rank, empty) for rank in self.order])
+        out = parcel.view(torch.uint8).to(self.device)
+        to = [size * (pieces[rank].numel() if rank in pieces else 0) for rank in self.order]
+        come = [size * sizes.get(rank, 0) for rank in self.order]
+        received = out.new_empty(sum(come))
+        dist.all_to_all_single(received, out, come, to, group=self.group)
+        return list(received.to(like.device).view(like.dtype).split([n // size for n in come]))
+
+
+class Shard:
+    """What this process has of a parameter.
+
+    Attributes:
+        ranks: the processes that prune together.
+        number: of the parameter among those that are pruned together.
+        shape: of the whole parameter.
+        runs: the indices that this process has along each dimension.
+        first: it is the one that counts among those that have the same entries.
+        copies: how many processes have the same entries.
+        input_norms: those of all inputs, if there are any.
+    """
+
+    def __init__(self, ranks: Ranks, number: int, target: Target) -> None:
+        weight: Any = target.weight
+        self.ranks = ranks
+        self.number = number
+        self.name = target.name
+        self.shape = tuple(weight.shape)
+        self.input_norms = target.input_norms
+        self.runs: tuple[Runs, ...] = tuple(((0, size),) if size else () for size in self.shape)
+        self.first = ranks.rank == ranks.members[0]
+        self.copies = len(ranks.members)
+        self._weight = None
+        if not is_dtensor(weight):
+            return
+        self._weight = weight
+        self._mesh, self._placements = weight.device_mesh, weight.placements
+        _check_placements(weight, target.name)
+        coordinate = self._mesh.get_coordinate()
+        if coordinate is None:
+            self.runs = ((),) * len(self.shape)
+            self.first, self.copies = False, 1
+            return
+        self.runs = local_runs(self.shape, self._mesh.shape, coordinate, self._placements)
+        local = tuple(weight.to_local().shape)
+        if local != self.local_shape:
+            raise ValueError(
+                f"the shard of {target.name} should have shape {self.local_shape} on rank "
+                f"{ranks.rank}, for placements {self._placements} of {self.shape}, got {local}"
+            )
+        replicated = [
+            (size, at)
+            for size, at, placement in zip(
+                self._mesh.shape, coordinate, self._placements, strict=True
+            )
+            if placement.is_replicate()
+        ]
+        self.first = all(at == 0 for _, at in replicated)
+        self.copies = math.prod(size for size, _ in replicated)
+
+    @property
+    def mesh_ranks(self) -> list[int]:
+        """The processes that have the whole parameter between them."""
+        if self._weight is None:
+            return [self.ranks.rank]
+        found: list[int] = self._mesh.mesh.flatten().tolist()
+        return found
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return tuple(_length(own) for own in self.runs)
+
+    @property
+    def numel(self) -> int:
+        """Of the whole parameter."""
+        return math.prod(self.shape)
+
+    # Between the whole and the shard
+
+    def local(self, tensor: Tensor, what: str) -> Tensor:
+        """The shard of a tensor that goes with the parameter: of a DTensor of the same placements,
+        or of a whole tensor that every process has.
+
+        Raises:
+            ValueError: a DTensor of other placements.
+        """
+        if not is_dtensor(tensor):
+            return _part(tensor, self.runs)
+        spread: Any = tensor
+        if self._weight is None:
+            raise ValueError(f"the {what} of {self.name} is a DTensor, but the parameter is not")
+        if (spread.device_mesh, spread.placements) != (self._mesh, self._placements):
+            raise ValueError(
+                f"the {what} of {self.name} should be placed as the parameter is, "
+                f"{self._placements} on {self._mesh}, or be a whole tensor on every rank; got "
+                f"{spread.placements} on {spread.device_mesh}"
+            )
+        return self._sized(spread.to_local())
+
+    def along(self, vector: Tensor, dim: int) -> Tensor:
+        """The entries that belong here of a vector with one for each index of a dimension."""
+        return _part(vector, (self.runs[dim],))
+
+    def local_weight(self) -> Tensor | None:
+        return None if self._weight is None else self._sized(self._weight.to_local())
+
+    def _sized(self, local: Tensor) -> Tensor:
+        # On a process that is not in the mesh it has one dimension, whatever the parameter has.
+        return local.reshape(self.local_shape)
+
+    def spread(self, local: Tensor) -> Tensor:
+        """A tensor that goes with the parameter, made of what each process has of it."""
+        if self._weight is None:
+            return local
+        from torch.distributed.tensor import DTensor
+
+        made: Tensor = DTensor.from_local(
+            local.reshape(self._weight.to_local().shape),
+            self._mesh,
+            self._placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=self._weight.stride(),
+        )
+        return made
+
+    def entries_before(self, positions: Tensor) -> Tensor:
+        """How many of the entries here have a lower flat index in the whole parameter than each of
+        the given ones."""
+        begins, places = self._stretches
+        if places.numel() == 0:
+            return torch.zeros_like(positions)
+        at = torch.searchsorted(places, positions, right=True) - 1
+        own = at.clamp(min=0)
+        inside = torch.minimum(positions - places[own], begins[own + 1] - begins[own])
+        return torch.where(at < 0, 0, begins[own] + inside)
+
+    @cached_property
+    def _stretches(self) -> tuple[Tensor, Tensor]:
+        """The stretches of entries here that are neighbours in the whole parameter: where each
+        begins here (and the end), and its flat index there."""
+        if math.prod(self.local_shape) == 0:
+            return torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        cut = [d for d, size in enumerate(self.shape) if _length(self.runs[d]) < size]
+        last = cut[-1] if cut else -1
+        step = math.prod(self.shape[last + 1 :])
+        places = torch.tensor([first * step for first, _ in self.runs[last]] if cut else [0])
+        lengths = torch.tensor([n * step for _, n in self.runs[last]] if cut else [step])
+        for dim in range(last - 1, -1, -1):
+            step *= self.shape[dim + 1]
+            index = torch.cat([torch.arange(first, first + n) for first, n in self.runs[dim]])
+            places = (index[:, None] * step + places).flatten()
+            lengths = lengths.repeat(index.numel())
+        begins = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return begins, places
+
+    # Units
+
+    def cuts(self, dim: int) -> bool:
+        """Whether units along a dimension are cut by the boundary of a shard, on any process."""
+        if self._weight is None:
+            return False
+        cut = [
+            placement.dim % max(1, len(self.shape))
+            for size, placement in zip(self._mesh.shape, self._placements, strict=True)
+            if size > 1 and not placement.is_replicate()
+        ]
+        return any(len(self.shape) < 2 or own != dim for own in cut)
+
+    def in_whole_groups(self, dim: int, size: int) -> bool:
+        """Whether groups of neighbours along a dimension are cut on no process."""
+        return self._weight is None or all(
+            first % size == 0 and length % size == 0
+            for _, runs in self._around([0] * self._mesh.ndim)
+            for first, length in runs[dim]
+        )
+
+    def per_unit(
+        self,
+        target: Target,
+        dim: int,
+        compute: Callable[[Target], Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What ``compute`` makes of whole units, shaped like the shard.
+
+        Where units are cut, each of the processes that hold the parameter is sent its share of
+        whole units, and sends back what belongs to the others. That is all there is of sending
+        weights.
+
+        Args:
+            target: the shard.
+            dim: of the units.
+            compute: takes a target of some whole units along ``dim``, returns a tensor of its shape
+                that depends, unit by unit, on nothing else.
+            dtype: what it returns.
+        """
+        dim = dim if len(self.shape) > 1 else 0
+        whole, _ = self.whole_units(target, dim)
+        made = self.ranks.attempt(
+            self.number,
+            lambda: compute(whole),
+            lambda: torch.zeros_like(whole.weight, dtype=dtype),
+        )
+        return self._from_units(made, dim) if self.cuts(dim) else made
+
+    def whole_units(self, target: Target, dim: int) -> tuple[Target, Runs]:
+        """The units that this process is to look at, as a target that is not sharded, and their
+        indices along the dimension; a tensor of at most one dimension is one unit, along 0."""
+        if not self.cuts(dim):
+            runs = self.runs[dim] if len(self.shape) > 1 else ((0, 1),)
+            return replace(target, shard=None), runs
+        parts = [
+            None if tensor is None else self._to_units(tensor, dim)
+            for tensor in (target.weight, target.mask, target.reference)
+        ]
+        low, high = self._share(dim)
+        norms = self.input_norms
+        if norms is not None and target.in_dim == dim:
+            norms = norms[low:high]
+        weight, mask, reference = parts
+        assert weight is not None
+        units = replace(
+            target, weight=weight, mask=mask, reference=reference, input_norms=norms, shard=None
+        )
+        return units, ((low, high - low),)
+
+    @cached_property
+    def _plane(self) -> list[tuple[int, tuple[Runs, ...]]]:
+        """The processes that have the parameter between them, this one among them, and where."""
+        own = None if self._weight is None else self._mesh.get_coordinate()
+        return [] if own is None else self._around(own)
+
+    def _around(self, coordinate: Sequence[int]) -> list[tuple[int, tuple[Runs, ...]]]:
+        mesh, placements = self._mesh, self._placements
+        axes = [
+            [at] if placement.is_replicate() else range(size)
+            for size, at, placement in zip(mesh.shape, coordinate, placements, strict=True)
+        ]
+        return [
+            (int(mesh.mesh[tuple(at)]), local_runs(self.shape, mesh.shape, at, placements))
+            for at in itertools.product(*axes)
+        ]
+
+    def _share(self, dim: int, place: int | None = None) -> tuple[int, int]:
+        """The units that a process of the plane is sent: of all equally many."""
+        ranks = [rank for rank, _ in self._plane]
+        if not ranks:
+            return 0, 0
+        place = ranks.index(self.ranks.rank) if place is None else place
+        units = self.shape[dim] if len(self.shape) > 1 else 1
+        return units * place // len(ranks), units * (place + 1) // len(ranks)
+
+    def _boxes(self, dim: int) -> Iterable[tuple[int, int, tuple[Runs, ...]]]:
+        """For each process of the plane its rank, place and indices; one dimension is one unit."""
+        for place, (rank, runs) in enumerate(self._plane):
+            yield rank, place, runs if len(self.shape) > 1 else (((0, 1),), *runs)
+
+    def _to_units(self, local: Tensor, dim: int) -> Tensor:
+        matrix = local if local.dim() > 1 else local.reshape(1, -1)
+        low, high = self._share(dim)
+        pieces, boxes = {}, []
+        for rank, place, runs in self._boxes(dim):
+            theirs = self._share(dim, place)
+            own = self.runs[dim] if len(self.shape) > 1 else ((0, 1),)
+            begin, end = (_count_below(own, bound) for bound in theirs)
+            pieces[rank] = matrix.narrow(dim, begin, end - begin).reshape(-1)
+            begin, end = (_count_below(runs[dim], bound) for bound in (low, high))
+            mine = tuple((first - low, n) for first, n in _take(runs[dim], begin, end))
+            boxes.append((rank, (*runs[:dim], mine, *runs[dim + 1 :])))
+        sizes = {rank: math.prod(map(_length, box)) for rank, box in boxes}
+        received = self.ranks.swap(pieces, sizes, matrix)
+        shape = list(self.shape) if len(self.shape) > 1 else [1, *self.shape]
+        shape[dim] = high - low
+        units = matrix.new_empty(shape)
+        for rank, box in boxes:
+            flat = received[self.ranks.place[rank]]
+            scatter(units, box, flat.reshape([_length(own) for own in box]))
+        return units if len(self.shape) > 1 else units.reshape(-1)
+
+    def _from_units(self, units: Tensor, dim: int) -> Tensor:
+        low, high = self._share(dim)
+        if len(self.shape) < 2:
+            units = units.reshape(high - low, *self.shape)
+        pieces, sizes, spans = {}, {}, {}
+        own = self.runs if len(self.shape) > 1 else (((0, 1),), *self.runs)
+        for rank, place, runs in self._boxes(dim):
+            begin, end = (_count_below(runs[dim], bound) for bound in (low, high))
+            theirs = tuple((first - low, n) for first, n in _take(runs[dim], begin, end))
+            pieces[rank] = _part(units, (*runs[:dim], theirs, *runs[dim + 1 :])).reshape(-1)
+            bounds = self._share(dim, place)
+            spans[rank] = tuple(_count_below(own[dim], bound) for bound in bounds)
+            others = math.prod(_length(r) for d, r in enumerate(own) if d != dim)
+            sizes[rank] = (spans[rank][1] - spans[rank][0]) * others
+        received = self.ranks.swap(pieces, sizes, units)
+        local = units.new_empty([_length(r) for r in own])
+        for rank, (begin, end) in spans.items():
+            part = local.narrow(dim, begin, end - begin)
+            part.copy_(received[self.ranks.place[rank]].reshape(part.shape))
+        return local if len(self.shape) > 1 else local.reshape(-1)
+
+
+def _check_placements(weight: Any, name: str) -> None:
+    for placement in weight.placements:
+        if placement.is_replicate() or (
+            not placement.is_partial() and isinstance(getattr(placement, "dim", None), int)
+        ):
+            continue
+        raise ValueError(
+            f"{name} has the placements {weight.placements}: what can be pruned is placed by Shard "
+            "or Replicate"
+        )
+    spec = weight._spec
+    order = getattr(spec, "shard_order", None)
+    if order is not None and order != spec.compute_default_shard_order(weight.placements):
+        raise ValueError(
+            f"{name} is sharded over the mesh in the order {order}; only the order of the mesh's "
+            "dimensions is supported"
+        )

@@ -1,6 +1,7 @@
 // The argument checks that CPU and CUDA share. Every error is raised before any mask is written.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
@@ -60,6 +61,39 @@ inline void check_mask(
   TORCH_CHECK_TYPE(
       !mask || mask->scalar_type() == at::kBool, "the mask of ", name, " should be bool, got ",
       mask->scalar_type());
+}
+
+// What is set to zero in place, and where.
+inline void check_zero_pruned(
+    at::ArrayRef<at::Tensor> tensors, at::ArrayRef<at::Tensor> masks,
+    const std::vector<std::string>& names) {
+  for (const auto& [length, what] :
+       {std::pair{masks.size(), "masks"}, std::pair{names.size(), "names"}}) {
+    TORCH_CHECK_VALUE(
+        length == tensors.size(), what, " should have one entry for each of the ", tensors.size(),
+        " tensors, got ", length);
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_weight(tensors[i], names[i]);
+    check_mask(tensors[i], masks[i], names[i]);
+    TORCH_CHECK_VALUE(
+        tensors[i].device() == tensors[0].device(), "all tensors should be on one device, got ",
+        names[0], " on ", tensors[0].device(), " and ", names[i], " on ", tensors[i].device());
+    TORCH_CHECK_VALUE(
+        at::has_internal_overlap(tensors[i]) != at::MemOverlap::Yes, names[i],
+        " should have a place in memory for each entry, got shape ", tensors[i].sizes(),
+        " with strides ", tensors[i].strides());
+  }
+}
+
+// Whether both lie in memory without gaps and in the same order, so that entry i of the one goes
+// with entry i of the other.
+inline bool lie_alike(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
 }
 
 inline void check_reference(

@@ -28,6 +28,11 @@ TORCH_LIBRARY(torchalignprune, m) {
   m.def("greedy_match(Tensor similarity, str name) -> Tensor");
   m.def("match_in_order(Tensor rows, Tensor columns, int row_count, int column_count) -> Tensor");
   m.def("apply_mask(Tensor weight, Tensor mask) -> Tensor");
+  m.def("masked_weight(Tensor(a) weight, Tensor mask) -> Tensor(a)");
+  m.def("zero_pruned_(Tensor(a!)[] tensors, Tensor[] masks, str[] names) -> ()");
+  m.def("pack_entries(Tensor weight, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("unpack_entries(Tensor bits, Tensor values, Tensor signs, int[] shape) -> Tensor");
+  m.def("count_bits(Tensor bits, int count) -> Tensor");
   m.def(
       "unit_products(Tensor[] weights, Tensor?[] masks, Tensor?[] references, Tensor?[] indices, "
       "int[] dims, str[] names) -> Tensor");

@@ -114,20 +114,6 @@ def accuracy(model: nn.Module, sentences: Sentences) -> float:
     return right / len(sentences)
 
 
-def prune_to(params: list[tuple[nn.Module, str]], sparsity: float) -> None:
-    """The share counts what was pruned before; torch's own amount is one of what remains."""
-    entries = sum(getattr(module, name).numel() for module, name in params)
-    alive = sum(
-        int(getattr(module, f"{name}_mask").sum())
-        if hasattr(module, f"{name}_mask")
-        else getattr(module, name).numel()
-        for module, name in params
-    )
-    more = round(sparsity * entries) - (entries - alive)
-    if more > 0:
-        tap.global_unstructured(params, tap.AlignedMagnitude, amount=more)
-
-
 def train(variant: str, seed: int, options: argparse.Namespace, data: dict[str, Any]) -> Any:
     """One run; its figures."""
     torch.manual_seed(seed)
@@ -155,9 +141,12 @@ def train(variant: str, seed: int, options: argparse.Namespace, data: dict[str, 
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(warm_up(step + 1), decay(step))
     )
-    sparsity = tap.schedules.cubic(
+    schedule = tap.schedules.cubic(
         0.0, options.sparsity, begin=steps // 10, end=7 * steps // 10, every=max(1, steps // 20)
     )
+    pruner = None
+    if variant != "dense":
+        pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, reference=reference)
     strength = 0.0
     step = 0
     for _ in range(options.epochs):
@@ -174,8 +163,8 @@ def train(variant: str, seed: int, options: argparse.Namespace, data: dict[str, 
             optimizer.step()
             rate.step()
             step += 1
-            if variant != "dense":
-                prune_to(params, sparsity(step))
+            if pruner is not None:
+                pruner.step()
 
     report = tap.alignment_report(params, reference)
     scores = {language: accuracy(model, test) for language, test in data["test"].items()}

@@ -150,3 +150,9 @@ def _bits(tensor: Tensor) -> tuple[object, ...]:
     kind = (*kind, tuple(tensor.shape))
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return (*kind, tensor.stride(), tensor.grad_fn is None, bytes(content.numpy()), grad)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
+    assert torch.equal(found.contiguous().view(bits), expected.contiguous().view(bits))

@@ -405,3 +405,32 @@ def output_error(
         apart = change @ mean.double() + bias
         total += share * (((change @ covariance.double()) * change).sum(dim=1) + apart**2)
     return total
+
+
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Entry by entry."""
+    kept = [value if keep else 0.0 for value, keep in zip(flat(tensor), flat(mask), strict=True)]
+    return torch.tensor(kept, dtype=torch.float64).to(tensor.dtype).reshape(tensor.shape)
+
+
+def flat(tensor: Tensor) -> list[float]:
+    return list(tensor.double().reshape(-1).tolist())
+
+
+def pack(weight: Tensor) -> list[list[int] | None]:
+    """The bits, the values as integers, and the signs of the zeros, None if all are positive."""
+    size = 8 * weight.element_size()
+    kinds = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+    words = weight.reshape(-1).view(kinds[size]).tolist()
+    zeros = (0, -(1 << size - 1))
+
+    def packed(bits: list[bool]) -> list[int]:
+        parts = [bits[start : start + 8] for start in range(0, len(bits), 8)]
+        return [sum(bit << k for k, bit in enumerate(part)) for part in parts]
+
+    signs = [word < 0 for word in words if word in zeros]
+    return [
+        packed([word not in zeros for word in words]),
+        [word for word in words if word not in zeros],
+        packed(signs) if any(signs) else None,
+    ]

@@ -530,6 +530,73 @@ def test_a_pooler_that_transformers_drops_silently_is_kept(tmp_path: Path) -> No
     assert torch.equal(written["roberta.pooler.dense.bias"], weights["roberta.pooler.dense.bias"])
 
 
+def test_bitmasks(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = {format: tmp_path / format for format in ("dense", "bitmask")}
+    for format, out in folders.items():
+        arguments = ["--sparsity", 0.9, "--out", out, "--format", format]
+        assert run("prune", bert, *arguments) == 0
+    dense, packed = (tree(folder) for folder in folders.values())
+    assert set(packed) - set(dense) == {"pruned.index.json", "pruned.safetensors"}
+    assert set(dense) - set(packed) == {"model.safetensors"}
+    assert json.loads(packed["report.json"])["format"] == "bitmask"
+    model = transformers.BertModel.from_pretrained(folders["dense"])
+    loaded = tap.load_pruned(transformers.AutoModel, folders["bitmask"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+        assert not bool((tensor == 0).logical_and(tensor.signbit()).any())
+    # They can be pruned on, into either format, and reported on.
+    capsys.readouterr()
+    totals = []
+    for source in folders.values():
+        for format in folders:
+            out = tmp_path / f"{source.name}-{format}"
+            arguments = ["--sparsity", 0.95, "--out", out, "--format", format]
+            assert run("prune", source, *arguments) == 0
+            assert ((out / "pruned.index.json").exists()) == (format == "bitmask")
+            capsys.readouterr()
+            assert run("report", bert, out, "--json", "--no-matching") == 0
+            totals.append(json.loads(capsys.readouterr().out)["totals"])
+    assert totals[0]["sparsity"] == pytest.approx(0.95, abs=1e-3)
+    assert totals == [totals[0]] * 4
+
+
+def test_damaged_bitmasks(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("prune", bert, "--sparsity", 0.9, "--out", out, "--format", "bitmask") == 0
+    file = out / "pruned.safetensors"
+    content = bytearray(file.read_bytes())
+    for i in range(1000, len(content)):
+        content[i] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert run("report", bert, out) == 2
+    assert "pruned.safetensors " in capsys.readouterr().err
+    assert run("prune", out, "--sparsity", 0.95, "--out", tmp_path / "again") == 2
+    assert "pruned.safetensors " in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_a_bitmask_cannot_leave_out(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(bert, source)
+    weights = load_file(source / "model.safetensors")
+    extra = {"extra.weight": torch.ones(3)}
+    save_file(weights | extra, source / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--sparsity", 0.5, "--out", out, "--format", "bitmask"]
+    assert run("prune", source, *arguments) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["carried_over"] == [] and report["not_carried_over"] == ["extra.weight"]
+    del weights["pooler.dense.bias"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert run("prune", source, *arguments, "--overwrite") == 2
+    assert (
+        "has no weights for pooler.dense.bias, which only --format dense" in capsys.readouterr().err
+    )
+
+
 def test_what_the_checkpoint_lacks_is_not_made_up(bert: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(bert, source)
@@ -1002,6 +1069,7 @@ def test_new_folder_puts_the_former_one_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(checkpoints, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="no"), new_folder(out, overwrite=True):
         pass
     assert tree(tmp_path) == {"out/old": b"old"}

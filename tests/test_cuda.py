@@ -758,6 +758,54 @@ def test_penalties_and_their_gradients_are_those_of_the_cpu() -> None:
         torch.testing.assert_close(own.cpu(), cpu, rtol=1e-5, atol=1e-9)
 
 
+# zero_pruned_
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_zero_pruned_equals_the_cpu(seed: int) -> None:
+    draw = Draw(seed)
+    tensors: list[Tensor] = []
+    while len(tensors) < 1 + draw.index(120):
+        tensor = draw.tensor(draw.shape(), draw.one(DTYPES))
+        if 0 not in tensor.stride():
+            tensors.append(tensor)
+    masks = [draw.mask(tuple(tensor.shape)) for tensor in tensors]
+    moved = on_gpu(tensors)
+    wholes = [t.untyped_storage().size() // t.element_size() for t in tensors]
+    ops.zero_pruned_(tensors, masks)
+    ops.zero_pruned_(moved, on_gpu(masks))
+    for found, expected, whole in zip(moved, tensors, wholes, strict=True):
+        assert_same(found, expected)
+        assert not bool(found[found == 0].signbit().any())
+        around = [tensor.as_strided((whole,), (1,), 0) for tensor in (found, expected)]
+        torch.testing.assert_close(around[0].cpu(), around[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("size", [1, 15, 16, 4095, 4096, 4097, 1_000_003, 50_000_001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_pruned_at_any_place_in_memory(dtype: torch.dtype, size: int, offset: int) -> None:
+    whole = torch.randn(size + offset + 9, device=DEVICE).to(dtype)
+    mask = torch.rand(size + offset, device=DEVICE) < 0.5
+    for own in (mask[offset:], mask[:size], torch.ones_like(mask)[:size]):
+        expected = whole.clone()
+        expected[offset : offset + size].masked_fill_(~own, 0)
+        ops.zero_pruned_([whole[offset : offset + size]], [own])
+        assert torch.equal(whole, expected)
+
+
+@pytest.mark.slow
+def test_zero_pruned_of_more_than_two_to_the_31_entries() -> None:
+    needs_memory(12 * GIB)
+    size = (1 << 31) + 12_345
+    tensor = torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
+    mask = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_(4) != 0
+    ops.zero_pruned_([tensor], [mask])
+    for begin in range(0, size, 1 << 28):
+        part = slice(begin, begin + (1 << 28))
+        assert torch.equal(tensor[part] != 0, mask[part])
+
+
 # What every operator has to take
 
 
@@ -905,6 +953,10 @@ def test_opcheck() -> None:
     leaf, vector = w.clone().requires_grad_(), torch.randn(5, device=DEVICE)
     units = ([leaf, vector], [mask, None], [w.cpu(), vector], [counts.cumsum(0) - 1, None])
     coefficients = torch.randn(2, 301, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(
+        operators.zero_pruned_.default,
+        ([w.clone(), vector.clone()], [mask, vector > 0], ["a", "b"]),
+    )
     rest = ([0, 0], ["a", "b"])
     torch.library.opcheck(operators.unit_products.default, (*units, *rest))
     torch.library.opcheck(operators.unit_combination.default, (*units, coefficients, *rest))

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from test_cli import SENTENCES, make_bert
 
@@ -57,3 +60,51 @@ def test_regularize_finetuning(topics: Path, tmp_path: Path) -> None:
     process = launch(script, *arguments, "--languages", "yy")
     assert process.returncode == 2
     assert "has no test.yy.tsv.gz" in process.stderr
+
+
+@pytest.mark.slow
+def test_trainer_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same sums on every machine
+    model, out = make_bert(tmp_path / "bert"), tmp_path / "out"
+    arguments = ["--out", out, "--model", model, "--steps", 6, "--save-every", 2, "--batch", 8]
+    first = launch("trainer_pruning.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "starting from the pretrained model" in first.stdout
+    figures = json.loads(first.stdout.splitlines()[-1])
+    assert figures["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert 0 < figures["alignment"] < 1 and 0 <= figures["accuracy"] <= 1
+    weights = load_file(out / "pruned" / "model.safetensors")
+    assert not any(name.endswith("_mask") for name in weights)
+    encoder = [w for name, w in weights.items() if "encoder.layer" in name and w.dim() == 2]
+    zeros = sum(int((w == 0).sum()) for w in encoder)
+    assert zeros >= 0.69 * sum(w.numel() for w in encoder)
+    assert AutoModelForSequenceClassification.from_pretrained(out / "pruned").config.id2label == {
+        0: "food",
+        1: "weather",
+    }
+
+    # The run was killed while it saved its last checkpoint, and goes on from the one before.
+    (out / "checkpoint-6" / "trainer_state.json").unlink()
+    again = launch("trainer_pruning.py", *arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {out / 'checkpoint-4'}" in again.stdout
+    assert json.loads(again.stdout.splitlines()[-1]) == figures
+    resumed = load_file(out / "pruned" / "model.safetensors")
+    assert all(torch.equal(resumed[name], w) for name, w in weights.items())
+
+
+@pytest.mark.slow
+def test_trainer_pruning_reads_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = make_bert(tmp_path / "bert")
+    rows = [f'"{SENTENCES[i % len(SENTENCES)]}",{("no", "yes")[i % 2]}' for i in range(20)]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
+    arguments = ["--out", tmp_path / "out", "--model", model, "--steps", 2, "--strength", 0]
+    process = launch("trainer_pruning.py", *arguments, "--data", tmp_path / "data.csv")
+    assert process.returncode == 0, process.stderr
+    assert "penalty_share" not in process.stdout and "'pruning/sparsity'" in process.stdout
+    (tmp_path / "other.csv").write_text("text\nhello\n")
+    process = launch("trainer_pruning.py", *arguments, "--data", tmp_path / "other.csv")
+    assert process.returncode == 1
+    assert "other.csv has no column label" in process.stderr

@@ -11,7 +11,7 @@ _build_info.check()
 from torchalignprune import criteria, methods, ops, schedules  # noqa: E402
 from torchalignprune.alignment_report import AlignmentReport, alignment_report  # noqa: E402
 from torchalignprune.calibration import Calibration  # noqa: E402
-from torchalignprune.hooks import load_state_dict  # noqa: E402
+from torchalignprune.hooks import cached_weights, load_state_dict  # noqa: E402
 from torchalignprune.matching import Matching, match_units  # noqa: E402
 from torchalignprune.methods import (  # noqa: E402
     AlignedMagnitude,
@@ -24,10 +24,12 @@ from torchalignprune.methods import (  # noqa: E402
     random,
 )
 from torchalignprune.parameters import PrunableParameters, prunable_parameters  # noqa: E402
+from torchalignprune.pruner import Pruner  # noqa: E402
 from torchalignprune.pruning import PruningMethod, global_unstructured  # noqa: E402
 from torchalignprune.realign import realign  # noqa: E402
 from torchalignprune.reference import Reference  # noqa: E402
 from torchalignprune.regularizers import CosineAlignment, FrobeniusAlignment  # noqa: E402
+from torchalignprune.saving import load_pruned, save_pruned  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "Magnitude",
     "Matching",
     "PrunableParameters",
+    "Pruner",
     "PruningMethod",
     "Random",
     "Reference",
@@ -48,8 +51,10 @@ __all__ = [
     "aligned_magnitude",
     "aligned_nm",
     "alignment_report",
+    "cached_weights",
     "criteria",
     "global_unstructured",
+    "load_pruned",
     "load_state_dict",
     "magnitude",
     "match_units",
@@ -58,5 +63,6 @@ __all__ = [
     "prunable_parameters",
     "random",
     "realign",
+    "save_pruned",
     "schedules",
 ]

@@ -20,8 +20,8 @@ from torchalignprune.parameters import (
     parameter_names,
     prunable_parameters,
 )
+from torchalignprune.pruned_files import open_weights
 from torchalignprune.targets import PerParameter, Target, targets_of, with_references
-from torchalignprune.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     import pandas
@@ -267,7 +267,7 @@ def checkpoint_report(
     name_of = dict(zip(params, params.names, strict=True))
     names = [[name_of[place] for place in target.places] for target in targets]
     shapes = [tuple(target.weight.shape) for target in targets]
-    files = [WeightFiles(pruned), WeightFiles(dense)]
+    files = [open_weights(pruned), open_weights(dense)]
     keys = [find_checkpoint_weights(file, names, shapes) for file in files]
 
     def load(i: int) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +20,22 @@ import torch
 from torch import Tensor
 
 from torchalignprune.parameters import DTYPES
-from torchalignprune.weight_files import WeightFiles, find_weights, plain_names
+from torchalignprune.pruned_files import INDEX
+from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, plain_names
 
 __all__ = [
     "Checkpoint",
+    "architecture",
     "check_output",
     "copy_other_files",
     "empty_model",
     "find_checkpoint_weights",
     "load_checkpoint",
+    "names_in_model",
     "new_folder",
     "quiet_transformers",
     "save_checkpoint",
+    "save_pretrained",
     "verify_checkpoint",
 ]
 
@@ -81,7 +87,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers or safetensors is not installed.
     """
-    kind = _architecture(folder)
+    kind = architecture(folder)
     stored = WeightFiles(folder)
     kinds = {kind for kind in map(stored.dtype, stored) if kind.is_floating_point}
     if not kinds or not kinds <= set(DTYPES):
@@ -121,7 +127,7 @@ def empty_model(folder: Path) -> Any:
         ValueError: the folder is not such a checkpoint, or quantized.
         ImportError: transformers is not installed.
     """
-    kind = _architecture(folder)
+    kind = architecture(folder)
     try:
         config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -131,7 +137,7 @@ def empty_model(folder: Path) -> Any:
 
 
 def find_checkpoint_weights(
-    files: WeightFiles, names: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]]
+    files: StoredTensors, names: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]]
 ) -> list[str]:
     """:func:`torchalignprune.weight_files.find_weights`, also where a model has other names.
 
@@ -145,7 +151,7 @@ def find_checkpoint_weights(
     try:
         return find_weights(files, names, shapes, known)
     except ValueError:
-        renamed = _names_in_model(files.path, known)
+        renamed = names_in_model(files.path, known)
         if renamed == known:
             raise
     return find_weights(files, names, shapes, renamed)
@@ -159,9 +165,15 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     state: dict[str, Tensor] = checkpoint.model.state_dict()
     for name in checkpoint.missing:
         state.pop(name, None)
-    stored = WeightFiles(checkpoint.folder)
-    state |= {name: stored[name] for name in sorted(checkpoint.unused)}
-    checkpoint.model.save_pretrained(folder, state_dict=state)
+    if checkpoint.unused:
+        stored = WeightFiles(checkpoint.folder)
+        state |= {name: stored[name] for name in sorted(checkpoint.unused)}
+    save_pretrained(checkpoint.model, folder, state)
+
+
+def save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], **options: Any) -> None:
+    """``model.save_pretrained``, with files that have the modes of all others."""
+    model.save_pretrained(folder, state_dict=state, **options)
     # Some versions of safetensors make files that nobody else may read.
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
@@ -231,8 +243,9 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
 
-    One rename makes it visible. With ``overwrite`` a folder that is there is moved aside just
-    before, and removed after. When the block fails nothing has changed.
+    One rename makes it visible. With ``overwrite`` a folder that is there changes places with it in
+    the same step, and is removed after; where the system cannot do that, it is moved aside just
+    before. When the block fails, or the process is killed, nothing has changed.
 
     Args:
         out: the folder to make; missing parents are made too.
@@ -250,6 +263,8 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         try:
             if overwrite and out.exists():
+                if _exchange(partial, out):
+                    return
                 out.rename(former)
             partial.rename(out)
         except BaseException:
@@ -260,6 +275,19 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if out.exists():
             shutil.rmtree(former, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change places in one step, and says whether the system can."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library older than its system
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return done == 0
 
 
 @contextmanager
@@ -288,8 +316,8 @@ def _transformers() -> Any:
     return transformers
 
 
-def _architecture(folder: Path) -> Any:
-    """The class of the model, which has ``from_pretrained``."""
+def architecture(folder: Path) -> Any:
+    """The class of the model of a checkpoint folder, which has ``from_pretrained``."""
     transformers = _transformers()
     config = _json(folder, "config.json")
     if "quantization_config" in config:
@@ -298,7 +326,7 @@ def _architecture(folder: Path) -> Any:
     return getattr(transformers, str(names[0]), transformers.AutoModel)
 
 
-def _names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
+def names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
     """``known`` by the names that the tensors have in the model that the checkpoint is of."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -358,5 +386,7 @@ def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[st
 def _is_weights(name: str) -> bool:
     if name == "training_args.bin":
         return False
+    if name == INDEX:
+        return True
     path = Path(name.removesuffix(".index.json"))
     return path.suffix in _WEIGHT_SUFFIXES

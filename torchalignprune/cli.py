@@ -27,7 +27,7 @@ import torchalignprune
 from torchalignprune import criteria, methods
 from torchalignprune.alignment_report import AlignmentReport, alignment_report, checkpoint_report
 from torchalignprune.calibration import Calibration
-from torchalignprune.parameters import PrunableParameters, prunable_parameters, stored
+from torchalignprune.parameters import PrunableParameters, mask_of, prunable_parameters, stored
 from torchalignprune.pruning import PruningMethod, global_unstructured
 from torchalignprune.realign import Realigned, What, realign
 
@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Prune the encoder's weight matrices of a Transformers checkpoint folder\n"
             "(safetensors), and write a folder that from_pretrained loads, with\n"
-            "report.json and report.png."
+            "report.json and report.png. With --format bitmask it is smaller, and\n"
+            "torchalignprune.load_pruned loads it."
         ),
         **shared,
     )
@@ -179,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--seed", type=int, default=0, help="for random (default: 0)")
     prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    prune.add_argument(
+        "--format",
+        choices=["dense", "bitmask"],
+        default="dense",
+        help="how: dense, for from_pretrained, or one bit a weight and the values that remain "
+        "(default: dense)",
+    )
     prune.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     prune.add_argument("--json", action="store_true", help="print the report as JSON, nothing else")
     prune.set_defaults(run=_prune)
@@ -249,10 +257,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from torchalignprune import checkpoints
+    from torchalignprune import checkpoints, saving
     from torchalignprune.figures import require_matplotlib
+    from torchalignprune.pruned_files import is_bitmask
 
     plan = _Plan(options)
+    bitmask = options.format == "bitmask"
     sentences = _sentences(options.calibration) if options.calibration else []
     require_matplotlib()
     with _input():
@@ -269,7 +279,10 @@ def _prune(options: argparse.Namespace) -> None:
     )
     with checkpoints.quiet_transformers(), stages:
         with stages("load"), _input():
-            checkpoint = checkpoints.load_checkpoint(options.checkpoint)
+            if is_bitmask(options.checkpoint):
+                checkpoint = saving.load_checkpoint(options.checkpoint)
+            else:
+                checkpoint = checkpoints.load_checkpoint(options.checkpoint)
             model = checkpoint.model
             params = prunable_parameters(model, options.include, options.exclude)
             absent = checkpoint.missing.intersection(params.names)
@@ -277,6 +290,11 @@ def _prune(options: argparse.Namespace) -> None:
                 raise ValueError(
                     f"{options.checkpoint} has no weights for {min(absent)}"
                     + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+                )
+            if bitmask and checkpoint.missing:
+                raise ValueError(
+                    f"{options.checkpoint} has no weights for {min(checkpoint.missing)}, which "
+                    "only --format dense can leave out"
                 )
         calibration = None
         if sentences:
@@ -297,16 +315,28 @@ def _prune(options: argparse.Namespace) -> None:
         with stages("report"):
             report = alignment_report(params, dense, matching=False)
             for module, name in params:
+                mask = mask_of(module, name)
+                assert mask is not None
+                with torch.no_grad():  # not -0.0, which takes room in a bitmask
+                    stored(module, name).masked_fill_(mask == 0, 0)
                 remove(module, name)
         with checkpoints.new_folder(options.out, overwrite=options.overwrite) as folder:
             with stages("write"):
-                checkpoints.save_checkpoint(checkpoint, folder)
+                if bitmask:
+                    saving.write_pruned(model, folder, "bitmask")
+                else:
+                    checkpoints.save_checkpoint(checkpoint, folder)
                 checkpoints.copy_other_files(options.checkpoint, folder)
             with stages("verify"):
-                checkpoints.verify_checkpoint(checkpoint, folder)
+                if bitmask:
+                    saving.verify_pruned(model, folder)
+                else:
+                    checkpoints.verify_checkpoint(checkpoint, folder)
+            carried_over = frozenset() if bitmask else checkpoint.unused
             written = {
                 "checkpoint": str(options.checkpoint),
                 "out": str(options.out),
+                "format": options.format,
                 "architecture": type(model).__name__,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "method": plan.described | {"calibration_sentences": len(sentences)},
@@ -315,8 +345,8 @@ def _prune(options: argparse.Namespace) -> None:
                 "layers": list(report),
                 "realigned": [asdict(entry) for entry in realigned],
                 "left_out": params.left_out,
-                "carried_over": sorted(checkpoint.unused),
-                "not_carried_over": sorted(checkpoint.lost),
+                "carried_over": sorted(carried_over),
+                "not_carried_over": sorted(checkpoint.lost | checkpoint.unused - carried_over),
                 "seconds": stages.seconds,
                 "versions": _versions(),
                 "command": options.command_line,

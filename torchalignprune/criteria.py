@@ -3,6 +3,8 @@
 Each criterion takes ``(module, name)`` pairs and gives ``{(module, name): scores}``: non-negative,
 in the shape of the parameter and on its device, float32 (float64 for a float64 parameter). For a
 parameter that is pruned already they are the scores of what is left: pruned entries get 0.
+:class:`Taylor`, :class:`Movement` and :class:`GradientMagnitude` watch a training run instead and
+are for the ``criterion`` of a :class:`torchalignprune.Pruner`.
 
     >>> from torch import nn
     >>> from torch.nn.utils import prune
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune.calibration import Calibration
+from torchalignprune.gradient_criteria import GradientMagnitude, Movement, Taylor
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
@@ -32,7 +35,17 @@ from torchalignprune.parameters import (
     unit_dimension,
 )
 
-__all__ = ["lamp", "lookahead", "magnitude", "random", "transformer_chains", "wanda"]
+__all__ = [
+    "GradientMagnitude",
+    "Movement",
+    "Taylor",
+    "lamp",
+    "lookahead",
+    "magnitude",
+    "random",
+    "transformer_chains",
+    "wanda",
+]
 
 Pair = tuple[nn.Module, str]
 Scores = dict[Pair, Tensor]

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import sharding
+from torchalignprune import ops
 from torchalignprune.parameters import mask_of, stored
+from torchalignprune.shards import is_dtensor
 
-__all__ = ["MaskHook", "load_state_dict", "put_masks"]
+__all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
 
 
 class MaskHook(prune.BasePruningMethod):
@@ -31,6 +33,9 @@ class MaskHook(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
 
+    straight_through = False
+    """Whether the gradient of pruned entries reaches ``name_orig`` too, for a criterion."""
+
     def __init__(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)
@@ -40,10 +45,22 @@ class MaskHook(prune.BasePruningMethod):
         return default_mask
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """``name_orig * name_mask``, with a gradient to ``name_orig``."""
+        """``name_orig`` with zeros where ``name_mask`` is False, with a gradient to ``name_orig``.
+
+        See :func:`torchalignprune.ops.masked_weight` and :func:`cached_weights`.
+        """
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
-        return original * mask
+        differentiable = torch.is_grad_enabled() and original.requires_grad
+        if self.straight_through and differentiable:
+            pruned: Tensor = _StraightThrough.apply(original, mask)  # type: ignore[no-untyped-call]
+            return pruned
+        if _cache is None or differentiable or torch.compiler.is_compiling():
+            return _product(original, mask)
+        made = _cache.get(self)
+        if made is None or not made.is_of(original, mask):
+            made = _cache[self] = _Made(original, mask)
+        return made.product
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
         # After a forward the masked weight has a history, which deepcopy refuses. A module's hooks
@@ -52,6 +69,7 @@ class MaskHook(prune.BasePruningMethod):
         module = self._module()
         copied = memo.get(id(module)) if module is not None else None
         twin = MaskHook(copied if isinstance(copied, nn.Module) else nn.Module(), self._tensor_name)
+        twin.straight_through = self.straight_through
         memo[id(self)] = twin
         weight = vars(module).get(self._tensor_name) if module is not None else None
         if isinstance(weight, Tensor) and not weight.is_leaf:
@@ -59,58 +77,119 @@ class MaskHook(prune.BasePruningMethod):
             original = memo.get(id(stored(module, self._tensor_name)))
             mask = memo.get(id(mask_of(module, self._tensor_name)))
             if isinstance(original, Tensor) and isinstance(mask, Tensor):
-                memo[id(weight)] = original * mask
+                memo[id(weight)] = _product(original, mask)
             else:
                 memo[id(weight)] = weight.detach().clone()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tensor_name": self._tensor_name, "_module": self._module()}
+        return {**vars(self), "_module": self._module()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         module = state["_module"]
-        self._tensor_name = state["_tensor_name"]
+        vars(self).update(state)
         self._module = weakref.ref(module if module is not None else nn.Module())
 
     def __repr__(self) -> str:
         return f"MaskHook({self._tensor_name!r})"
 
 
-def put_masks(masks: Iterable[tuple[nn.Module, str, Tensor]]) -> list[MaskHook]:
+class _Made:
+    """A product, and what it was made of."""
+
+    def __init__(self, original: Tensor, mask: Tensor) -> None:
+        self.tensors = (original, mask)
+        self.state = self._state()
+        self.product = _product(original, mask)
+
+    def is_of(self, original: Tensor, mask: Tensor) -> bool:
+        same = self.tensors[0] is original and self.tensors[1] is mask
+        return same and self.state == self._state()
+
+    def _state(self) -> list[Any]:
+        # What is made in inference mode is of no use outside of it.
+        versions = [None if t.is_inference() else t._version for t in self.tensors]
+        places = [t.data_ptr() for t in self.tensors]
+        return [torch.is_inference_mode_enabled(), *versions, *places]
+
+
+# By hook, within cached_weights().
+_cache: dict[MaskHook, _Made] | None = None
+
+
+@contextmanager
+def cached_weights() -> Iterator[None]:
+    """Within it, weights that need no gradient are multiplied by their masks once.
+
+    For an evaluation under ``torch.no_grad()`` or ``torch.inference_mode()``: the first forward
+    makes the masked weights, the others take them as they are, as
+    ``torch.nn.utils.parametrize.cached()`` does for parametrizations. Where a gradient is needed,
+    nothing is kept. Scopes can be nested; what they kept is freed when the outermost ends.
+
+    The weights are not to be changed within it. Changes of weights and masks that torch counts
+    (optimizers, ``load_state_dict``, in-place operators) and new tensors in their place are
+    noticed, but torch does not count those made through ``.data`` and NumPy, nor those of
+    ``fused=True`` optimizers. This is why nothing is kept outside of it.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> _ = tap.magnitude(layer, "weight", 0.5)
+        >>> with torch.no_grad(), tap.cached_weights():
+        ...     first, second = layer(torch.ones(4)), layer(torch.ones(4))
+        >>> torch.equal(first, second)
+        True
+    """
+    global _cache
+    outer = _cache
+    if outer is None:
+        _cache = {}
+    try:
+        yield
+    finally:
+        _cache = outer
+
+
+def put_masks(
+    masks: Iterable[tuple[nn.Module, str, Tensor]], *, zeroed: bool = False
+) -> list[MaskHook]:
     """Prune parameters by given masks, replacing those there are, all or none.
 
     Args:
         masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
             comes with several parameters (tied weights) is shared by them.
+        zeroed: the stored weights are zero, or are about to be, wherever the masks prune, so that
+            until the next forward the modules can show them without a product of their own.
 
     Returns:
         The hook of each parameter.
     """
     # Whatever needs memory comes first, so that running out of it changes nothing.
-    ready = [
-        (module, name, mask, stored(module, name), _product(stored(module, name), mask))
-        for module, name, mask in masks
-    ]
+    ready = []
+    for module, name, mask in masks:
+        original = stored(module, name)
+        pruned = original.detach() if zeroed else _product(original, mask)
+        ready.append((module, name, mask, original, pruned))
     return [_put(*entry) for entry in ready]
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
-    pruned: Tensor = _Masked.apply(original, mask)  # type: ignore[no-untyped-call]
-    return pruned
+    if is_dtensor(original):
+        return original * mask
+    # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
+    return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
 
 
-class _Masked(torch.autograd.Function):
-    """``original * mask``, without a mask in the dtype of the weights."""
+class _StraightThrough(torch.autograd.Function):
+    """The masked weight, whose gradient reaches pruned entries too."""
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
-        return sharding.apply_mask(original, mask)
+        return _product(original, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return grad * mask, None
+        return grad, None
 
 
 def _put(module: nn.Module, name: str, mask: Tensor, original: Tensor, pruned: Tensor) -> MaskHook:
@@ -198,7 +277,7 @@ def load_state_dict(
     put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
     result = model.load_state_dict(state, strict=strict, assign=assign)
     for _, module, name in wanted:
-        setattr(module, name, stored(module, name) * getattr(module, f"{name}_mask"))
+        setattr(module, name, _product(stored(module, name), getattr(module, f"{name}_mask")))
     return result
 
 

@@ -51,8 +51,8 @@ class Magnitude(PruningMethod):
             their number.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every output unit.
-        structure: for torch's ``global_unstructured`` with another budget than ``"global"`` where
-            the weights have no autograd history: its ``parameters`` once more.
+        structure: for torch's ``global_unstructured`` with another budget than ``"global"``: its
+            ``parameters`` once more, where a warning asks for them (frozen tied weights).
 
     Raises:
         TypeError: amount is not a number.
@@ -111,8 +111,8 @@ class AlignedMagnitude(PruningMethod):
             distance for ``"frobenius"``; outputs after they were multiplied by the input norms.
             Goes with a reference and with ``units="out"`` or ``"in"``: to permute the units of one
             side is to tear those of the other apart. Parameters of one dimension are one unit.
-        structure: for torch's ``global_unstructured`` where the weights have no autograd history:
-            its ``parameters`` once more.
+        structure: for torch's ``global_unstructured``: its ``parameters`` once more, where a
+            warning asks for them (frozen tied weights).
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every unit (with ``units="both"``: every output).
 
@@ -175,6 +175,7 @@ class AlignedMagnitude(PruningMethod):
         return True
 
     def check_sharded(self) -> None:
+        super().check_sharded()
         if self.matching is not None:
             raise ValueError(
                 f"matching={self.matching!r} compares all units of a parameter, which no rank has "
@@ -260,16 +261,16 @@ class AlignedNM(PruningMethod):
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         return Ranking([within_unit(target) for target in targets], "value")
 
-    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
+    def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
         shard = target.shard
         if shard is not None and shard.in_whole_groups(target.in_dim, self.m):
-            scores = self._scores(target, score)
+            scores = self._scores(target, score, signed)
             return shard.ranks.attempt(
                 shard.number,
                 lambda: self._select_units(target, scores),
                 lambda: torch.zeros_like(scores, dtype=torch.bool),
             )
-        return super()._prune_units(target, score)
+        return super()._prune_units(target, score, signed)
 
     def _select_units(self, target: Target, scores: Tensor) -> Tensor:
         ends = (target.out_dim, target.in_dim)
@@ -321,7 +322,11 @@ class Random(PruningMethod):
         self.generator = generator
 
     def masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None] | None = None,
+        *,
+        signed: bool = False,
     ) -> list[Tensor]:
         if scores is not None:
             raise TypeError("Random draws its scores: importance_scores are not for it")

@@ -1,9 +1,9 @@
 """The operators of the C++/CUDA extension, as Python functions.
 
 They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so that they work under
-``torch.compile``. Those that choose masks have no gradient; :func:`unit_products` and
-:func:`unit_combination`, which the regularizers are made of, can be differentiated any number of
-times.
+``torch.compile``. Those that choose masks have no gradient; :func:`apply_mask`, and
+:func:`unit_products` and :func:`unit_combination`, which the regularizers are made of, can be
+differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ Score = Literal["value", "magnitude", "worth"]
 __all__ = [
     "apply_mask",
     "cosine_gains",
+    "count_bits",
     "greedy_match",
+    "masked_weight",
     "match_in_order",
+    "pack_entries",
     "select_global",
     "select_rows",
     "shard_counts",
@@ -31,6 +34,8 @@ __all__ = [
     "square_sums",
     "unit_combination",
     "unit_products",
+    "unpack_entries",
+    "zero_pruned_",
 ]
 
 
@@ -439,14 +444,24 @@ def _(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tenso
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """``weight * mask`` without a mask in the dtype of the weights; no gradient.
+    """The weight where a mask is True, and +0 elsewhere.
+
+    A pruned entry is +0 whatever the weight has there, where ``weight * mask`` gives -0 for a
+    negative number and NaN for NaN and infinity. The gradient is the same operator on the gradient
+    of the product, where nobody else has that one in place; so are all further ones. Forward-mode
+    derivatives and the transforms of ``torch.func`` work.
+
+    Equivalent to::
+
+        torch.where(mask, weight, 0)
 
     Args:
-        weight: any shape, float32, float64, float16 or bfloat16.
-        mask: bool, shaped like the weight.
+        weight: any shape and strides, float32, float64, float16 or bfloat16.
+        mask: bool, shaped like the weight, any strides.
 
     Returns:
-        The product, with the dtype and shape of the weight.
+        The product, with the dtype, shape and strides of the weight (those of
+        ``torch.empty_like``).
 
     Raises:
         ValueError: a shape or device that does not fit.
@@ -454,20 +469,199 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> apply_mask(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+        >>> apply_mask(torch.tensor([1.0, -2.0]), torch.tensor([True, False]))
         tensor([1., 0.])
     """
-    weight = weight.detach()
-    # Other devices convert the mask on the fly, and other layouts are to be kept.
-    if weight.device.type != "cpu" or not weight.is_contiguous():
-        return weight * mask
     product: Tensor = torch.ops.torchalignprune.apply_mask(weight, mask)
     return product
 
 
 @torch.library.register_fake("torchalignprune::apply_mask")
 def _(weight: Tensor, mask: Tensor) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return torch.empty_like(weight)
+
+
+def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """:func:`apply_mask` for the forward of a layer: no product where the weight is masked already.
+
+    On the CPU the weight is looked at first. Is it +0 wherever the mask is False, as after
+    :func:`zero_pruned_`, the result shares its memory: nothing is written, and no memory is taken
+    until the backward. Gradients are those of :func:`apply_mask`. A GPU would have to be waited
+    for, so there it is always a product. So it is under ``torch.compile`` and ``torch.export``
+    and for subclasses of ``Tensor``, and there it is ``torch.where``, which compilers can fuse.
+
+    Args:
+        weight: as in :func:`apply_mask`.
+        mask: as in :func:`apply_mask`.
+
+    Returns:
+        The product, or another tensor with the memory of the weight. In both cases no parameter,
+        and equal to ``apply_mask(weight, mask)``.
+
+    Raises:
+        ValueError: as :func:`apply_mask`.
+        TypeError: as :func:`apply_mask`.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([True, False])
+        >>> masked_weight(torch.tensor([1.0, 2.0]), mask)
+        tensor([1., 0.])
+        >>> weight = torch.tensor([1.0, 0.0])
+        >>> masked_weight(weight, mask).data_ptr() == weight.data_ptr()
+        True
+    """
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and type(mask) is Tensor
+    if traced or not plain:
+        return torch.where(mask, weight, 0)
+    product: Tensor = torch.ops.torchalignprune.masked_weight(weight, mask)
+    return product
+
+
+def zero_pruned_(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor], *, names: Sequence[str] | None = None
+) -> None:
+    """Set the entries of tensors to +0 where their mask is False, in place.
+
+    For stored weights and for the optimizer's state. Whatever was there, NaN, infinity and -0 too,
+    becomes +0. Of stretches without pruned entries only the mask is read, and nothing is written
+    where there is +0 already. Done as under ``torch.no_grad()``, as an optimizer's step is; the
+    tensors' version counters go up. All tensors of a GPU go into a few launches.
+
+    Equivalent to::
+
+        for tensor, mask in zip(tensors, masks):
+            tensor.masked_fill_(~mask, 0)
+
+    Args:
+        tensors: any shapes and strides (without entries that share memory), float32, float64,
+            float16 or bfloat16, all on one device. Changed.
+        masks: bool, shaped like the tensors, any strides.
+        names: what to call the tensors in an error. Default: ``tensors[i]``.
+
+    Raises:
+        ValueError: a shape, device or length that does not fit; an expanded tensor. Raised before
+            anything has changed.
+        TypeError: a dtype that does not fit; likewise.
+
+    Example:
+        >>> import torch
+        >>> momentum = torch.tensor([1.0, -2.0, float("nan")])
+        >>> zero_pruned_([momentum], [torch.tensor([True, False, False])])
+        >>> momentum
+        tensor([1., 0., 0.])
+    """
+    names = [f"tensors[{i}]" for i in range(len(tensors))] if names is None else list(names)
+    if not tensors and not masks:
+        return
+    with torch.no_grad():
+        torch.ops.torchalignprune.zero_pruned_(list(tensors), list(masks), names)
+
+
+@torch.library.register_fake("torchalignprune::zero_pruned_")
+def _(tensors: list[Tensor], masks: list[Tensor], names: list[str]) -> None:
+    return None
+
+
+def pack_entries(
+    weight: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One bit for each entry, and the values of those that have one.
+
+    Entries are numbered in row-major order; entry ``i`` has bit ``i % 8``, counted from the lowest,
+    of byte ``i // 8``, and the bits past the last are 0. Nothing is computed with: NaN keep their
+    payloads, and zeros their sign. On the CPU alone.
+
+    Args:
+        weight: any shape and strides, float32, float64, float16 or bfloat16.
+        mask: bool, shaped like the weight: which entries have a bit. Default: those that are not
+            zero.
+
+    Returns:
+        ``bits``, uint8, shape ``(ceil(n / 8),)``; ``values``, shape ``(count,)``, in the dtype of
+        the weight; ``signs``, uint8, shape ``(ceil((n - count) / 8),)``, of the entries without a
+        bit, in order, which are -0.0, or of shape ``(0,)`` if none is; ``lost``, int64, shape
+        ``()``: how many entries without a bit are not zero. If there are any, values and signs are
+        empty.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> bits, values, signs, lost = pack_entries(torch.tensor([0.0, 3.0, -0.0, 1.0]))
+        >>> f"{int(bits):04b}", values, f"{int(signs):02b}", int(lost)
+        ('1010', tensor([3., 1.]), '10', 0)
+    """
+    bits, values, signs, lost = torch.ops.torchalignprune.pack_entries(weight.detach(), mask)
+    return bits, values, signs, lost
+
+
+@torch.library.register_fake("torchalignprune::pack_entries")
+def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    return (
+        weight.new_empty((weight.numel() + 7) // 8, dtype=torch.uint8),
+        weight.new_empty(context.new_dynamic_size()),
+        weight.new_empty(context.new_dynamic_size(), dtype=torch.uint8),
+        weight.new_empty((), dtype=torch.int64),
+    )
+
+
+def unpack_entries(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor that :func:`pack_entries` made these of, contiguous.
+
+    Args:
+        bits: uint8, shape ``(ceil(n / 8),)``.
+        values: shape ``(count,)``, float32, float64, float16 or bfloat16.
+        signs: uint8, shape ``(ceil((n - count) / 8),)`` or ``(0,)``.
+        shape: that of the result, of n entries.
+
+    Raises:
+        ValueError: a shape that does not fit, values that are not as many as the bits, or bits past
+            the last.
+        TypeError: a dtype that does not fit.
+
+    Example:
+        >>> import torch
+        >>> bits = torch.tensor([0b1010], dtype=torch.uint8)
+        >>> unpack_entries(bits, torch.tensor([3.0, 1.0]), bits.new_empty(0), (2, 2))
+        tensor([[0., 3.],
+                [0., 1.]])
+    """
+    made: Tensor = torch.ops.torchalignprune.unpack_entries(bits, values, signs, shape)
+    return made
+
+
+@torch.library.register_fake("torchalignprune::unpack_entries")
+def _(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tensor:
+    return values.new_empty(shape)
+
+
+def count_bits(bits: Tensor, count: int) -> int:
+    """How many of the first bits are set.
+
+    Args:
+        bits: uint8, shape ``(ceil(count / 8),)``.
+        count: how many bits there are.
+
+    Raises:
+        ValueError: another shape, or bits past the last.
+        TypeError: another dtype.
+
+    Example:
+        >>> import torch
+        >>> count_bits(torch.tensor([0b101], dtype=torch.uint8), 3)
+        2
+    """
+    return int(torch.ops.torchalignprune.count_bits(bits, count))
+
+
+@torch.library.register_fake("torchalignprune::count_bits")
+def _(bits: Tensor, count: int) -> Tensor:
+    return bits.new_empty((), dtype=torch.int64)
 
 
 def square_sums(

@@ -22,6 +22,7 @@ __all__ = [
     "PrunableParameters",
     "known_unit_dimension",
     "mask_of",
+    "matches",
     "parameter_names",
     "prunable_parameters",
     "stored",
@@ -113,13 +114,7 @@ class _Place:
         return self.names[0]
 
     def matches(self, pattern: str) -> bool:
-        """A pattern may name the parameter, its module, or any module around that."""
-        for name in self.names:
-            while name:
-                if fnmatchcase(name, pattern):
-                    return True
-                name = name.rpartition(".")[0]
-        return False
+        return any(matches(name, pattern) for name in self.names)
 
 
 def prunable_parameters(
@@ -310,6 +305,20 @@ def stored(module: nn.Module, name: str) -> Tensor:
     found = getattr(module, name if mask_of(module, name) is None else f"{name}_orig")
     assert isinstance(found, Tensor)
     return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern names the parameter, its module, or any module around that.
+
+    Example:
+        >>> matches("encoder.layer.0.dense.weight", "encoder.layer.*")
+        True
+    """
+    while name:
+        if fnmatchcase(name, pattern):
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:

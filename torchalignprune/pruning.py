@@ -17,9 +17,16 @@ from torch.nn.utils import prune
 
 from torchalignprune import ops, sharding
 from torchalignprune.hooks import MaskHook, put_masks
+from torchalignprune.limits import Limits
 from torchalignprune.parameters import DTYPES, Parameters
 from torchalignprune.ranking import Ranking
-from torchalignprune.targets import Pair, Target, targets_from_history, targets_of
+from torchalignprune.targets import (
+    Pair,
+    Target,
+    parameters_of_caller,
+    targets_from_history,
+    targets_of,
+)
 
 __all__ = ["Budget", "PruningMethod", "global_unstructured"]
 
@@ -50,6 +57,10 @@ class PruningMethod(prune.BasePruningMethod):
         self.budget = budget
         self.magnitude_will_do = True
         self.structure = None if structure is None else list(structure)
+        # For a Pruner: whether the amount is a share of all entries instead of those that remain,
+        # and bounds on what units and parameters may lose.
+        self.absolute = False
+        self.limits: Limits | None = None
 
     @abstractmethod
     def ranking(self, targets: Sequence[Target]) -> Ranking:
@@ -64,7 +75,11 @@ class PruningMethod(prune.BasePruningMethod):
         return target.out_dim
 
     def masks(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None] | None = None
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None] | None = None,
+        *,
+        signed: bool = False,
     ) -> list[Tensor]:
         """The new masks of all the targets; entries that are already pruned stay pruned.
 
@@ -72,36 +87,54 @@ class PruningMethod(prune.BasePruningMethod):
             targets: the parameters.
             scores: ranked by their magnitude in the place of what the method would rank; where
                 there are scores for some targets only, the others are ranked by their weights.
+            signed: rank the scores, one for each target, by their value instead.
 
         Returns:
             bool masks, shaped like the weights.
         """
         if sharding.are_sharded(targets):
-            return sharding.masks(self, targets, scores)
+            return sharding.masks(self, targets, scores, signed)
         targets = self.prepare(targets)
-        return self.new_masks(targets, [None] * len(targets) if scores is None else scores)
+        given = [None] * len(targets) if scores is None else scores
+        return self.new_masks(targets, given, signed)
 
     def check_sharded(self) -> None:
         """Raises if the method cannot prune sharded parameters."""
-        return
+        if self.limits is not None:
+            raise ValueError(
+                "min_unit, max_layer_sparsity and min_layer_sparsity are not supported for sharded "
+                "parameters (DTensor)"
+            )
 
-    def new_masks(self, targets: Sequence[Target], scores: Sequence[Tensor | None]) -> list[Tensor]:
+    def new_masks(
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None],
+        signed: bool = False,
+    ) -> list[Tensor]:
         """The masks of targets that are prepared."""
         if self.budget == "global":
-            return self._prune_together(targets, scores)
+            return self._prune_together(targets, scores, signed)
         masks = []
         for target, score in zip(targets, scores, strict=True):
             if self.budget == "layer" or target.weight.dim() < 2:
-                masks += self._prune_together([target], [score])
+                masks += self._prune_together([target], [score], signed)
             else:
-                masks.append(self._prune_units(target, score))
+                masks.append(self._prune_units(target, score, signed))
         return masks
 
     def _prune_together(
-        self, targets: Sequence[Target], scores: Sequence[Tensor | None]
+        self,
+        targets: Sequence[Target],
+        scores: Sequence[Tensor | None],
+        signed: bool = False,
     ) -> list[Tensor]:
         def count_of(remaining: int) -> int:
-            count = int(prune._compute_nparams_toprune(self.amount, remaining))
+            if self.absolute:
+                size = sum(t.weight.numel() if t.shard is None else t.shard.numel for t in targets)
+                count = max(0, round(self.amount * size) - (size - remaining))
+            else:
+                count = int(prune._compute_nparams_toprune(self.amount, remaining))
             if count > remaining:
                 where = targets[0].name if len(targets) == 1 else f"the {len(targets)} parameters"
                 raise ValueError(
@@ -111,9 +144,13 @@ class PruningMethod(prune.BasePruningMethod):
             return count
 
         if targets[0].shard is not None:
-            return sharding.select(targets, self._ranking(targets, scores), count_of)
+            return sharding.select(targets, self._ranking(targets, scores, signed), count_of)
         count = count_of(sum(target.remaining() for target in targets))
-        ranking = self._ranking(targets, scores)
+        ranking = self._ranking(targets, scores, signed)
+        if self.limits is not None:
+            return self.limits.masks(
+                targets, ranking.scores(), [self.unit_dim(t) for t in targets], count
+            )
         return ops.select_global(
             ranking.weights,
             count,
@@ -125,17 +162,23 @@ class PruningMethod(prune.BasePruningMethod):
             names=[target.name for target in targets],
         )
 
-    def _ranking(self, targets: Sequence[Target], scores: Sequence[Tensor | None]) -> Ranking:
+    def _ranking(
+        self, targets: Sequence[Target], scores: Sequence[Tensor | None], signed: bool
+    ) -> Ranking:
         if all(score is None for score in scores):
             return self.ranking(targets)
         both = zip(scores, targets, strict=True)
-        return Ranking([t.weight if s is None else s for s, t in both], "magnitude")
+        return Ranking(
+            [t.weight if s is None else s for s, t in both], "value" if signed else "magnitude"
+        )
 
-    def _scores(self, target: Target, score: Tensor | None) -> Tensor:
-        return self.ranking([target]).scores()[0] if score is None else score.abs()
+    def _scores(self, target: Target, score: Tensor | None, signed: bool) -> Tensor:
+        if score is None:
+            return self.ranking([target]).scores()[0]
+        return score if signed else score.abs()
 
-    def _prune_units(self, target: Target, score: Tensor | None) -> Tensor:
-        scores = self._scores(target, score)
+    def _prune_units(self, target: Target, score: Tensor | None, signed: bool = False) -> Tensor:
+        scores = self._scores(target, score, signed)
         if target.shard is None:
             return self._select_units(target, scores)
         return target.shard.per_unit(
@@ -154,7 +197,10 @@ class PruningMethod(prune.BasePruningMethod):
         if target.mask is not None:
             mask = target.mask.movedim(unit_dim, 0).flatten(1)
             remaining = mask.sum(dim=1)
-        if isinstance(self.amount, numbers.Integral):
+        if self.absolute:
+            pruned = rows.size(1) - remaining
+            counts = (round(self.amount * rows.size(1)) - pruned).clamp(min=0)
+        elif isinstance(self.amount, numbers.Integral):
             counts = torch.full_like(remaining, int(self.amount))
             if bool((counts > remaining).any()):
                 raise ValueError(
@@ -191,10 +237,11 @@ class PruningMethod(prune.BasePruningMethod):
             targets, scores = _read_structure(t, self.structure)
         else:
             found = targets_from_history(t)
-            if found is None:
+            read = (found, None) if found is not None else _ask_caller(t)
+            if read is None:
                 self._warn(t)
                 return self._prune_together(itself, [t.detach()])[0].to(default_mask.dtype)
-            targets, scores = found, None
+            targets, scores = read
         # The vector has an entry for each one that was not pruned.
         parts = [
             new.flatten() if target.mask is None else new[target.mask]
@@ -226,8 +273,8 @@ class PruningMethod(prune.BasePruningMethod):
             return
         message = (
             f"{type(self).__name__} cannot see which parameters these {t.numel()} entries belong "
-            "to, because no autograd history leads to them (no_grad, frozen weights, or "
-            "importance_scores){}. Pass structure=parameters, or call "
+            "to, because no autograd history leads to them, nor does torch's global_unstructured "
+            "(with tied weights){}. Pass structure=parameters, or call "
             "torchalignprune.global_unstructured."
         )
         if not self.magnitude_will_do:
@@ -354,6 +401,18 @@ def _checked_score(score: Any, target: Target) -> Tensor:
         raise TypeError(f"the importance_scores of {target.name} should be real, got {score.dtype}")
     here: Tensor = score.detach().to(target.weight.device)
     return here if here.dtype in DTYPES else here.double()
+
+
+def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | None:
+    """As of ``_read_structure``, for the parameters that torch is pruning; None if that is unknown
+    or they do not make up the vector, as tied weights do not, which torch counts twice."""
+    parameters = parameters_of_caller()
+    if parameters is None:
+        return None
+    try:
+        return _read_structure(t, parameters)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _read_structure(

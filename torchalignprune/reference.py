@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from torchalignprune.checkpoints import find_checkpoint_weights
 from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters
+from torchalignprune.pruned_files import open_weights
 from torchalignprune.targets import targets_of
-from torchalignprune.weight_files import WeightFiles, find_weights, write_tensors
+from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, write_tensors
 
 __all__ = ["Reference"]
 
@@ -136,7 +137,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
                 another shape, all of them listed; or a prefix that is ambiguous.
             ImportError: safetensors is not installed.
         """
-        return cls._from_files(WeightFiles(path), params, find_checkpoint_weights)
+        return cls._from_files(open_weights(path), params, find_checkpoint_weights)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
@@ -169,7 +170,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     @classmethod
     def _from_files(
         cls,
-        files: WeightFiles,
+        files: StoredTensors,
         params: PrunableParameters,
         find: Callable[..., list[str]],
     ) -> Reference:

@@ -316,6 +316,21 @@ class CosineAlignment(_Penalty):
             self._match(self.matching)
         self._calls += torch.is_grad_enabled()
 
+    def matching_state(self) -> dict[str, Any]:
+        """Which reference units are compared with which now, and how many calls there were: what a
+        resumed run needs to go on the same."""
+        pairs = zip(self._targets, self._indices, strict=True)
+        indices = {target.name: index for target, index in pairs if index is not None}
+        return {"calls": self._calls, "indices": indices}
+
+    def load_matching_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`matching_state` was taken."""
+        self._calls = int(state["calls"])
+        for number, target in enumerate(self._targets):
+            index = state["indices"].get(target.name)
+            weight = stored(*target.places[0])
+            self._indices[number] = None if index is None else index.to(weight.device)
+
     @torch.no_grad()
     def _match(self, method: Literal["greedy", "hungarian"]) -> None:
         for number, target in enumerate(self._targets):

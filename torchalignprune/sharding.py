@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torchalignprune.ranking import Ranking
     from torchalignprune.targets import Target
 
-__all__ = ["apply_mask", "are_sharded", "is_dtensor", "masks", "select", "square_sums", "totals"]
+__all__ = ["are_sharded", "is_dtensor", "masks", "select", "square_sums", "totals"]
 
 _BINS = 2048
 _GROUP = 32  # bins are added up in groups first, so that two short messages do for one long one
@@ -59,31 +59,11 @@ def are_sharded(targets: Sequence[Target]) -> bool:
     return any(is_dtensor(target.weight) for target in targets)
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """``ops.apply_mask``, of a DTensor with a mask of the same placements on each of its shards."""
-    if not is_dtensor(weight):
-        return ops.apply_mask(weight, mask)
-    from torch.distributed.tensor import DTensor
-
-    weight = weight.detach()
-    assert isinstance(weight, DTensor) and isinstance(mask, DTensor)
-    if (mask.device_mesh, mask.placements) != (weight.device_mesh, weight.placements):
-        raise ValueError(
-            f"the mask should be placed as the weight, {weight.placements}, got {mask.placements}"
-        )
-    product: Tensor = DTensor.from_local(
-        ops.apply_mask(weight.to_local(), mask.to_local()),
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
-    return product
-
-
 def masks(
-    method: PruningMethod, targets: Sequence[Target], scores: Sequence[Tensor | None] | None
+    method: PruningMethod,
+    targets: Sequence[Target],
+    scores: Sequence[Tensor | None] | None,
+    signed: bool,
 ) -> list[Tensor]:
     """The masks of parameters of which some are DTensors, placed as they are.
 
@@ -99,7 +79,7 @@ def masks(
     ranks.sum()
     _settle(ranks, [target for target, _ in prepared])
     local = [target for target, _ in prepared]
-    found = method.new_masks(local, [score for _, score in prepared])
+    found = method.new_masks(local, [score for _, score in prepared], signed)
     wanted: list[Tensor] = ranks.attempt(
         len(local),
         lambda: [_shard(t).spread(mask) for t, mask in zip(local, found, strict=True)],

@@ -2,11 +2,12 @@
 
 A method's :meth:`apply` and :func:`torchalignprune.global_unstructured` know the modules. torch's
 own ``global_unstructured`` hands a method one flat vector of the entries that are not pruned yet;
-where they belong is read off the vector's autograd history.
+where they belong is read off the vector's autograd history, or asked of the caller.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import (
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PerParameter",
     "Target",
+    "parameters_of_caller",
     "targets_from_history",
     "targets_of",
     "with_input_norms",
@@ -253,6 +256,20 @@ def _per_target(
     return [(target, own.detach()) for target, own in zip(targets, found, strict=True)]
 
 
+def parameters_of_caller() -> list[Pair] | None:
+    """The parameters that torch's ``global_unstructured``, which is calling, is about to prune.
+
+    It hands a method their entries alone, but has them at hand itself.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        if frame.f_code is prune.global_unstructured.__code__:
+            parameters = frame.f_locals.get("parameters")
+            return list(parameters) if isinstance(parameters, list | tuple) else None
+        frame = frame.f_back
+    return None
+
+
 def targets_from_history(vector: Tensor) -> list[Target] | None:
     """The parameters whose entries make up the vector that torch's pruning hands to a method.
 
@@ -302,12 +319,11 @@ def _leaf(node: Any) -> Tensor | None:
     views = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0")
     factor: Tensor | None = None
     masked = False
-    products = ("MulBackward0", "_MaskedBackward")
-    while node is not None and node.name() in (*views, *products):
+    while node is not None and (node.name() in views or _is_product(node)):
         inputs = [function for function, _ in node.next_functions if function is not None]
         if len(inputs) != 1:
             return None
-        if node.name() in products:
+        if _is_product(node):
             if masked:
                 return None
             masked = True
@@ -324,13 +340,16 @@ def _leaf(node: Any) -> Tensor | None:
     return variable if is_mask else None
 
 
+def _is_product(node: Any) -> bool:
+    return node.name() == "MulBackward0" or "MaskedWeight" in node.name()
+
+
 def _factor(product: Any) -> Tensor | None:
-    """What a parameter was multiplied by; None once a backward has freed it."""
+    """What torch multiplied a parameter by; None if it was us, or once a backward has freed it."""
+    if product.name() != "MulBackward0":
+        return None
     try:
-        if product.name() == "_MaskedBackward":
-            factors = product.saved_tensors
-        else:
-            factors = (product._saved_self, product._saved_other)
+        factors = (product._saved_self, product._saved_other)
     except RuntimeError:
         return None
     return next((factor for factor in factors if factor is not None), None)

@@ -11,6 +11,7 @@ import platform
 import secrets
 import sys
 import weakref
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["WeightFiles", "find_weights", "plain_names", "write_tensors"]
+__all__ = [
+    "DTYPE_NAMES",
+    "StoredTensors",
+    "WeightFiles",
+    "find_weights",
+    "plain_names",
+    "write_tensors",
+]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -41,6 +49,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: kind for kind, dtype in _DTYPES.items()}
+"""What safetensors calls the dtypes that it can hold."""
+
 _HINTS = 10  # how many of the names that were not found come with near ones
 
 # Of a private mapping that may be written to, Linux would set memory aside for the whole file.
@@ -58,7 +69,25 @@ class _Place(NamedTuple):
     begin: int
 
 
-class WeightFiles(Mapping[str, Tensor]):
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in files, by name, of which one at a time is read.
+
+    Attributes:
+        path: what they are read from.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, without reading it."""
+
+
+class WeightFiles(StoredTensors):
     """The tensors of a safetensors file, or of a checkpoint folder with one or more of them.
 
     Only the headers are read at first. A tensor is a view of its file, mapped into memory: what is
@@ -114,6 +143,10 @@ class WeightFiles(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self._places[name].file
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._places[name].shape
 
@@ -145,7 +178,7 @@ class WeightFiles(Mapping[str, Tensor]):
         return mapped
 
 
-def plain_names(files: WeightFiles) -> dict[str, str]:
+def plain_names(files: StoredTensors) -> dict[str, str]:
     """The names of a file's weights, and those that they are stored under.
 
     They differ in the checkpoint of a pruned model, which has ``name_orig`` and ``name_mask``.
@@ -159,7 +192,7 @@ def plain_names(files: WeightFiles) -> dict[str, str]:
 
 
 def find_weights(
-    files: WeightFiles,
+    files: StoredTensors,
     names: Sequence[Sequence[str]],
     shapes: Sequence[tuple[int, ...]],
     stored: Mapping[str, str],
@@ -251,9 +284,22 @@ def write_tensors(
             metadata=dict(metadata),
         )
         partial.chmod(mode)  # some versions of safetensors make files that nobody else may read
+        _flush(partial)
         partial.replace(path)
+        _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Makes sure that a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":  # which opens no folders
+        return
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _files(path: Path) -> list[Path]:

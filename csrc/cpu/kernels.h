@@ -102,6 +102,18 @@ struct Kernels {
 
   int64_t (*count_true)(const uint8_t* mask, int64_t n);
 
+  // The entries of 2, 4 and 8 bytes where the mask is not 0, and +0 elsewhere.
+  using ApplyMask = void (*)(const void* values, const uint8_t* mask, int64_t n, void* out);
+  ApplyMask apply_mask[3];
+
+  // Whether entries of 2, 4 and 8 bytes are +0 wherever the mask is 0.
+  using IsMasked = bool (*)(const void* values, const uint8_t* mask, int64_t n);
+  IsMasked is_masked[3];
+
+  // Entries of 2, 4 and 8 bytes become +0 where the mask is 0. Nothing is written where they are.
+  using ZeroPruned = void (*)(void* values, const uint8_t* mask, int64_t n);
+  ZeroPruned zero_pruned[3];
+
   // squares[k] are falling, sums[k] their running sums: out[k] is what the (k+1)-th of them adds to
   // sqrt(sum) / norm, in the form that does not cancel.
   void (*gains)(const double* squares, double* sums, double norm, int64_t n, double* out);

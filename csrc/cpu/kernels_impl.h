@@ -265,6 +265,53 @@ inline int64_t count_true(const uint8_t* mask, int64_t n) {
   return total;
 }
 
+template <class Bits>
+inline Bits all_if(uint8_t kept) {
+  return static_cast<Bits>(Bits{0} - static_cast<Bits>(kept != 0));
+}
+
+template <class Bits>
+void apply_mask(const void* values, const uint8_t* __restrict mask, int64_t n, void* out) {
+  const Bits* __restrict from = static_cast<const Bits*>(values);
+  Bits* __restrict to = static_cast<Bits*>(out);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Bits>(from[i] & all_if<Bits>(mask[i]));
+}
+
+template <class Bits>
+bool is_masked(const void* values, const uint8_t* __restrict mask, int64_t n) {
+  const Bits* __restrict bits = static_cast<const Bits*>(values);
+  Bits wrong = 0;
+  for (int64_t i = 0; i < n; ++i) wrong |= static_cast<Bits>(bits[i] & ~all_if<Bits>(mask[i]));
+  return wrong == 0;
+}
+
+// Of a block without pruned entries only the mask is read, and a tile is written only where it is
+// not +0 already. With a branch for the mask of each tile, many would be guessed wrong.
+template <class Bits>
+void zero_pruned(void* values, const uint8_t* __restrict mask, int64_t n) {
+  constexpr int64_t block = 512;
+  constexpr int64_t tile = 64;
+  Bits* __restrict bits = static_cast<Bits*>(values);
+  const auto clear = [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i)
+      bits[i] = static_cast<Bits>(bits[i] & all_if<Bits>(mask[i]));
+  };
+  int64_t start = 0;
+  for (; start + block <= n; start += block) {
+    uint8_t pruned = 0;
+    for (int64_t i = start; i < start + block; ++i) pruned |= mask[i] == 0 ? 1 : 0;
+    if (pruned == 0) continue;
+    for (int64_t at = start; at < start + block; at += tile) {
+      Bits wrong = 0;
+      for (int64_t i = at; i < at + tile; ++i) {
+        wrong |= static_cast<Bits>(bits[i] & ~all_if<Bits>(mask[i]));
+      }
+      if (wrong != 0) clear(at, at + tile);
+    }
+  }
+  clear(start, n);
+}
+
 // Sixteen sums side by side, so that the result does not depend on the width of the SIMD.
 template <class Acc>
 double add_squares(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns) {
@@ -449,7 +496,14 @@ constexpr ScoreKernels<Acc> score_kernels() {
 
 extern const Kernels table;
 const Kernels table{
-    TAP_LEVEL_NAME, score_kernels<float>(), score_kernels<double>(), count_true, gains};
+    TAP_LEVEL_NAME,
+    score_kernels<float>(),
+    score_kernels<double>(),
+    count_true,
+    {apply_mask<uint16_t>, apply_mask<uint32_t>, apply_mask<uint64_t>},
+    {is_masked<uint16_t>, is_masked<uint32_t>, is_masked<uint64_t>},
+    {zero_pruned<uint16_t>, zero_pruned<uint32_t>, zero_pruned<uint64_t>},
+    gains};
 
 }  // namespace TAP_LEVEL
 }  // namespace torchalignprune

@@ -596,7 +596,68 @@ std::vector<at::Tensor> unit_combination(
   return outs;
 }
 
+// All of them lie in memory as one another.
+cuda::MaskedRun run_of(const at::Tensor& values, const at::Tensor& mask, void* out) {
+  return {
+      values.const_data_ptr(), static_cast<const uint8_t*>(mask.const_data_ptr()), out,
+      values.numel(), values.element_size()};
+}
+
+void zero_pruned_(at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
+  check_zero_pruned(tensors, masks, names.vec());
+  if (tensors.empty()) return;
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  std::vector<cuda::MaskedRun> runs;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    if (tensor.numel() == 0) continue;
+    void* out = tensor.mutable_data_ptr();
+    if (lie_alike(tensor, masks[i])) {
+      runs.push_back(run_of(tensor, masks[i], out));
+      continue;
+    }
+    Inputs inputs;
+    cuda::MaskedViews call{};
+    call.mask = inputs.view(masks[i]);
+    call.out = view_of(tensor);
+    call.size = tensor.numel();
+    call.bytes = tensor.element_size();
+    if (!fits(call.out)) {  // more dimensions than a view has
+      tensor.masked_fill_(masks[i].logical_not(), 0);
+      continue;
+    }
+    C10_CUDA_CHECK(cuda::zero_pruned(call, stream));
+  }
+  C10_CUDA_CHECK(cuda::zero_pruned(runs.data(), static_cast<int64_t>(runs.size()), stream));
+}
+
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
+  check_weight(weight, "weight");
+  check_mask(weight, mask, "weight");
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  Output output(weight, weight.scalar_type());
+  if (weight.numel() == 0) return output.finish();
+  if (lie_alike(weight, mask) && lie_alike(weight, output.written)) {
+    C10_CUDA_CHECK(
+        cuda::apply_mask(run_of(weight, mask, output.written.mutable_data_ptr()), stream));
+    return output.finish();
+  }
+  Inputs inputs;
+  cuda::MaskedViews call{};
+  call.values = inputs.view(weight);
+  call.mask = inputs.view(mask);
+  call.out = view_of(output.written);
+  call.size = weight.numel();
+  call.bytes = weight.element_size();
+  C10_CUDA_CHECK(cuda::apply_mask(call, stream));
+  return output.finish();
+}
+
 TORCH_LIBRARY_IMPL(torchalignprune, CUDA, m) {
+  m.impl("apply_mask", &apply_mask);
+  m.impl("zero_pruned_", &zero_pruned_);
   m.impl("select_global", &select_global);
   m.impl("select_rows", &select_rows);
   m.impl("shard_counts", &shard_counts);

@@ -199,5 +199,29 @@ size_t check_indices_workspace();
 cudaError_t check_indices(
     const UnitTensor* tensors, int64_t length, void* workspace, int64_t* unit, cudaStream_t stream);
 
+// Entries of 2, 4 or 8 bytes that lie side by side in memory, as their mask does.
+struct MaskedRun {
+  const void* values;
+  const uint8_t* mask;
+  void* out;  // `values` itself where they are changed in place
+  int64_t size;
+  int64_t bytes;  // of an entry
+};
+
+// Entries and their mask wherever they lie.
+struct MaskedViews {
+  View values, mask, out;
+  int64_t size;
+  int64_t bytes;
+};
+
+// The entries become +0 where the mask is false, in place.
+cudaError_t zero_pruned(const MaskedRun* runs, int64_t length, cudaStream_t stream);
+cudaError_t zero_pruned(const MaskedViews& call, cudaStream_t stream);
+
+// `out` gets the entries where the mask is true, and +0 elsewhere.
+cudaError_t apply_mask(const MaskedRun& run, cudaStream_t stream);
+cudaError_t apply_mask(const MaskedViews& call, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace torchalignprune

@@ -1,0 +1,159 @@
+"""A training run that is killed (SIGKILL) at random moments and started again until it is through.
+
+    python killed_run.py FOLDER KIND SEED KILLS
+
+Each start is a fork of this process, which has imported everything but holds nothing of the run:
+all that one start knows of those before lies in FOLDER. Prints how many were really killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+import torchalignprune as tap
+from torchalignprune import hf, schedules
+
+STEPS, EVERY = 60, 4
+
+
+def run(folder: Path, kind: str) -> None:
+    """Train to the end, from the last checkpoint if there is one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(24, 64),
+        nn.Dropout(0.1),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 8),
+    )
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.CosineAlignment(params, reference, matching="greedy", match_every=7)
+    schedule = schedules.cubic(0.0, 0.8, begin=5, end=50, every=3)
+    if kind == "aligned":
+        pruner = tap.Pruner(
+            params, tap.AlignedMagnitude, schedule, reference=reference, penalty=penalty, min_unit=2
+        )
+    else:
+        movement = tap.criteria.Movement(params)
+        pruner = tap.Pruner(
+            params, tap.Magnitude, schedule, criterion=movement, penalty=penalty, regrow=True
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        pruner.load_state_dict(state["pruner"])
+        torch.set_rng_state(state["rng"])
+    while pruner.steps < STEPS:
+        generator = torch.Generator().manual_seed(pruner.steps)
+        inputs = torch.randn(32, 24, generator=generator)
+        wanted = torch.randint(8, (32,), generator=generator)
+        loss = nn.functional.cross_entropy(model(inputs), wanted) + 0.1 * penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+        if pruner.steps % EVERY == 0:
+            save(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "pruner": pruner.state_dict(),
+                    "rng": torch.get_rng_state(),
+                },
+                checkpoint,
+            )
+    pruner.finalize()
+    save(model.state_dict(), folder / "final.pt")
+
+
+def run_trainer(folder: Path) -> None:
+    """The same by the Trainer of Transformers."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.CosineAlignment(params, reference)
+    schedule = schedules.cubic(0.0, 0.8, begin=2, end=20, every=2)
+    pruner = tap.Pruner(
+        params, tap.AlignedMagnitude, schedule, reference=reference, penalty=penalty
+    )
+    words = torch.randint(50, (64, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row.sum() % 3} for row in words]
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=24,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_steps=3,
+        save_total_limit=2,
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    trainer = hf.AlignmentTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        penalty=penalty,
+        strength=0.1,
+        callbacks=[hf.PruningCallback(pruner)],
+    )
+    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(folder))
+    pruner.finalize()
+    save(model.state_dict(), folder / "final.pt")
+
+
+def save(state: object, path: Path) -> None:
+    """There is either the old file or the whole new one."""
+    beside = path.with_suffix(".partial")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def main(folder: Path, kind: str, seed: int, kills: int) -> None:
+    chance = random.Random(seed)
+    killed = 0
+    while not (folder / "final.pt").exists():
+        child = os.fork()
+        if child == 0:
+            run_trainer(folder) if kind == "trainer" else run(folder, kind)
+            os._exit(0)
+        if killed < kills:
+            time.sleep(chance.uniform(0.0, 0.8 if kind == "trainer" else 0.12))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif os.waitstatus_to_exitcode(status) != 0:
+            sys.exit("a start has failed by itself")
+    print(f"killed {killed}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,523 @@
+"""Pruning while training: exact targets, pruned entries that stay put, states that come back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import torchalignprune as tap
+from models import Tied, mlp
+from torchalignprune import optimizers, schedules
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: tap.Pruner,
+    steps: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Some steps on random data, from the pruner's own step on: the same whoever resumes."""
+    dtype = next(model.parameters()).dtype
+    for step in range(pruner.steps, pruner.steps + steps):
+        generator = torch.Generator().manual_seed(seed + step)
+        inputs = torch.randn(16, 12, generator=generator).to(device, dtype)
+        wanted = torch.randn(16, 8, generator=generator).to(device, dtype)
+        loss = (model(inputs) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+
+
+def weights(params: Any) -> list[Tensor]:
+    return [getattr(module, name).detach().clone() for module, name in params]
+
+
+# float16 takes an eps of 1e-8 for 0.
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.5, amsgrad=True, eps=1e-4),
+    "adam, foreach": lambda p: torch.optim.Adam(
+        p, lr=0.01, weight_decay=0.5, foreach=True, eps=1e-4
+    ),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True, eps=1e-4),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("method", [tap.Magnitude, tap.AlignedMagnitude])
+def test_targets_are_absolute_and_reached_exactly(
+    method: type[tap.PruningMethod], device: str
+) -> None:
+    model = mlp().to(device)
+    params = tap.prunable_parameters(model)
+    size = 12 * 16 + 16 * 8
+    schedule = schedules.linear(0.0, 0.7, begin=1, end=8)
+    pruner = tap.Pruner(params, method, schedule)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    seen = []
+    for step in range(1, 11):
+        train(model, optimizer, pruner, 1, device=device)
+        zeros = sum(int((w == 0).sum()) for w in weights(params))
+        assert zeros == round(schedule(step) * size)
+        assert pruner.sparsity() == zeros / size
+        seen.append(zeros)
+    assert seen == [0, 32, 64, 96, 128, 160, 192, 224, 224, 224]
+
+
+def test_it_prunes_only_when_the_schedule_changes() -> None:
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.0, 2: 0.3, 4: 0.5}))
+    assert [pruner.step() for _ in range(6)] == [False, True, False, True, False, False]
+
+
+def test_what_the_schedule_asks_for_at_0_is_pruned_at_once() -> None:
+    pruner = tap.Pruner(tap.prunable_parameters(mlp()), tap.Magnitude, schedules.one_shot(0.25))
+    assert pruner.sparsity() == 0.25
+    assert pruner.step() is False
+
+
+def test_a_schedule_that_falls_prunes_nothing_and_gives_nothing_back() -> None:
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.5, 2: 0.25, 3: 0.75}))
+    before = [module.weight_mask.clone() for module, _ in params]
+    assert [pruner.step(), pruner.step()] == [False, False]
+    assert all(torch.equal(m.weight_mask, b) for (m, _), b in zip(params, before, strict=True))
+    assert pruner.step() and pruner.sparsity() == 0.75
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_neither_decay_nor_momentum_moves_what_is_pruned(kind: str, dtype: torch.dtype) -> None:
+    if kind == "adafactor" and dtype == torch.float16:
+        kind = "sgd"  # Adafactor's factors overflow float16
+    model = mlp(dtype)
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, schedules.linear(0, 0.8, begin=3, end=9))
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for _ in range(12):
+        train(model, optimizer, pruner, 1)
+        for module, _ in params:
+            gone = ~module.weight_mask
+            assert bool((module.weight_orig[gone] == 0).all())
+            for value in optimizer.state[module.weight_orig].values():
+                if isinstance(value, Tensor) and value.shape == gone.shape:
+                    assert bool((value[gone] == 0).all())
+    assert pruner.sparsity() == 0.8
+
+
+def test_momentum_from_before_the_pruner_moves_nothing_either() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        model(torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    for _ in range(3):
+        train(model, optimizer, pruner, 1)
+        for module, _ in params:
+            gone = ~module.weight_mask
+            assert bool((module.weight_orig[gone] == 0).all())
+            assert bool((optimizer.state[module.weight_orig]["momentum_buffer"][gone] == 0).all())
+
+
+def test_one_hook_and_one_mask_after_500_steps() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    pruner = tap.Pruner(
+        params,
+        tap.AlignedMagnitude,
+        schedules.linear(0.0, 0.9, end=400),
+        reference=reference,
+        penalty=tap.CosineAlignment(params, reference),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def objects() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    counts = []
+    for _ in range(5):
+        train(model, optimizer, pruner, 100)
+        counts.append(objects())
+    assert pruner.sparsity() == 0.9
+    assert counts[-1] <= counts[0] + 4
+    for module, _ in params:
+        assert len(module._forward_pre_hooks) == 1
+        assert sorted(module._buffers) == ["weight_mask"]
+        assert sorted(module._parameters) == ["bias", "weight_orig"]
+
+
+def test_state_dict_keys_never_change() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+    before = sorted(model.state_dict())
+    pruner.step()
+    assert sorted(model.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (tap.Magnitude, {}),
+        (functools.partial(tap.AlignedMagnitude, units="both"), {"min_unit": 2}),
+        (tap.AlignedMagnitude, {"reference": True, "budget": "layer"}),
+        (functools.partial(tap.Random, generator=0), {}),
+        (tap.Magnitude, {"criterion": "Movement"}),
+        (tap.Magnitude, {"criterion": "Taylor", "budget": "unit"}),
+        (tap.Magnitude, {"criterion": "GradientMagnitude", "regrow": True}),
+        (tap.AlignedMagnitude, {"regrow": 3}),
+        (tap.Magnitude, {"penalty": True}),
+    ],
+)
+def test_resumed_runs_end_the_same_bit_for_bit(method: Any, options: dict[str, Any]) -> None:
+    start = mlp()
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, tap.Pruner]:
+        model = copy.deepcopy(start)
+        params = tap.prunable_parameters(model)
+        own, chosen = dict(options), method
+        if "criterion" in own:
+            own["criterion"] = getattr(tap.criteria, own["criterion"])(params)
+        if own.get("reference"):
+            own["reference"] = tap.Reference.capture(params)
+        if own.get("penalty"):
+            reference = tap.Reference.capture(params)
+            own["penalty"] = tap.CosineAlignment(
+                params, reference, matching="greedy", match_every=3
+            )
+        if isinstance(method, functools.partial) and "generator" in method.keywords:
+            generator = torch.Generator().manual_seed(1)
+            chosen = functools.partial(tap.Random, generator=generator)
+        pruner = tap.Pruner(params, chosen, schedules.cubic(0, 0.7, end=9), **own)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.02), pruner
+
+    def run(model: nn.Module, optimizer: Any, pruner: tap.Pruner, steps: int) -> None:
+        for _ in range(steps):
+            if pruner.penalty is not None:
+                (pruner.penalty() * 0.1).backward()
+            train(model, optimizer, pruner, 1)
+
+    whole = fresh()
+    run(*whole, 11)
+    for killed_at in (0, 4, 7):
+        first = fresh()
+        run(*first, killed_at)
+        saved = copy.deepcopy([part.state_dict() for part in first])
+        second = fresh()
+        for part, state in zip(second, saved, strict=True):
+            part.load_state_dict(state)
+        run(*second, 11 - killed_at)
+        ours, theirs = second[0].state_dict(), whole[0].state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), killed_at
+        assert second[2].log() == whole[2].log()
+
+
+def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.linear(0, 0.5, end=4))
+    pruner.step()
+    state = pruner.state_dict()
+    other = tap.Pruner(
+        tap.prunable_parameters(mlp()), tap.Magnitude, schedules.linear(0, 0.5, end=4)
+    )
+    with pytest.raises(ValueError, match=r"0\.weight has 0 pruned entries, and 33 in the state"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="version 1, got 7"):
+        pruner.load_state_dict({**state, "version": 7})
+    with pytest.raises(ValueError, match=r"not in both: \['0.weight', '5.weight'\]"):
+        pruner.load_state_dict({**state, "pruned": {"2.weight": 3, "5.weight": 3}})
+    with pytest.raises(ValueError, match="as this pruner's options ask for"):
+        pruner.load_state_dict({**state, "criterion": {}})
+    assert other.steps == 0 and pruner.steps == 1
+
+
+def test_finalize_leaves_an_ordinary_model() -> None:
+    model = mlp()
+    dense = copy.deepcopy(model)
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, schedules.one_shot(0.5))
+    inputs = torch.randn(3, 12)
+    shown = model(inputs)
+    pruner.finalize()
+    pruner.finalize()
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    assert not prune.is_pruned(model)
+    assert torch.equal(model(inputs), shown)
+    assert all(isinstance(module.weight, nn.Parameter) for module, _ in params)
+    assert pruner.sparsity() == 0.5
+    with pytest.raises(RuntimeError, match="finished"):
+        pruner.step()
+
+
+def test_freeze_keeps_the_zeros_of_a_sparse_model() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    tap.global_unstructured(params, tap.Magnitude, amount=0.6)
+    zeros = [w == 0 for w in weights(params)]
+    for module, name in params:
+        prune.remove(module, name)
+    pruner = tap.Pruner.freeze(params)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    train(model, optimizer, pruner, 10)
+    assert [torch.equal(w == 0, z) for w, z in zip(weights(params), zeros, strict=True)] == [
+        True,
+        True,
+    ]
+    assert pruner.sparsity() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="without any: is this the sparse checkpoint"):
+        tap.Pruner.freeze(tap.prunable_parameters(mlp()))
+
+
+def test_tied_weights_are_pruned_once_and_stay_tied() -> None:
+    model = Tied()
+    params = [(model.a, "weight"), (model.b, "weight")]
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+    pruner.step()
+    assert model.a.weight_orig is model.b.weight_orig
+    assert model.a.weight_mask is model.b.weight_mask
+    assert int(model.a.weight_mask.sum()) == 72
+    pruner.finalize()
+    assert model.a.weight is model.b.weight
+
+
+def test_budgets() -> None:
+    for budget in ("layer", "unit"):
+        params = tap.prunable_parameters(mlp())
+        schedule = schedules.steps({0: 0.0, 1: 0.25, 2: 0.5})
+        pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, budget=budget)
+        for share in (0.25, 0.5):
+            pruner.step()
+            for module, _ in params:
+                kept = module.weight_mask
+                if budget == "unit":
+                    assert kept.sum(dim=1).tolist() == [round(kept.size(1) * (1 - share))] * len(
+                        kept
+                    )
+                assert int(kept.sum()) == kept.numel() * (1 - share)
+
+
+def test_log() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.FrobeniusAlignment(params, reference)
+    pruner = tap.Pruner(
+        params,
+        tap.AlignedMagnitude,
+        schedules.one_shot(0.5, at=1),
+        reference=reference,
+        penalty=penalty,
+    )
+    assert pruner.log() == {
+        "pruning/sparsity": 0.0,
+        "pruning/target_sparsity": 0.0,
+        "pruning/alignment": 1.0,
+        "pruning/penalty": 0.0,
+    }
+    pruner.step()
+    report = tap.alignment_report(params, reference)
+    log = pruner.log()
+    assert log["pruning/sparsity"] == log["pruning/target_sparsity"] == 0.5
+    by_hand = sum(layer["mean_alignment"] for layer in report) / 2
+    assert log["pruning/alignment"] == pytest.approx(by_hand, abs=1e-6)
+    assert log["pruning/penalty"] == pytest.approx(penalty().item())
+
+
+def test_bad_input() -> None:
+    params = tap.prunable_parameters(mlp())
+    half = schedules.constant(0.5)
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (TypeError, "method should be one of", {"method": prune.L1Unstructured}),
+        (TypeError, "method should be one of", {"method": "magnitude"}),
+        (TypeError, "AlignedNM has no amount", {"method": tap.AlignedNM}),
+        (
+            ValueError,
+            r"sparsity in \[0, 1\], got 1.5 at step 0",
+            {"schedule": schedules.constant(1.5)},
+        ),
+        (ValueError, "should begin with 0, got 0.5", {"criterion": tap.criteria.Movement(params)}),
+        (ValueError, "the same params", {"criterion": tap.criteria.Movement(params[:1])}),
+        (TypeError, "criteria.Movement", {"criterion": tap.criteria.Movement}),
+        (TypeError, "penalty should be", {"penalty": 0.1}),
+        (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
+        (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
+        (
+            ValueError,
+            "matches no parameter: 'encoder'",
+            {"max_layer_sparsity": {"encoder": 0.5}},
+        ),
+        (ValueError, "should not be above", {"min_layer_sparsity": 0.5, "max_layer_sparsity": 0.4}),
+        (ValueError, "go with budget='global'", {"min_unit": 1, "budget": "unit"}),
+        (ValueError, "budget should be one of", {"budget": "all"}),
+        (ValueError, "regrow should be", {"regrow": -1}),
+        (
+            ValueError,
+            "leave 160 entries to prune, got 161",
+            {"schedule": schedules.constant(161 / 320), "max_layer_sparsity": 0.5},
+        ),
+    ]
+    for error, message, options in cases:
+        arguments = {"method": tap.Magnitude, "schedule": half, **options}
+        with pytest.raises(error, match=message):
+            tap.Pruner(params, arguments.pop("method"), arguments.pop("schedule"), **arguments)
+        assert not prune.is_pruned(params[0][0])
+
+
+def test_a_failed_step_leaves_everything_as_it_was() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.linear(0, 0.5, end=2))
+    pruner.step()
+    with torch.no_grad():
+        model[2].weight_orig[3, 4] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"2\.weight should be numbers, got NaN"):
+        pruner.step()
+    after = model.state_dict()
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
+    assert pruner.steps == 1 and pruner.log()["pruning/target_sparsity"] == 0.25
+    with torch.no_grad():
+        model[2].weight_orig[3, 4] = 0.0
+    assert pruner.step() and pruner.sparsity() == 0.5
+
+
+def test_it_watches_no_optimizer_when_it_is_done() -> None:
+    def watching() -> int:
+        gc.collect()
+        return sum(watch() is not None for watch in optimizers._WATCHES)
+
+    before = watching()
+    params = tap.prunable_parameters(mlp())
+    movement = tap.criteria.Movement(params)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.0), criterion=movement)
+    assert watching() == before + 2
+    pruner.finalize()
+    assert watching() == before
+    tap.Pruner(tap.prunable_parameters(mlp()), tap.Magnitude, schedules.constant(0.0))
+    assert watching() == before
+
+
+def test_pruned_entries_come_back_with_their_values() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    params = [(layer, "weight")]
+    schedule = schedules.steps({0: 0.5, 1: 0.25, 2: 0.5})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, regrow=True)
+    assert layer.weight_orig.tolist() == [[0, 0, 3, 4]]
+    assert pruner.step()
+    assert layer.weight.tolist() == [[0, 2, 3, 4]]
+    with torch.no_grad():
+        layer.weight_orig[0, 3] = 0.5  # falls below the one that was pruned
+    assert pruner.step()
+    assert layer.weight.tolist() == [[0, 2, 3, 0]]
+    assert layer.weight_orig.tolist() == [[0, 2, 3, 0]]
+
+
+def test_movement_lets_entries_regrow_by_their_gradients() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
+    params = [(layer, "weight")]
+    movement = tap.criteria.Movement(params)
+    schedule = schedules.steps({0: 0.0, 1: 1 / 3, 2: 0.334})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement, regrow=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+
+    def step(gradient: list[float]) -> None:
+        optimizer.zero_grad()
+        layer(torch.tensor([gradient])).sum().backward()
+        optimizer.step()
+        pruner.step()
+
+    step([1.0, -1.0, -1.0])  # the first moves towards zero
+    assert layer.weight_mask.tolist() == [[False, True, True]]
+    step([-9.0, 1.0, 9.0])  # now it would move away, and the third towards zero
+    assert layer.weight_mask.tolist() == [[True, True, False]]
+    assert layer.weight_orig[0, 0].item() == pytest.approx(0.999)  # as it was when it was pruned
+    step([-9.0, 1.0, 9.0])
+    assert layer.weight_orig.grad.tolist() == [[-9.0, 1.0, 0.0]]
+    expected = [[-1.0 + 9 * 0.999 + 9.0 * 0.999, 2.0 - 2.001 - 2.0, 3.0 - 27.009 - 27.0]]
+    found = movement.scores()[layer, "weight"] * 1000
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-2, atol=0.05)
+
+
+def test_a_skipped_optimizer_step_postpones_the_pruning() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    taylor = tap.criteria.Taylor(params)
+    schedule = schedules.one_shot(0.5, at=2)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner.step()
+    with pytest.warns(UserWarning, match="due at step 2 waits: Taylor has seen no step"):
+        assert not pruner.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, pruner, 1)
+    assert pruner.sparsity() == 0.5
+
+
+@pytest.mark.parametrize("name", ["Movement", "Taylor", "GradientMagnitude"])
+def test_criteria_rank_by_what_they_say(name: str) -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    criterion = getattr(tap.criteria, name)(params)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=3), criterion=criterion)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = [torch.zeros_like(module.weight) for module, _ in params]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(16, 12, generator=generator)
+        optimizer.zero_grad()
+        for half in inputs.split(8):  # accumulated
+            (model(half).square().mean() / 2).backward()
+        for total, (module, _) in zip(expected, params, strict=True):
+            g, w = module.weight_orig.grad, module.weight_orig.detach()
+            total += {"Movement": -0.1 * g * w, "Taylor": (g * w).abs()}.get(name, g.abs())
+        optimizer.step()
+        pruner.step()
+    flat = torch.cat([total.flatten() for total in expected])
+    keep = torch.ones(320, dtype=torch.bool)
+    keep[flat.argsort(stable=True)[:160]] = False
+    masks = torch.cat([module.weight_mask.flatten() for module, _ in params])
+    assert torch.equal(masks, keep)
+
+
+def test_criteria_say_what_they_lack() -> None:
+    layer = nn.Linear(2, 2)
+    movement = tap.criteria.Movement([(layer, "weight")])
+    with pytest.raises(RuntimeError, match="Movement has seen no gradient of"):
+        movement.scores()
+    movement.remove()
+
+
+def test_a_copy_between_two_steps_is_independent() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, pruner, 1)
+    twin = copy.deepcopy(model)
+    shown, inputs = model[0].weight.clone(), torch.ones(2, 12)
+    expected = model(inputs)
+    with torch.no_grad():
+        model[0].weight_orig.mul_(3)
+    assert torch.equal(twin[0].weight, shown)
+    assert torch.equal(twin(inputs), expected)

@@ -1,0 +1,257 @@
+"""Criteria that look at the gradients of a training run, for a :class:`torchalignprune.Pruner`.
+
+They watch the optimizers: right before each step they read the gradients that the step is about to
+use, complete over accumulation, unscaled and clipped. So they cost no extra backward.
+
+    >>> import torch, torchalignprune as tap
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> params = [(layer, "weight")]
+    >>> movement = tap.criteria.Movement(params)
+    >>> schedule = tap.schedules.one_shot(0.5, at=2)
+    >>> pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> for _ in range(2):
+    ...     layer(torch.randn(8, 4)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     _ = pruner.step()
+    >>> pruner.sparsity()
+    0.5
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchalignprune.optimizers import OptimizerWatch, gradients
+from torchalignprune.parameters import Parameters, stored
+from torchalignprune.targets import Pair, Target, targets_of
+
+__all__ = ["GradientCriterion", "GradientMagnitude", "Movement", "Taylor"]
+
+
+class GradientCriterion(ABC):
+    """Sums up, step by step, what the gradients say of each entry.
+
+    A subclass says what a step adds (:meth:`add`). The sums are float32 (float64 for float64
+    parameters), on the parameter's device, and take as much memory as one more gradient.
+
+    Args:
+        params: ``(module, name)`` pairs; tied weights count once.
+
+    Attributes:
+        targets: the parameters, in their order.
+        steps: how many steps are in the sums.
+    """
+
+    signed = False
+    """Whether scores are ranked by their value instead of their magnitude."""
+    per_round = True
+    """Whether a pruning step starts the sums anew."""
+
+    def __init__(self, params: Parameters) -> None:
+        self.targets: list[Target] = [
+            # Without the tensors of now: the model's may be replaced, as by ``model.to``.
+            replace(target, weight=target.weight.to("meta"), mask=None)
+            for target in targets_of(params)
+        ]
+        self.steps = 0
+        # What a pruned entry's value was, for a Pruner that lets entries come back.
+        self.restore: Callable[[int, Tensor], Tensor] = lambda number, weight: weight
+        self._sums: list[Tensor | None] = [None] * len(self.targets)
+        self._watch = OptimizerWatch(self._before_step)
+
+    @abstractmethod
+    def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
+        """Add one step to the sum, in place.
+
+        Args:
+            total: the sum so far.
+            weight: what the gradient was taken at, in the sum's dtype.
+            grad: the gradient, likewise.
+            lr: the learning rate of the parameter in this step.
+        """
+
+    def parameters(self) -> list[Tensor]:
+        """The stored weights, without their masks."""
+        return [stored(*target.places[0]) for target in self.targets]
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        parameters = self.parameters()
+        grads = gradients(optimizer, parameters)
+        if all(grad is None for grad in grads):
+            return
+        rates = {
+            id(p): float(group.get("lr", 1.0))
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for number, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
+            if grad is None:
+                continue
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            total = self._sums[number]
+            if total is None or total.device != parameter.device:
+                new = torch.zeros_like(parameter, dtype=dtype)
+                total = self._sums[number] = new if total is None else new.copy_(total)
+            weight = self.restore(number, parameter.detach())
+            self.add(total, weight.to(dtype), grad.detach().to(dtype), rates[id(parameter)])
+        self.steps += 1
+
+    def scores(self) -> dict[Pair, Tensor]:
+        """The sums by ``(module, name)``, shaped like the parameters; tied weights share theirs.
+
+        Raises:
+            RuntimeError: a parameter has had no gradient in any step so far.
+        """
+        result: dict[Pair, Tensor] = {}
+        for target, total in zip(self.targets, self._sums, strict=True):
+            if total is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} has seen no gradient of {target.name} yet: it reads "
+                    "them at each step of an optimizer that has the parameter"
+                )
+            result |= dict.fromkeys(target.places, total)
+        return result
+
+    def restart(self) -> None:
+        """Start a new round: called by a Pruner after it has pruned."""
+        if self.per_round:
+            for total in self._sums:
+                if total is not None:
+                    total.zero_()
+            self.steps = 0
+
+    def remove(self) -> None:
+        """Watch no more steps."""
+        self._watch.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, by the names of the parameters, and how many steps are in them."""
+        sums = {
+            target.name: total
+            for target, total in zip(self.targets, self._sums, strict=True)
+            if total is not None
+        }
+        return {"steps": self.steps, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: sums of other parameters, or of other shapes.
+        """
+        names = {target.name for target in self.targets}
+        sums = state["sums"]
+        if unknown := sorted(set(sums) - names):
+            raise ValueError(f"the criterion has no parameter {unknown[0]}, which the state has")
+        parameters = self.parameters()
+        for target, parameter in zip(self.targets, parameters, strict=True):
+            if target.name in sums and sums[target.name].shape != parameter.shape:
+                raise ValueError(
+                    f"the sums of {target.name} should have shape {tuple(parameter.shape)}, got "
+                    f"{tuple(sums[target.name].shape)}"
+                )
+        self._sums = [
+            sums[t.name].to(p.device, copy=True) if t.name in sums else None
+            for t, p in zip(self.targets, parameters, strict=True)
+        ]
+        self.steps = int(state["steps"])
+
+
+class Taylor(GradientCriterion):
+    r"""What the loss would change by, to first order, if the entry went: :math:`\sum_t |g_t w_t|`.
+
+    Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient
+    inference", equation 7, for single weights. Summed over the steps since the last pruning.
+
+    Args:
+        params: ``(module, name)`` pairs; tied weights count once.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> taylor = tap.criteria.Taylor([(layer, "weight")])
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> layer(torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> taylor.scores()[layer, "weight"]
+        tensor([[3., 8.]])
+    """
+
+    def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
+        total.add_((weight * grad).abs_())
+
+
+class GradientMagnitude(GradientCriterion):
+    r"""How strongly the loss pulls at the entry: :math:`\sum_t |g_t|`.
+
+    Summed over the steps since the last pruning.
+
+    Args:
+        params: ``(module, name)`` pairs; tied weights count once.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> pulled = tap.criteria.GradientMagnitude([(layer, "weight")])
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> layer(torch.tensor([[1.0, -2.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> pulled.scores()[layer, "weight"]
+        tensor([[1., 2.]])
+    """
+
+    def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
+        total.add_(grad.abs())
+
+
+class Movement(GradientCriterion):
+    r"""Whether training moves the entry away from zero: :math:`-\sum_t \alpha_t\, g_t w_t`.
+
+    Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", equation 4;
+    :math:`\alpha_t` is the learning rate of the step. The lowest values go first, whatever their
+    sign, and the sums go on over all of the training.
+
+    Args:
+        params: ``(module, name)`` pairs; tied weights count once.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> movement = tap.criteria.Movement([(layer, "weight")])
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+        >>> layer(torch.tensor([[1.0, 1.0]])).sum().backward()
+        >>> optimizer.step()
+        >>> movement.scores()[layer, "weight"]
+        tensor([[-1.5000,  2.0000]])
+    """
+
+    signed = True
+    per_round = False
+
+    def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
+        total.addcmul_(weight, grad, value=-lr)
+
+
+def scores_of(criterion: GradientCriterion, targets: Sequence[Target]) -> list[Tensor]:
+    """The criterion's scores in the order of the targets.
+
+    Raises:
+        ValueError: a target that the criterion does not know.
+        RuntimeError: no gradients so far.
+    """
+    scores = criterion.scores()
+    for target in targets:
+        if target.places[0] not in scores:
+            raise ValueError(f"the criterion was made without {target.name}")
+    return [scores[target.places[0]] for target in targets]

@@ -1,0 +1,491 @@
+"""Pruning inside the Trainer of Hugging Face Transformers.
+
+A :class:`PruningCallback` makes any ``Trainer`` prune; an :class:`AlignmentTrainer` adds a
+regularizer to the loss. They go together or alone::
+
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.CosineAlignment(params, reference)
+    schedule = tap.schedules.cubic(0.0, 0.7, begin=100, end=900, every=100)
+    pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, penalty=penalty)
+
+    trainer = hf.AlignmentTrainer(
+        model, args, train_dataset=data, penalty=penalty, strength=0.1,
+        callbacks=[hf.PruningCallback(pruner)],
+    )
+    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(args.output_dir))
+    pruner.finalize()
+    trainer.save_model()
+
+The model is an ordinary one after ``finalize()``; until then it is saved with ``weight_orig`` and
+``weight_mask`` in the place of ``weight``, which ``from_pretrained`` does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchalignprune.parameters import mask_of, stored
+from torchalignprune.pruner import Pruner
+from torchalignprune.state_files import load_state, save_state
+from torchalignprune.targets import targets_of
+from torchalignprune.weight_files import WeightFiles
+
+try:
+    import accelerate  # noqa: F401  (the Trainer's own requirement, which it names only when made)
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise ImportError(
+        "torchalignprune.hf needs transformers with its Trainer: pip install "
+        '"torchalignprune[trainer]"'
+    ) from error
+
+__all__ = [
+    "AlignmentTrainer",
+    "AlignmentTrainerMixin",
+    "PruningCallback",
+    "last_complete_checkpoint",
+    "merge_lora",
+]
+
+_FILE = "pruner.safetensors"
+_TRAINER_STATE = "trainer_state.json"
+_SENTINEL = "checkpoint-is-incomplete.txt"  # of the Trainer's enable_jit_checkpoint
+_VERSION = 1
+
+
+class PruningCallback(TrainerCallback, ExportableState):
+    """Prunes the model of an unmodified ``Trainer`` while it trains.
+
+    The pruner takes a step after each step of the optimizer, so once for all batches of a gradient
+    accumulation. Its numbers (:meth:`torchalignprune.Pruner.log`) are in everything that the
+    Trainer logs while it trains: its history, ``report_to``, the metrics of evaluations.
+
+    Every checkpoint has the pruner's state in ``pruner.safetensors``, and
+    ``train(resume_from_checkpoint=...)`` takes it up; the masks are part of the model. Model and
+    pruner are made as for the first start, so that the names fit. With PEFT, whose checkpoints
+    have the adapters only, the masks are in ``pruner.safetensors`` too.
+
+    With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
+    was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best.
+
+    Args:
+        pruner: made from the parameters of the model that the Trainer trains.
+
+    Raises:
+        TypeError: not a Pruner.
+        ValueError: when training begins: the pruner is finished, or of another model; a setup that
+            this does not work with (FSDP, DeepSpeed, ``torch.nn.DataParallel``); a checkpoint
+            without the pruner's state, or with one that does not fit.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> config = transformers.BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     intermediate_size=8,
+        ... )
+        >>> model = transformers.BertForSequenceClassification(config)
+        >>> rows = [{"input_ids": [i, 1, 2], "labels": i % 2} for i in range(8)]
+        >>> schedule = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> pruner = tap.Pruner(tap.prunable_parameters(model), tap.AlignedMagnitude, schedule)
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> callback = hf.PruningCallback(pruner)
+        >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[callback])
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ... 'pruning/sparsity': '0.5', 'pruning/target_sparsity': '0.5'}
+        3
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        if not isinstance(pruner, Pruner):
+            raise TypeError(
+                f"pruner should be a torchalignprune.Pruner, got {pruner!r} (without "
+                "restore_callback_states_from_checkpoint, which makes callbacks anew: this one "
+                "takes its state up by itself)"
+            )
+        self.pruner = pruner
+        # What the Trainer has said last, while it trains.
+        self._args: Any = None
+        self._state: Any = None
+        self._model: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        trainer, folder = _running_trainer()
+        _check_setup(args, trainer)
+        if self.pruner.finished:
+            raise ValueError("the pruner is finished: finalize() has taken its hooks away")
+        self._check_model(model)
+        if trainer is not None:
+            # The first to hear of logs, so that all others get the numbers that it adds. The list
+            # is being walked through now: those before it move by one, and none is skipped.
+            callbacks = trainer.callback_handler.callbacks
+            if sum(isinstance(other, PruningCallback) for other in callbacks) > 1:
+                raise ValueError("a Trainer should have one PruningCallback, got several")
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+            self._keep_masks_home(trainer.model_wrapped)
+        if state.global_step > 0:
+            own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._resume(own if folder is None else Path(folder), state.global_step)
+        self._args, self._state, self._model = args, state, model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pruner.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._state is None:
+            return
+        found = self.pruner.log()
+        kwargs["logs"].update(found)
+        state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._args = self._state = self._model = None
+        if not args.load_best_model_at_end:
+            return
+        sparsity, target = self.pruner.sparsity(), self.pruner.log()["pruning/target_sparsity"]
+        if sparsity < target - 1e-3:
+            warnings.warn(
+                f"load_best_model_at_end has loaded {state.best_model_checkpoint}, which was saved "
+                f"at a sparsity of {sparsity:.4g}; the training ended at {target:.4g}. "
+                "TrainingArguments(eval_delay=n) lets only checkpoints from step n on be the best.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Called by the Trainer in the middle of saving a checkpoint: after the model and the
+        optimizer, before its own state, and before it deletes older checkpoints."""
+        if self._state is not None and not self._state.is_hyper_param_search:
+            folder = Path(self._args.output_dir) / f"checkpoint-{self._state.global_step}"
+            if folder.is_dir():
+                self._save(folder)
+        return {"args": {"pruner": None}, "attributes": {}}
+
+    def _check_model(self, model: nn.Module) -> None:
+        paths = {module: path for path, module in model.named_modules()}
+        for module, name in self.pruner.params:
+            if module not in paths:
+                raise ValueError(
+                    "the pruner's parameters should be those of the model that is trained, got "
+                    "some of another one (model_init and hyperparameter searches make new models)"
+                )
+            if paths[module].endswith(".original_module"):
+                raise ValueError(
+                    f"{paths[module]}.{name} is not trained: PEFT's modules_to_save has a copy of "
+                    "it trained instead. Leave it out of the pruner's parameters"
+                )
+
+    def _keep_masks_home(self, wrapped: nn.Module) -> None:
+        """DistributedDataParallel would broadcast the masks in each forward. Every process makes
+        the same ones."""
+        for ddp in wrapped.modules():
+            if isinstance(ddp, DistributedDataParallel):
+                paths = {module: path for path, module in ddp.module.named_modules()}
+                masks = {f"{paths[module]}.{name}_mask" for module, name in self.pruner.params}
+                ddp.parameters_to_ignore.update(masks)
+
+    def _save(self, folder: Path) -> None:
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        left_out = {_FILE, _TRAINER_STATE, _SENTINEL}
+        state: dict[str, Any] = {
+            "version": _VERSION,
+            "global_step": self._state.global_step,
+            "world_size": self._args.world_size,
+            "files": sorted(path.as_posix() for path in files if path.name not in left_out),
+            "pruner": self.pruner.state_dict(),
+        }
+        if hasattr(self._model, "peft_config"):
+            targets = targets_of(self.pruner.params)
+            state["masks"] = {target.name: target.mask for target in targets}
+        save_state(folder / _FILE, state)
+
+    def _resume(self, folder: Path, global_step: int) -> None:
+        path = folder / _FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {_FILE}: it was saved without a PruningCallback, or not to its "
+                "end (torchalignprune.hf.last_complete_checkpoint finds one that was)"
+            )
+        state = load_state(path)
+        if state.get("version") != _VERSION:
+            raise ValueError(f"{path} should be of version {_VERSION}, got {state.get('version')}")
+        if state["global_step"] != global_step:
+            raise ValueError(
+                f"{path} should be of step {global_step}, as {folder / _TRAINER_STATE} is, got "
+                f"step {state['global_step']}"
+            )
+        try:
+            if "masks" in state:
+                self._load_masks(state["masks"])
+            self.pruner.load_state_dict(state["pruner"])
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit the pruner: {error}") from error
+
+    @torch.no_grad()
+    def _load_masks(self, masks: dict[str, Tensor]) -> None:
+        targets = targets_of(self.pruner.params)
+        for target in targets:
+            if target.name not in masks or masks[target.name].shape != target.weight.shape:
+                raise ValueError(f"it has no mask of the shape of {target.name}")
+        for target in targets:
+            assert target.mask is not None
+            target.mask.copy_(masks[target.name])
+            target.weight.masked_fill_(~target.mask, 0)
+
+
+class AlignmentTrainerMixin:
+    """Adds a regularizer to the loss of a ``Trainer``: ``strength * penalty()``.
+
+    For :class:`AlignmentTrainer`, and for other kinds of Trainer::
+
+        class MyTrainer(AlignmentTrainerMixin, SentenceTransformerTrainer): ...
+
+    The penalty counts once in each step of the optimizer, however many batches its gradients are
+    accumulated over, and is evaluated once. It is in full precision, scaled by the gradient scaler
+    as the loss is, and averaged over processes. What the Trainer logs as ``loss`` includes it;
+    ``eval_loss`` does not. Also logged, averaged over the steps since the last time:
+    ``penalty_loss``, what it added to the loss; ``penalty_share``, the share of the loss that this
+    is; and the ``penalty_strength``.
+
+    Args:
+        args: what the Trainer takes.
+        penalty: such as :class:`torchalignprune.CosineAlignment`: called without arguments, gives a
+            scalar. The same may go to the :class:`torchalignprune.Pruner`, which logs its value
+            without the strength and saves the state of its matching.
+        strength: not negative: a number, or a schedule (:mod:`torchalignprune.schedules`) of the
+            Trainer's ``global_step``.
+        kwargs: what the Trainer takes.
+
+    Raises:
+        TypeError: a penalty that is not a module; a strength that is no number or function.
+        ValueError: a strength that is negative or not finite; FSDP, DeepSpeed or
+            ``torch.nn.DataParallel``; a penalty without any gradient.
+
+    Example:
+        >>> import tempfile, torch, transformers, torchalignprune as tap
+        >>> from torchalignprune import hf
+        >>> class Regression(torch.nn.Linear):
+        ...     def forward(self, x, y):
+        ...         return {"loss": (super().forward(x) - y).square().mean()}
+        >>> model = Regression(4, 1)
+        >>> params = [(model, "weight")]
+        >>> penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+        >>> rows = [{"x": [1.0 * i, 0.0, 1.0, 2.0], "y": [1.0]} for i in range(8)]
+        >>> args = transformers.TrainingArguments(
+        ...     tempfile.mkdtemp(), max_steps=3, logging_steps=3, save_strategy="no", report_to=[],
+        ...     dataloader_pin_memory=False, disable_tqdm=True, use_cpu=True,
+        ... )
+        >>> strength = tap.schedules.linear(0.0, 0.5, end=2)
+        >>> trainer = hf.AlignmentTrainer(
+        ...     model, args, train_dataset=rows, penalty=penalty, strength=strength
+        ... )
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ... 'penalty_strength': '0.25', 'epoch': ...}
+        {'train_runtime': ...}
+    """
+
+    if TYPE_CHECKING:
+        args: Any
+        state: Any
+        accelerator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        penalty: nn.Module,
+        strength: float | Callable[[int], float],
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(penalty, nn.Module):
+            raise TypeError(
+                f"penalty should be a regularizer such as CosineAlignment, got {penalty!r}"
+            )
+        self.penalty = penalty
+        self.strength: Callable[[int], float] = (
+            strength if callable(strength) else _constant(strength)
+        )
+        # Since the last log: what was added to the loss, and the strengths, summed; the steps.
+        self._added: Tensor | float = 0.0
+        self._strengths = 0.0
+        self._steps = 0
+        super().__init__(*args, **kwargs)
+        _check_setup(self.args, self)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # With the last of the accumulated batches, and before its own backward, in which
+        # DistributedDataParallel averages all the gradient that is there.
+        added = self._penalize(model) if self.accelerator.sync_gradients else None
+        loss: Tensor = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        return loss if added is None else loss + added.to(loss.device, loss.dtype)
+
+    def _penalize(self, model: nn.Module) -> Tensor | None:
+        """Add the gradient of the penalty; what it adds to the loss."""
+        step = self.state.global_step
+        strength = _checked_strength(self.strength(step), f" at step {step}")
+        self._steps += 1
+        self._strengths += strength
+        if strength == 0:
+            return None
+        with self.accelerator.no_sync(model):
+            value = strength * self.penalty()
+            if not value.requires_grad:
+                raise ValueError("none of the parameters of the penalty requires a gradient")
+            self.accelerator.backward(value)
+        added: Tensor = value.detach()
+        self._added = self._added + added
+        return added
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._steps:
+            added = float(self._added) / self._steps
+            logs["penalty_loss"] = added
+            logs["penalty_share"] = added / logs["loss"] if logs["loss"] else 0.0
+            logs["penalty_strength"] = self._strengths / self._steps
+            self._added, self._strengths, self._steps = 0.0, 0.0, 0
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class AlignmentTrainer(AlignmentTrainerMixin, Trainer):
+    """A ``Trainer`` whose loss has a regularizer in it: see :class:`AlignmentTrainerMixin`."""
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that was saved to its end.
+
+    ``train(resume_from_checkpoint=True)`` takes the newest folder, whatever is in it. A run that is
+    killed while it saves leaves one that cannot be loaded.
+
+    Args:
+        output_dir: the ``output_dir`` of a Trainer with a :class:`PruningCallback`.
+
+    Returns:
+        The folder, for ``trainer.train(resume_from_checkpoint=...)``; None, which starts from the
+        beginning, if there is none.
+    """
+    output_dir = Path(output_dir)
+    numbered = {}
+    for folder in output_dir.iterdir() if output_dir.is_dir() else ():
+        found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if found:
+            numbered[int(found[1])] = folder
+    for number in sorted(numbered, reverse=True):
+        if _is_complete(numbered[number]):
+            return str(numbered[number])
+    return None
+
+
+def merge_lora(model: Any, pruner: Pruner) -> Any:
+    """Merge LoRA adapters into the pruned weights beneath them, and keep the zeros.
+
+    Adapters fill in what was pruned; in the merged model it is set to zero again, which changes the
+    model a little. The pruner is finished then. (``model.merge_and_unload()`` alone, while the
+    masks are in place, would lose the adapters at the next forward.)
+
+    Args:
+        model: a ``peft.PeftModel`` with LoRA adapters on pruned weights.
+        pruner: of the base model's parameters.
+
+    Returns:
+        The base model, an ordinary one, as ``model.merge_and_unload()`` returns it.
+    """
+    masks = [(module, name, mask_of(module, name)) for module, name in pruner.params]
+    pruner.finalize()
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        for module, name, mask in masks:
+            if mask is not None:
+                stored(module, name).masked_fill_(mask == 0, 0)
+    return merged
+
+
+def _running_trainer() -> tuple[Any, str | None]:
+    """The Trainer that has called, and the checkpoint that it resumes from.
+
+    It tells its callbacks neither; both are in its frame.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            return trainer, frame.f_locals["resume_from_checkpoint"]
+        frame = frame.f_back
+    return None, None
+
+
+def _check_setup(args: Any, trainer: Any) -> None:
+    for what in ("fsdp", "deepspeed"):
+        if getattr(trainer, f"is_{what}_enabled", False):
+            raise ValueError(
+                f"{what} shards the parameters after the pruner was made: use a training loop that "
+                "shards the model first, and makes the Pruner then"
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"the Trainer would use torch.nn.DataParallel for {args.n_gpu} GPUs: start one process "
+            "for each, with torchrun or accelerate launch"
+        )
+
+
+def _constant(strength: float) -> Callable[[int], float]:
+    checked = _checked_strength(strength)
+    return lambda step: checked
+
+
+def _checked_strength(strength: Any, when: str = "") -> float:
+    if not isinstance(strength, int | float):
+        raise TypeError(f"strength should be a number or a schedule, got {strength!r}{when}")
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"strength should be finite and not negative, got {strength}{when}")
+    return float(strength)
+
+
+def _is_complete(folder: Path) -> bool:
+    if (folder / _SENTINEL).exists():
+        return False
+    try:
+        state = load_state(folder / _FILE)
+        if (
+            json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"]
+            != state["global_step"]
+        ):
+            return False
+    except (ValueError, KeyError, OSError):
+        return False
+    names = set(state["files"])
+    if any(name.startswith("rng_state_") for name in names):
+        names |= {f"rng_state_{rank}.pth" for rank in range(state["world_size"])}
+    return all(_is_readable(folder / name) for name in names)
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file is there and, in the formats whose end can be told, whole."""
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return zipfile.is_zipfile(path)
+    try:
+        if path.suffix == ".safetensors":
+            WeightFiles(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (ValueError, OSError):
+        return False
+    return path.is_file()

@@ -1,0 +1,119 @@
+"""Which optimizers move the weights, seen from the steps that they take."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["OptimizerWatch"]
+
+
+class OptimizerWatch:
+    """Knows every optimizer that has taken a step since, and can clear parts of their states.
+
+    Nothing has to be handed over: it hears of each step through the hooks that torch calls for
+    all optimizers, so that it works inside a Trainer too.
+
+    Both functions are bound methods, which are not kept alive.
+
+    Args:
+        before_step: called with the optimizer before each of its steps, when the gradients are
+            complete, unscaled and clipped.
+        after_first_step: called after the first step of each optimizer since.
+    """
+
+    def __init__(
+        self,
+        before_step: Callable[[Optimizer], None] | None = None,
+        after_first_step: Callable[[], None] | None = None,
+    ) -> None:
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._before_step = None if before_step is None else weakref.WeakMethod(before_step)
+        self._after_first_step = (
+            None if after_first_step is None else weakref.WeakMethod(after_first_step)
+        )
+        # Some may have gone in the meantime.
+        _WATCHES[:] = [watch for watch in _WATCHES if watch() is not None]
+        _WATCHES.append(weakref.ref(self))
+        if not _HANDLES:
+            _HANDLES.append(register_optimizer_step_pre_hook(_before))
+            _HANDLES.append(register_optimizer_step_post_hook(_after))
+
+    def states(self, parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
+        """What the optimizers hold of the parameters, entry by entry.
+
+        Returns:
+            The position of the parameter, and a floating-point tensor of its shape, for each; such
+            as the momentum of SGD and the two moments of Adam. States of another shape (Adafactor)
+            or of integers (8-bit optimizers) belong to no single entry.
+        """
+        found = []
+        parameters = list(parameters)
+        for optimizer in self._seen:
+            for number, parameter in enumerate(parameters):
+                # Not optimizer.state[parameter], which would make an entry.
+                for value in optimizer.state.get(parameter, {}).values():
+                    if (
+                        isinstance(value, Tensor)
+                        and value.dim() > 0
+                        and value.shape == parameter.shape
+                        and value.is_floating_point()
+                    ):
+                        found.append((number, value))
+        return found
+
+    def before(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to take a step."""
+        call = None if self._before_step is None else self._before_step()
+        if call is not None:
+            with torch.no_grad():
+                call(optimizer)
+
+    def after(self, optimizer: Optimizer) -> None:
+        """An optimizer has taken a step."""
+        if optimizer in self._seen:
+            return
+        self._seen.add(optimizer)
+        call = None if self._after_first_step is None else self._after_first_step()
+        if call is not None:
+            with torch.no_grad():
+                call()
+
+    def remove(self) -> None:
+        """Hear of no more steps."""
+        _WATCHES[:] = [watch for watch in _WATCHES if watch() not in (None, self)]
+
+
+# The two hooks stay once they are there: torch iterates over them while an optimizer steps, when
+# the garbage collector may take a watch.
+_WATCHES: list[weakref.ref[OptimizerWatch]] = []
+_HANDLES: list[RemovableHandle] = []
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in [reference() for reference in _WATCHES]:
+        if watch is not None:
+            watch.before(optimizer)
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in [reference() for reference in _WATCHES]:
+        if watch is not None:
+            watch.after(optimizer)
+
+
+def gradients(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients that the optimizer is about to use, None for parameters that it does not have
+    or that have none."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p.grad if id(p) in own else None for p in parameters]

@@ -1,0 +1,526 @@
+"""Pruning while training: a schedule that is kept to, exactly, step by step."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import Optimizer
+
+from torchalignprune import ops, schedules
+from torchalignprune.gradient_criteria import GradientCriterion, scores_of
+from torchalignprune.hooks import put_masks
+from torchalignprune.limits import LayerShare, Limits
+from torchalignprune.methods import Magnitude
+from torchalignprune.optimizers import OptimizerWatch
+from torchalignprune.parameters import Parameters, mask_of, stored
+from torchalignprune.pruning import Budget, PruningMethod
+from torchalignprune.regularizers import CosineAlignment
+from torchalignprune.schedules import Schedule
+from torchalignprune.targets import PerParameter, Target, targets_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Pruner"]
+
+_VERSION = 1
+
+
+class Pruner:
+    """Prunes parameters while they are trained, to the sparsity that a schedule asks for.
+
+    In a training loop, after every step of the optimizer::
+
+        optimizer.step()
+        pruner.step()
+
+    and :meth:`finalize` at the end. The sparsities of the schedule are absolute: the share of all
+    entries that is pruned then, reached exactly, rounded to whole entries.
+
+    The constructor gives every parameter its hook and its mask, at first of ones, so that the names
+    in ``model.state_dict()`` stay the same from the first step to the last. Checkpoints of the
+    model, the optimizer and :meth:`state_dict` are all it takes to go on later: make the model and
+    the pruner anew, load the three.
+
+    What is pruned is set to zero in the stored weights too, and in the states of all optimizers
+    that have stepped (the momentum of SGD, the moments of Adam): together with the masked gradient
+    neither weight decay nor momentum moves it. A later round therefore compares with the weights
+    that earlier rounds have left, unless there is a ``reference``, which stays what it is.
+
+    Args:
+        params: ``(module, name)`` pairs (:func:`torchalignprune.prunable_parameters`).
+        method: a method of this package, such as ``AlignedMagnitude``; with options of its own as
+            ``functools.partial(AlignedMagnitude, units="both")``.
+        schedule: the sparsity, in [0, 1], after so many calls of :meth:`step`
+            (:mod:`torchalignprune.schedules`). What it asks for at 0 is pruned at once. Where it
+            falls, nothing is pruned.
+        reference: the unpruned weights. Goes to the method, if that takes one, and :meth:`log`
+            reports the alignment with it.
+        penalty: a regularizer; :meth:`log` reports it, and :meth:`state_dict` keeps its state.
+        criterion: ranks the entries in the place of the method; a criterion that watches the
+            training, such as ``criteria.Movement(params)``, with the same ``params``.
+        budget: where the sparsity is counted: ``"global"``, ``"layer"`` or ``"unit"``. Default: as
+            the method has it.
+        min_unit: how many entries every unit keeps at least, so that none dies.
+        max_layer_sparsity: the share of each parameter that may be pruned at most; or a mapping
+            from glob patterns (as in :func:`torchalignprune.prunable_parameters`) to shares, of
+            which the first that matches counts.
+        min_layer_sparsity: the share of each parameter that is pruned at least, as soon as the
+            schedule asks for so much overall; likewise. These three go with the budgets
+            ``"global"`` and ``"layer"``.
+        regrow: let pruned entries come back. They keep the values that they had when they were
+            pruned (apart, as much memory as they take); each pruning step ranks all entries anew,
+            and gradients that reach a ``criterion`` are those of pruned entries too. ``True``:
+            whenever the schedule's value has changed; a number: also every so many steps.
+
+    Raises:
+        TypeError: an argument of the wrong type; a method that is not one of this package.
+        ValueError: a schedule out of range; an option that does not go with another.
+
+    Example:
+        >>> import torch, torchalignprune as tap
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> params = tap.prunable_parameters(model)
+        >>> schedule = tap.schedules.cubic(0.0, 0.5, end=4)
+        >>> pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> for _ in range(4):
+        ...     model(torch.randn(4, 8)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     _ = pruner.step()
+        >>> pruner.sparsity()
+        0.5
+        >>> pruner.finalize()
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight', '1.bias', '1.weight']
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        method: Callable[..., PruningMethod],
+        schedule: Schedule,
+        *,
+        reference: PerParameter | None = None,
+        penalty: nn.Module | None = None,
+        criterion: GradientCriterion | None = None,
+        budget: Budget | None = None,
+        min_unit: int = 0,
+        max_layer_sparsity: LayerShare = 1.0,
+        min_layer_sparsity: LayerShare = 0.0,
+        regrow: bool | int = False,
+    ) -> None:
+        params = params if isinstance(params, list) else list(params)
+        targets = targets_of(params)
+        self.params = params
+        self.schedule = schedule
+        self.penalty = penalty
+        self.criterion = criterion
+        self._method = _made(method, reference, budget)
+        limits = Limits(min_unit, max_layer_sparsity, min_layer_sparsity)
+        if limits != Limits():
+            limits.check([target.name for target in targets])
+            if self._method.budget == "unit":
+                raise ValueError(
+                    "min_unit, max_layer_sparsity and min_layer_sparsity go with budget='global' "
+                    "or 'layer', got 'unit'"
+                )
+            self._method.limits = limits
+        if penalty is not None and not isinstance(penalty, nn.Module):
+            raise TypeError(
+                f"penalty should be a regularizer such as CosineAlignment, got {penalty!r}"
+            )
+        if criterion is not None and not isinstance(criterion, GradientCriterion):
+            raise TypeError(
+                "criterion should be made from the parameters, such as criteria.Movement(params), "
+                f"got {criterion!r}"
+            )
+        if not isinstance(regrow, int) or regrow < 0:
+            raise ValueError(f"regrow should be a bool or a number of steps, got {regrow!r}")
+        if criterion is not None:
+            own = [target.places[0] for target in criterion.targets]
+            if own != [target.places[0] for target in targets]:
+                raise ValueError("criterion should have been made with the same params")
+        self.regrow = bool(regrow)
+        self._every = 0 if isinstance(regrow, bool) else regrow
+        self._alignment = None if reference is None else CosineAlignment(params, reference)
+        # Of the modules only: the model's tensors may be replaced, as by ``model.to``.
+        self._places = [target.places for target in targets]
+        self._names = [target.name for target in targets]
+        self._step = 0
+        self._target = self._sparsity_at(0)
+        if criterion is not None and self._target > 0:
+            raise ValueError(
+                f"with a criterion, which needs training, the schedule should begin with 0, got "
+                f"{self._target}"
+            )
+        # The values of pruned entries by their flat index, where they may come back.
+        self._left: list[Tensor | None] = [None] * len(targets)
+        self._finished = False
+        self._final_sparsity = 0.0
+        masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
+        # An optimizer that took steps before may have momentum where something is pruned.
+        self._watch = OptimizerWatch(
+            self._mask_gradients if self.regrow and criterion is not None else None, self._clear
+        )
+        self._put(targets, masks)
+        if regrow and criterion is not None:
+            criterion.restore = self._restored
+
+    @classmethod
+    def freeze(
+        cls,
+        params: Parameters,
+        *,
+        reference: PerParameter | None = None,
+        penalty: nn.Module | None = None,
+    ) -> Self:
+        """A pruner that keeps the zeros of an already sparse model through training, and no more.
+
+        What is exactly zero, or masked already, stays so. Its :meth:`step` prunes nothing.
+
+        Args:
+            params: ``(module, name)`` pairs.
+            reference: as in :class:`Pruner`.
+            penalty: as in :class:`Pruner`.
+
+        Raises:
+            ValueError: there is not a single zero in the parameters.
+
+        Example:
+            >>> import torch, torchalignprune as tap
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 0.0]]))
+            >>> pruner = tap.Pruner.freeze([(layer, "weight")])
+            >>> layer.weight_mask
+            tensor([[ True, False]])
+        """
+        params = params if isinstance(params, list) else list(params)
+        targets = targets_of(params)
+        masks = [
+            target.weight != 0 if target.mask is None else target.mask & (target.weight != 0)
+            for target in targets
+        ]
+        if all(bool(mask.all()) for mask in masks):
+            raise ValueError(
+                f"params should have zeros to keep, got {len(targets)} parameters without any: is "
+                "this the sparse checkpoint?"
+            )
+        pruner = cls(
+            params, Magnitude, schedules.constant(0.0), reference=reference, penalty=penalty
+        )
+        pruner._put(targets, masks)
+        return pruner
+
+    @property
+    def steps(self) -> int:
+        """How many calls of :meth:`step` there were."""
+        return self._step
+
+    @property
+    def finished(self) -> bool:
+        """Whether :meth:`finalize` has been called."""
+        return self._finished
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Count one step of training, and prune if the schedule asks for it.
+
+        To be called after ``optimizer.step()``. Where a criterion has seen no gradient since the
+        last pruning, as when a gradient scaler has skipped the optimizer, the pruning is left to
+        the next step, with a warning.
+
+        Returns:
+            Whether masks have changed.
+
+        Raises:
+            RuntimeError: after :meth:`finalize`; a parameter that the criterion has no gradient of.
+            ValueError: a sparsity out of range or out of the limits' reach; NaN among the weights.
+                The masks and the count of the steps are as before.
+        """
+        step = self._step + 1
+        sparsity = self.schedule(step)
+        due = sparsity != self._target or (self._every and step % self._every == 0)
+        if not due and not self._finished:
+            self._step = step
+            return False
+        return self._prune(step)
+
+    def _prune(self, step: int) -> bool:
+        self._check_unfinished()
+        sparsity = self._sparsity_at(step)
+        if sparsity < self._target and not self.regrow:
+            self._step, self._target = step, sparsity
+            return False
+        if self.criterion is not None and self.criterion.steps == 0:
+            warnings.warn(
+                f"the pruning that is due at step {step} waits: {type(self.criterion).__name__} "
+                "has seen no step of an optimizer since the last one",
+                UserWarning,
+                stacklevel=3,
+            )
+            self._step = step
+            return False
+        self._target, before = sparsity, self._target
+        try:
+            targets = self._targets()
+            masks = self._new_masks(targets)
+        except BaseException:
+            self._target = before
+            raise
+        self._put(targets, masks)
+        if self.criterion is not None:
+            self.criterion.restart()
+        self._step = step
+        return True
+
+    def sparsity(self) -> float:
+        """The share of all entries that is pruned; after :meth:`finalize`, that was then."""
+        if self._finished:
+            return self._final_sparsity
+        size, pruned = 0, 0
+        for target in targets_of(self.params):
+            size += target.weight.numel()
+            pruned += target.weight.numel() - target.remaining()
+        return pruned / max(size, 1)
+
+    @torch.no_grad()
+    def log(self) -> dict[str, float]:
+        """Numbers for a training log.
+
+        Returns:
+            ``pruning/sparsity`` and ``pruning/target_sparsity``; with a reference
+            ``pruning/alignment``, the mean cosine of the units with it; with a penalty
+            ``pruning/penalty``, as it is before any strength.
+        """
+        found = {
+            "pruning/sparsity": self.sparsity(),
+            "pruning/target_sparsity": self._target,
+        }
+        if self._alignment is not None:
+            found["pruning/alignment"] = 1.0 - float(self._alignment())
+        if self.penalty is not None:
+            found["pruning/penalty"] = float(self.penalty())
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the states of the model and the optimizer.
+
+        Returns:
+            A nested dict of numbers, strings and tensors. The masks are not in it: they are in the
+            model's state, and how many entries they prune is here to check them by.
+        """
+        state: dict[str, Any] = {
+            "version": _VERSION,
+            "step": self._step,
+            "target_sparsity": self._target,
+            "pruned": self._pruned(),
+        }
+        if self.criterion is not None:
+            state["criterion"] = self.criterion.state_dict()
+        if self.penalty is not None:
+            state["penalty"] = self.penalty.state_dict()
+            if isinstance(self.penalty, CosineAlignment):
+                state["matching"] = self.penalty.matching_state()
+        if self.regrow:
+            left = zip(self._names, self._left, strict=True)
+            state["left"] = {name: values for name, values in left if values is not None}
+        generator = getattr(self._method, "generator", None)
+        if generator is not None:
+            state["generator"] = generator.get_state()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the model's own state comes first.
+
+        Args:
+            state: from a pruner of the same parameters, method and options.
+
+        Raises:
+            ValueError: a state of other parameters or options, or masks in the model that are not
+                those of the state.
+        """
+        self._check_unfinished()
+        expected = self.state_dict()
+        if state.get("version") != _VERSION:
+            raise ValueError(
+                f"the state should be of version {_VERSION}, got {state.get('version')!r}"
+            )
+        if set(state) != set(expected):
+            raise ValueError(
+                f"the state should have {sorted(expected)}, as this pruner's options ask for, got "
+                f"{sorted(state)}"
+            )
+        if set(state["pruned"]) != set(self._names):
+            other = sorted(set(state["pruned"]) ^ set(self._names))
+            raise ValueError(f"the state should be of the same parameters; not in both: {other}")
+        for name, count in expected["pruned"].items():
+            if state["pruned"][name] != count:
+                raise ValueError(
+                    f"{name} has {count} pruned entries, and {state['pruned'][name]} in the state: "
+                    "load the model's state_dict that was saved with it first"
+                )
+        left = dict(state.get("left", {}))
+        for name, count in state["pruned"].items():
+            if self.regrow and (name not in left or left[name].numel() != count):
+                raise ValueError(f"the state lacks the {count} values that {name} may take back")
+        if self.criterion is not None:
+            self.criterion.load_state_dict(state["criterion"])
+        if self.penalty is not None:
+            self.penalty.load_state_dict(state["penalty"])
+            if isinstance(self.penalty, CosineAlignment):
+                self.penalty.load_matching_state(state["matching"])
+        self._left = [
+            left[name].to(stored(*places[0]).device, copy=True) if name in left else None
+            for name, places in zip(self._names, self._places, strict=True)
+        ]
+        if "generator" in state:
+            self._method.generator.set_state(state["generator"])  # type: ignore[attr-defined]
+        self._step = int(state["step"])
+        self._target = float(state["target_sparsity"])
+
+    def finalize(self) -> None:
+        """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
+
+        The pruner has done its work then; a second call does nothing.
+        """
+        if self._finished:
+            return
+        self._final_sparsity = self.sparsity()
+        for places in self._places:
+            for module, name in places:
+                if mask_of(module, name) is not None:
+                    prune.remove(module, name)
+        self._watch.remove()
+        if self.criterion is not None:
+            self.criterion.remove()
+        self._finished = True
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({len(self._names)} parameters, {type(self._method).__name__}, step "
+            f"{self._step}, sparsity {self._target:.4g})"
+        )
+
+    def _sparsity_at(self, step: int) -> float:
+        sparsity = self.schedule(step)
+        if not (isinstance(sparsity, int | float) and 0 <= sparsity <= 1):
+            raise ValueError(
+                f"schedule should give a sparsity in [0, 1], got {sparsity!r} at step {step}"
+            )
+        return float(sparsity)
+
+    def _check_unfinished(self) -> None:
+        if self._finished:
+            raise RuntimeError("the pruner is finished: finalize() has taken its hooks away")
+
+    def _targets(self) -> list[Target]:
+        """The parameters as they are now; where entries may come back, all are candidates."""
+        targets = targets_of(self.params)
+        if not self.regrow:
+            return targets
+        return [
+            replace(target, weight=self._restored(number, target.weight), mask=None)
+            for number, target in enumerate(targets)
+        ]
+
+    def _new_masks(self, targets: Sequence[Target]) -> list[Tensor]:
+        self._method.absolute, self._method.amount = True, self._target
+        if self.criterion is None:
+            return self._method.masks(targets)
+        scores = scores_of(self.criterion, targets)
+        return self._method.masks(targets, scores, signed=self.criterion.signed)
+
+    def _put(self, targets: Sequence[Target], masks: Sequence[Tensor]) -> None:
+        """Put the masks in place, and zeros wherever they prune."""
+        parameters = [stored(*places[0]) for places in self._places]
+        if self.regrow:
+            for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
+                self._left[number] = target.weight[~mask]
+                parameters[number].detach().copy_(target.weight)
+        shown = [
+            (module, name, mask)
+            for places, mask in zip(self._places, masks, strict=True)
+            for module, name in places
+        ]
+        for hook in put_masks(shown, zeroed=True):
+            hook.straight_through = self.regrow and self.criterion is not None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Set what is pruned to zero, in the stored weights and in the optimizers' states."""
+        parameters = [stored(*places[0]) for places in self._places]
+        masks = [mask_of(*places[0]) for places in self._places]
+        tensors, covers = [], []
+        for parameter, mask in zip(parameters, masks, strict=True):
+            if mask is not None:
+                tensors.append(parameter.detach())
+                covers.append(mask)
+        for number, state in self._watch.states(parameters):
+            cover = masks[number]
+            if cover is not None:
+                tensors.append(state)
+                covers.append(cover)
+        for device in {tensor.device for tensor in tensors}:
+            here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
+            ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])
+
+    def _restored(self, number: int, weight: Tensor) -> Tensor:
+        """The weight with the values that pruned entries had."""
+        left = self._left[number]
+        mask = mask_of(*self._places[number][0])
+        if left is None or mask is None:
+            return weight.clone()
+        return weight.masked_scatter(mask == 0, left.to(weight.device))
+
+    def _mask_gradients(self, optimizer: Optimizer) -> None:
+        """The criterion has read them whole; the optimizer is to see those of what is left."""
+        for places in self._places:
+            grad, mask = stored(*places[0]).grad, mask_of(*places[0])
+            if grad is not None and mask is not None:
+                grad.masked_fill_(mask == 0, 0)
+
+    def _pruned(self) -> dict[str, int]:
+        return {
+            target.name: target.weight.numel() - target.remaining()
+            for target in targets_of(self.params)
+        }
+
+
+def _made(
+    method: Callable[..., PruningMethod], reference: PerParameter | None, budget: Budget | None
+) -> PruningMethod:
+    kind = method.func if isinstance(method, functools.partial) else method
+    if not (isinstance(kind, type) and issubclass(kind, PruningMethod)):
+        raise TypeError(
+            "method should be one of torchalignprune's methods, such as AlignedMagnitude, or a "
+            f"functools.partial of one, got {method!r}"
+        )
+    takes = inspect.signature(kind).parameters
+    if "amount" not in takes:
+        raise TypeError(
+            f"{kind.__name__} has no amount that could follow a schedule: prune with it once, and "
+            "keep its masks with Pruner.freeze(params)"
+        )
+    options: dict[str, Any] = {}
+    if reference is not None and "reference" in takes:
+        options["reference"] = reference
+    if budget is not None:
+        options["budget"] = budget
+    return method(amount=0.0, **options)
+
+
+def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
+    return [
+        torch.ones_like(target.weight, dtype=torch.bool) if target.mask is None else target.mask
+        for target in targets
+    ]

@@ -1,0 +1,584 @@
+"""Whole pruned models in folders: small as bitmasks, or dense for ``from_pretrained``."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
+
+from torchalignprune.checkpoints import (
+    Checkpoint,
+    architecture,
+    names_in_model,
+    new_folder,
+    quiet_transformers,
+    save_pretrained,
+)
+from torchalignprune.hooks import put_masks
+from torchalignprune.parameters import mask_of, stored
+from torchalignprune.pruned_files import (
+    PrunedFiles,
+    dense_contents,
+    own_files,
+    parse_size,
+    write_bitmask,
+    write_dense,
+    write_index,
+)
+from torchalignprune.weight_files import DTYPE_NAMES
+
+__all__ = ["load_pruned", "save_pruned", "write_pruned"]
+
+Format = Literal["dense", "bitmask"]
+
+_LISTED = 10  # of what does not fit, so many are named
+
+
+def save_pruned(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    format: Format = "dense",
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a pruned model to a folder, which appears when it is complete.
+
+    ``"bitmask"`` stores one bit for each weight of a pruned tensor and the values that remain, and
+    any other tensor as it is. At 50% sparsity that is 0.53 of float32 weights. Everything comes
+    back bit for bit with :func:`load_pruned`. A model that is still being pruned keeps its masks;
+    the weights under them take no room if they are zeros, as :class:`torchalignprune.Pruner`
+    leaves them, otherwise they are stored too. In a model whose pruning was made permanent it is
+    the zeros of a tensor that are left out, wherever that pays; -0.0, which
+    ``torch.nn.utils.prune.remove`` leaves behind, takes one more bit.
+
+    ``"dense"`` makes the zeros permanent in what is written, not in the model, and drops the masks:
+    an ordinary folder for ``from_pretrained``, or, for a model that is not of transformers, plain
+    names in ``model.safetensors``.
+
+    Tied weights are stored once. With the weights comes ``pruned.index.json``, by which
+    :func:`load_pruned` recognizes a file that was altered. A model of transformers is written with
+    its config. Nothing is pickled.
+
+    A folder that ``save_pruned`` wrote earlier is replaced; what others have put there, such as a
+    tokenizer, is kept. On Linux the two folders change places in one step, so that a process that
+    is killed, even by SIGKILL, leaves the former or the new one, whole, and a hidden folder beside
+    it, ``.NAME.*.partial``. Where the system has no such step, the former one is
+    ``.NAME.*.former`` for a moment. Of several processes only one may write.
+
+    Args:
+        model: any module, on any device; a wrapper of ``torch.compile`` or
+            ``DistributedDataParallel`` is looked through.
+        folder: where to; parents are made.
+        format: ``"dense"`` or ``"bitmask"``.
+        max_shard_size: how large a file may become, in bytes or as ``"5GB"``; weights beyond it go
+            into several. As much memory is needed at a time.
+
+    Raises:
+        FileExistsError: ``folder`` is a file, or holds something else than an earlier model.
+        ValueError: another format or size; a mask that is not 0 and 1; weights on the meta device;
+            for ``"dense"``, tied weights of which only some are pruned; a quantized model, or one
+            with adapters.
+        TypeError: something in the model's state that is no tensor, or a sharded or sparse one.
+        ImportError: safetensors is not installed.
+
+    Example:
+        >>> import tempfile, torch, torchalignprune as tap
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> params = tap.prunable_parameters(model)
+        >>> tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.8)
+        >>> fresh = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     tap.save_pruned(model, f"{parent}/pruned", "bitmask")
+        ...     fresh = tap.load_pruned(fresh, f"{parent}/pruned")
+        >>> torch.equal(fresh[0].weight_mask, model[0].weight_mask)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be an nn.Module, got {type(model).__name__}")
+    if format not in get_args(Format):
+        raise ValueError(f'format should be "dense" or "bitmask", got {format!r}')
+    parse_size(max_shard_size)
+    folder = Path(folder).resolve()
+    _check_folder(folder)
+    model = _unwrapped(model)
+    with new_folder(folder, overwrite=True) as partial:
+        write_pruned(model, partial, format, max_shard_size)
+        if folder.exists():
+            _carry_over(folder, partial)
+
+
+def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: bool = True) -> Any:
+    """Reads a model from a folder that :func:`save_pruned` wrote, in either format.
+
+    Into a model it goes in place: parameters stay the same objects. They get hooks and masks where
+    the folder has a model that is still being pruned, lose them where it has not, and are tied
+    where they were. The model has to have the same names, shapes and dtypes; an error changes
+    nothing of it. Of a class of transformers a new model is made from the config in the folder,
+    in ``eval`` mode, as ``from_pretrained`` does; no network is used.
+
+    The files are mapped into memory, and one tensor at a time is unpacked.
+
+    Args:
+        model_or_class: a module of the same architecture, pruned or not, or a class such as
+            ``transformers.BertModel`` or ``transformers.AutoModelForSequenceClassification``.
+        folder: what :func:`save_pruned` wrote.
+        verify: compare SHA-256 digests, so that any altered byte is noticed. That reads the files
+            once more, at 0.5 to 2 GB/s. Without it the index, the sizes, shapes and dtypes, and
+            the number of the bits are checked all the same.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the folder was not written by ``save_pruned``, or by a newer version; a file
+            is missing, cut off or altered; or it does not fit the model, with all that differs
+            in the message.
+        TypeError: neither a module nor a class that has ``from_pretrained``.
+        ImportError: safetensors, or for a class transformers, is not installed.
+    """
+    files = PrunedFiles(folder, verify=verify)
+    if isinstance(model_or_class, nn.Module):
+        _load(_unwrapped(model_or_class), files)
+        return model_or_class
+    if not isinstance(model_or_class, type) or not hasattr(model_or_class, "from_pretrained"):
+        what = getattr(model_or_class, "__name__", type(model_or_class).__name__)
+        raise TypeError(
+            "model_or_class should be a module, or a class of transformers with from_pretrained, "
+            f"got {what}"
+        )
+    if not (files.path / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json to make a {model_or_class.__name__} of: it was saved "
+            "from a model that is not of transformers. Give load_pruned a module to load it into"
+        )
+    files.check_other_files()
+    return (_ordinary if files.layout == "dense" else _built)(model_or_class, files)
+
+
+def write_pruned(
+    model: Any, folder: Path, format: Format, max_shard_size: int | str = "5GB"
+) -> None:
+    """What :func:`save_pruned` does in the folder, which is there and is empty."""
+    max_shard_size = parse_size(max_shard_size)
+    of_transformers = _is_transformers(model)
+    if of_transformers:
+        _check_transformers(model)
+    state, name = _State(model), type(model).__name__
+    if format == "bitmask":
+        contents = write_bitmask(folder, state.tensors, state.masks, max_shard_size)
+        if of_transformers:
+            _save_config(model, folder)
+        write_index(folder, format, name, contents, state.pruned, state.tied)
+        return
+    tensors, tied = state.baked()
+    if of_transformers:
+        # It drops names of tied weights by rules of its own.
+        every = tensors | {name: tensors[first] for name, first in tied.items()}
+        with quiet_transformers():
+            save_pretrained(model, folder, every, max_shard_size=max_shard_size)
+    else:
+        write_dense(folder, tensors, max_shard_size)
+    contents = dense_contents(folder)
+    write_index(folder, format, name, contents, (), _ties_to(contents.tensors, tied))
+
+
+def verify_pruned(model: nn.Module, folder: Path) -> None:
+    """Reads a folder in the format ``"bitmask"`` and compares every tensor with the model's.
+
+    Raises:
+        RuntimeError: a tensor differs; the error names it.
+    """
+    files = PrunedFiles(folder)
+    for name, tensor in model.state_dict().items():
+        again = files[name] if name in files else tensor.new_empty(0)
+        if not (torch.equal(again, tensor) and torch.equal(again.signbit(), tensor.signbit())):
+            raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """:func:`torchalignprune.checkpoints.load_checkpoint` of a folder in the format ``"bitmask"``.
+
+    Raises:
+        ValueError: it is damaged, or not from a model of transformers.
+        ImportError: transformers or safetensors is not installed.
+    """
+    model = load_pruned(architecture(folder), folder)
+    return Checkpoint(folder, model, frozenset(), frozenset(), frozenset())
+
+
+class _State:
+    """The state of a model: what a file holds of it.
+
+    Attributes:
+        tensors: by their names in ``model.state_dict()``, tied ones under the first of theirs;
+            masks are bool.
+        tied: other names of tensors, and the first one.
+        pruned: the plain names of the parameters that have a mask.
+        masks: of a parameter with a mask, the name of the mask; both as in ``tensors``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pruned = list(_pruned(model))
+        masks = {f"{name}_mask" for name in self.pruned}
+        self.tensors: dict[str, Tensor] = {}
+        self.tied: dict[str, str] = {}
+        first: dict[int, str] = {}
+        state = model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            _check_tensor(name, tensor)
+            known = first.setdefault(id(tensor), name)
+            if known != name:
+                self.tied[name] = known
+            else:
+                self.tensors[name] = _as_bool(name, tensor) if name in masks else tensor.detach()
+        self.masks: dict[str, str] = {}
+        for name in self.pruned:
+            original, mask = (self.first(f"{name}_{end}") for end in ("orig", "mask"))
+            known = self.masks.setdefault(original, mask)
+            # Moving a model to another device makes several masks of one.
+            if known != mask and torch.equal(self.tensors[known], self.tensors[mask]):
+                del self.tensors[mask]
+                self.tied = {n: known if f == mask else f for n, f in self.tied.items()}
+                self.tied[mask] = known
+
+    def first(self, name: str) -> str:
+        return self.tied.get(name, name)
+
+    def baked(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors and ties of the model whose pruning was made permanent.
+
+        Raises:
+            ValueError: tied weights do not have the same mask.
+        """
+        plain = {f"{name}_orig": name for name in self.pruned}
+        for name, first in self.tied.items():
+            pair = [
+                self.first(f"{plain[key]}_mask") if key in plain else None for key in (name, first)
+            ]
+            if pair[0] != pair[1]:
+                one, other = (plain.get(key, key) for key in (first, name))
+                raise ValueError(
+                    f"{one} and {other} are tied and do not have the same mask, so that one dense "
+                    'tensor cannot stand for both: prune both, or use format="bitmask"'
+                )
+        masks = {f"{name}_mask" for name in self.pruned}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if name in self.masks:
+                tensors[plain[name]] = tensor.masked_fill(~self.tensors[self.masks[name]], 0)
+            elif name not in masks:
+                tensors[name] = tensor
+        tied = {
+            plain.get(name, name): plain.get(first, first)
+            for name, first in self.tied.items()
+            if name not in masks
+        }
+        return tensors, tied
+
+
+def _ties_to(there: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
+    """The ties of names of which others than the first may have been kept."""
+    groups: dict[str, list[str]] = {}
+    for name, first in tied.items():
+        groups.setdefault(first, [first]).append(name)
+    found: dict[str, str] = {}
+    for group in groups.values():
+        kept = next((name for name in group if name in there), None)
+        found |= {name: kept for name in group if kept is not None and name not in there}
+    return found
+
+
+def _load(model: nn.Module, files: PrunedFiles) -> None:
+    """Into a model in place; what is wrong with the files shows before anything changes."""
+    state = _plain_state(model)
+    keys = _fit(model, state, files)
+    files.check()
+    first: dict[str, str] = {}
+    ties = {name: first.setdefault(files.tied.get(key, key), name) for name, key in keys.items()}
+    masks: dict[str, Tensor] = {}
+    entries = []
+    for name in files.pruned:
+        key = files.tied.get(f"{name}_mask", f"{name}_mask")
+        if key not in masks:
+            masks[key] = files[key].to(state[name].device)
+        entries.append((*_place(model, name), masks[key]))
+    dense_again = [_place(model, name) for name in _pruned(model) if name not in files.pruned]
+
+    put_masks(entries)
+    for module, name in dict.fromkeys(dense_again):
+        prune.remove(module, name)
+    for name, other in ties.items():
+        if state[name] is not state[other] and isinstance(state[name], nn.Parameter):
+            _tie(model, name, other)
+            state[name] = state[other]
+    with torch.no_grad():
+        for name, other in ties.items():
+            if name == other:
+                state[name].copy_(files[keys[name]])
+    for entry in entries:  # its product is that of the weights before
+        put_masks([entry])
+
+
+def _built(kind: Any, files: PrunedFiles) -> Any:
+    """A model of a class of transformers, with the config in the folder."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(files.path, local_files_only=True)
+    if hasattr(kind, "from_config"):  # one of the Auto classes
+        with torch.device("meta"):
+            kind = type(kind.from_config(config))
+    names = {_plain(key, files): key for key in files if not _is_mask(key, files)}
+    # Memory that nobody has touched, which transformers puts into the model as it is.
+    blank = {
+        name: torch.empty(files.shape(key), dtype=files.dtype(key)) for name, key in names.items()
+    }
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    with quiet_transformers():
+        model = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(blank),
+            dtype=dtype or "auto",
+            ignore_mismatched_sizes=True,
+        )
+    if model.can_generate() and (files.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(files.path)
+    for name, tensor in _plain_state(model).items():
+        if name in blank and tensor.dtype != blank[name].dtype:
+            tensor.data = blank[name]
+    _load(model, files)
+    return model
+
+
+def _ordinary(kind: Any, files: PrunedFiles) -> Any:
+    """A model of a class of transformers from a dense folder, which is as others are."""
+    files.check()
+    with quiet_transformers():
+        model, found = kind.from_pretrained(
+            files.path, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    problems = [
+        f"{what} {', '.join(sorted(map(str, found[key]))[:_LISTED])}"
+        for key, what in (("missing_keys", "missing:"), ("unexpected_keys", "unexpected:"))
+        if found[key]
+    ]
+    if problems:
+        raise ValueError(_does_not_fit(model, files, problems))
+    # One dtype does not always stand for all.
+    for name, tensor in _plain_state(model).items():
+        if name in files and files.dtype(name) != tensor.dtype:
+            tensor.data = files[name].clone()
+    return model
+
+
+def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> dict[str, str]:
+    """Under which name the files have each tensor of the model.
+
+    Raises:
+        ValueError: they do not have them all, or others, or of another shape or dtype.
+    """
+    keys = {_plain(key, files): key for key in files if not _is_mask(key, files)}
+    ignored: set[str] = set()
+    if files.layout == "dense" and _is_transformers(model):
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        if not set(state) - ignored <= set(keys):
+            keys = names_in_model(files.path, keys)
+    problems = []
+    loaded = {id(tensor) for name, tensor in state.items() if name in keys}
+    for name, tensor in state.items():
+        if name not in keys:
+            if name not in ignored and id(tensor) not in loaded:
+                problems.append(f"{name}: missing")
+            continue
+        shape, dtype = files.shape(keys[name]), files.dtype(keys[name])
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{name}: is no tensor in the model")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{name}: should have shape {tuple(tensor.shape)}, got {shape}")
+        elif tensor.dtype != dtype:
+            problems.append(f"{name}: should be {tensor.dtype} as in the model, got {dtype}")
+        elif tensor.is_meta:
+            problems.append(f"{name}: the model is on the meta device and has no memory for it")
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            problems.append(f"{name}: made in inference mode, so that nothing else may write to it")
+    problems += [f"{name}: not in the model" for name in keys if name not in state]
+    problems += [
+        f"{name}: pruned in the files, and no parameter of the model"
+        for name in files.pruned
+        if name in state and not isinstance(state[name], nn.Parameter)
+    ]
+    if not problems:
+        stored_as: dict[int, str] = {}
+        for name, key in keys.items():
+            other = stored_as.setdefault(id(state[name]), name)
+            if files.tied.get(keys[other], keys[other]) != files.tied.get(key, key):
+                problems.append(f"{name}: tied to {other} in the model, and not in the files")
+    if problems:
+        raise ValueError(_does_not_fit(model, files, problems))
+    return keys
+
+
+def _does_not_fit(model: nn.Module, files: PrunedFiles, problems: Sequence[str]) -> str:
+    listed = list(problems[:_LISTED])
+    if len(problems) > _LISTED:
+        listed.append(f"and {len(problems) - _LISTED} more")
+    if files.layout == "dense" and files.model == type(model).__name__ and _is_transformers(model):
+        listed.append(
+            "(transformers stores some models in another form: load_pruned with the class, "
+            f"{files.model}, makes a new one)"
+        )
+    return "\n  ".join(
+        [f"{files.path}, saved from {files.model}, does not fit {type(model).__name__}:", *listed]
+    )
+
+
+def _is_mask(key: str, files: PrunedFiles) -> bool:
+    return key.endswith("_mask") and key.removesuffix("_mask") in files.pruned
+
+
+def _plain(key: str, files: PrunedFiles) -> str:
+    name = key.removesuffix("_orig")
+    return name if name in files.pruned else key
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without masks, and by the names that it has when it is not pruned."""
+    state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    for name in _pruned(model):
+        state[name] = state.pop(f"{name}_orig")
+        del state[f"{name}_mask"]
+    return state
+
+
+def _pruned(model: nn.Module) -> Iterator[str]:
+    """The dotted names of the parameters that have a hook and a mask."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name is not None:
+                yield f"{path}.{hook._tensor_name}".lstrip(".")
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _tie(model: nn.Module, name: str, other: str) -> None:
+    """Puts the parameter ``other`` in the place of another."""
+    (module, own), pair = _place(model, name), _place(model, other)
+    own = own if mask_of(module, own) is None else f"{own}_orig"
+    shared = stored(*pair)
+    assert isinstance(shared, nn.Parameter)
+    module._parameters[own] = shared
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name} in the model's state should be a tensor, got {type(tensor).__name__}, which "
+            "safetensors cannot hold"
+        )
+    if is_lazy(tensor):
+        raise ValueError(f"{name} has no shape yet: run a forward first")
+    if tensor.is_meta:
+        raise ValueError(f"{name} has no values: it is on the meta device")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, of which this process has a part: load the full state of "
+            "torch.distributed.checkpoint.state_dict into a model that is not sharded, and save "
+            "that"
+        )
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+        kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+        raise TypeError(f"{name} is a {kind} tensor, which safetensors cannot hold")
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """A mask; those of torch's own methods are in the dtype of the weights."""
+    if mask.dtype == torch.bool:
+        return mask
+    kept = mask != 0
+    if not torch.equal(kept.to(mask.dtype), mask):
+        raise ValueError(f"{name} should be 0 and 1, got other values, which bits cannot hold")
+    return kept
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":  # of torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is a ``PreTrainedModel``, without importing transformers for it."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return loaded is not None and isinstance(model, loaded.PreTrainedModel)
+
+
+def _check_transformers(model: Any) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{type(model).__name__} is quantized: only float weights can be saved")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters, which are no weights of its own: merge or "
+            "remove them first"
+        )
+
+
+def _save_config(model: Any, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} exists and is not a folder")
+    if any(folder.iterdir()):
+        try:
+            own_files(folder)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{folder} exists and is not replaced, because it holds something else than a "
+                f"model that save_pruned wrote: {error}"
+            ) from error
+
+
+def _carry_over(former: Path, folder: Path) -> None:
+    """What others have put into a folder, without copying it where the system has hard links."""
+    own = own_files(former) if any(former.iterdir()) else set()
+
+    def carry(source: str, target: str) -> None:
+        if os.path.lexists(target):
+            return
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    shutil.copytree(
+        former,
+        folder,
+        symlinks=True,
+        ignore=lambda parent, _: own if Path(parent) == former else set(),
+        copy_function=carry,
+        dirs_exist_ok=True,
+    )

@@ -188,6 +188,8 @@ def put_masks(
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
+    if is_dtensor(original):
+        return original * mask
     # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
     return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
 

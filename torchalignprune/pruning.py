@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchalignprune import ops, sharding
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import Limits
 from torchalignprune.parameters import DTYPES, Parameters
@@ -100,7 +101,11 @@ class PruningMethod(prune.BasePruningMethod):
 
     def check_sharded(self) -> None:
         """Raises if the method cannot prune sharded parameters."""
-        return
+        if self.limits is not None:
+            raise ValueError(
+                "min_unit, max_layer_sparsity and min_layer_sparsity are not supported for sharded "
+                "parameters (DTensor)"
+            )
 
     def new_masks(
         self,
@@ -127,8 +132,8 @@ class PruningMethod(prune.BasePruningMethod):
     ) -> list[Tensor]:
         def count_of(remaining: int) -> int:
             if self.absolute:
-                sizes = [t.weight.numel() if t.shard is None else t.shard.numel for t in targets]
-                count = max(0, round(self.amount * sum(sizes)) - (sum(sizes) - remaining))
+                size = sum(t.weight.numel() if t.shard is None else t.shard.numel for t in targets)
+                count = max(0, round(self.amount * size) - (size - remaining))
             else:
                 count = int(prune._compute_nparams_toprune(self.amount, remaining))
             if count > remaining:
@@ -220,7 +225,7 @@ class PruningMethod(prune.BasePruningMethod):
         Returns:
             The mask, with the shape and dtype of ``default_mask``.
         """
-        if sharding.is_dtensor(t):
+        if is_dtensor(t):
             raise TypeError(
                 f"{type(self).__name__} prunes DTensors by torchalignprune.global_unstructured; "
                 "torch's own functions would gather them"

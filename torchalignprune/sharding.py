@@ -41,14 +41,15 @@ import torch
 from torch import Tensor
 
 from torchalignprune import ops
-from torchalignprune.shards import Ranks, Shard, is_dtensor, scatter
+from torchalignprune.dtensors import is_dtensor
+from torchalignprune.shards import Ranks, Shard, scatter
 
 if TYPE_CHECKING:
     from torchalignprune.pruning import PruningMethod
     from torchalignprune.ranking import Ranking
     from torchalignprune.targets import Target
 
-__all__ = ["apply_mask", "are_sharded", "is_dtensor", "masks", "select", "square_sums", "totals"]
+__all__ = ["are_sharded", "masks", "select", "square_sums", "totals"]
 
 _BINS = 2048
 _GROUP = 32  # bins are added up in groups first, so that two short messages do for one long one
@@ -59,34 +60,11 @@ def are_sharded(targets: Sequence[Target]) -> bool:
     return any(is_dtensor(target.weight) for target in targets)
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """``ops.apply_mask``, of a DTensor with a mask of the same placements on each of its shards."""
-    if not is_dtensor(weight):
-        return ops.apply_mask(weight, mask)
-    from torch.distributed.tensor import DTensor
-
-    weight = weight.detach()
-    assert isinstance(weight, DTensor) and isinstance(mask, DTensor)
-    if (mask.device_mesh, mask.placements) != (weight.device_mesh, weight.placements):
-        raise ValueError(
-            f"the mask should be placed as the weight, {weight.placements}, got {mask.placements}"
-        )
-    product: Tensor = DTensor.from_local(
-        ops.apply_mask(weight.to_local(), mask.to_local()),
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
-    )
-    return product
-
-
 def masks(
     method: PruningMethod,
     targets: Sequence[Target],
     scores: Sequence[Tensor | None] | None,
-    signed: bool = False,
+    signed: bool,
 ) -> list[Tensor]:
     """The masks of parameters of which some are DTensors, placed as they are.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,21 +16,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from torchalignprune.dtensors import is_dtensor
+
 if TYPE_CHECKING:
     from torchalignprune.targets import Target
 
-__all__ = ["Ranks", "Runs", "Shard", "is_dtensor", "local_runs", "scatter"]
+__all__ = ["Ranks", "Runs", "Shard", "local_runs", "scatter"]
 
 Result = TypeVar("Result")
 
 Runs = tuple[tuple[int, int], ...]
 """Rising indices, as (first, how many) of each stretch of neighbours."""
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether it is a ``torch.distributed.tensor.DTensor``; does not import what is not used."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _length(runs: Runs) -> int:
@@ -133,7 +128,7 @@ class Ranks:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         import torch.distributed as dist
 
-        meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
+        meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]
         members = sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()})
         widest = max(meshes, key=lambda mesh: mesh.size())
         if members == list(range(dist.get_world_size())):
@@ -398,7 +393,7 @@ class Shard:
         if self._weight is None:
             return False
         cut = [
-            placement.dim % max(1, len(self.shape))
+            placement.dim % max(1, len(self.shape))  # type: ignore[attr-defined]
             for size, placement in zip(self._mesh.shape, self._placements, strict=True)
             if size > 1 and not placement.is_replicate()
         ]

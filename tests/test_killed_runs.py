@@ -34,7 +34,7 @@ def through(folder: Path, kind: str, seed: int, kills: int) -> tuple[int, dict[s
     return killed, torch.load(folder / "final.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("aligned", 25), ("movement", 25), ("trainer", 12)])
+@pytest.mark.parametrize(("kind", "kills"), [("aligned", 25), ("movement", 25), ("trainer", 25)])
 def test_killed_runs_end_like_the_one_that_was_not(kind: str, kills: int, tmp_path: Path) -> None:
     killed, whole = through(tmp_path / "whole", kind, 0, 0)
     assert killed == 0
@@ -43,6 +43,6 @@ def test_killed_runs_end_like_the_one_that_was_not(kind: str, kills: int, tmp_pa
     zeros = sum(int((w == 0).sum()) for w in weights)
     assert zeros == round(0.8 * sum(w.numel() for w in weights))
     killed, ends = through(tmp_path / "killed", kind, 1, kills)
-    assert killed >= 3
+    assert killed >= 10
     assert ends.keys() == whole.keys()
     assert all(torch.equal(ends[name], whole[name]) for name in whole)

@@ -48,7 +48,7 @@ def idle_step() -> dict[str, float]:
     return {"step_us": median(found), "sgd_step_of_one_entry_us": median(times)}
 
 
-def pruning_step(name: str, state: bool, repeats: int = 7) -> dict[str, float]:
+def pruning_step(name: str, state: bool, repeats: int = 15) -> dict[str, float]:
     """Seconds of the step from 40 to 50%, with and without the moments of AdamW."""
     method = METHODS[name]
     model = Encoder()

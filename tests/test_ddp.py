@@ -163,3 +163,21 @@ def test_penalty_is_that_of_one_process(ranks: Ranks) -> None:
 def test_not_ddp() -> None:
     with pytest.raises(TypeError, match="ddp should be a DistributedDataParallel, got Linear"):
         tap.ddp.ignore_masks(nn.Linear(2, 2))
+
+
+def without_other_buffers() -> None:
+    for before in (True, False):
+        model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+        params = tap.prunable_parameters(model)
+        schedule = tap.schedules.linear(0.0, 0.6, end=3)
+        if before:
+            pruner = tap.Pruner(params, tap.Magnitude, schedule)
+        ddp = DistributedDataParallel(model)
+        if not before:
+            pruner = tap.Pruner(params, tap.Magnitude, schedule)
+        train(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), pruner, 4)
+        assert pruner.sparsity() == round(0.6 * 144) / 144
+
+
+def test_a_model_without_other_buffers(ranks: Ranks) -> None:
+    ranks.run(2, without_other_buffers)

@@ -117,6 +117,19 @@ def test_neither_decay_nor_momentum_moves_what_is_pruned(kind: str, dtype: torch
     assert pruner.sparsity() == 0.8
 
 
+def test_optimizers_that_mix_entries_are_undone() -> None:
+    """Muon makes updates orthogonal, which fills in what has neither gradient nor momentum."""
+    model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False))
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.3, 4: 0.6}))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.05)
+    for step in range(1, 8):
+        train(model, optimizer, pruner, 1)
+        for module, _ in params:
+            assert bool((module.weight_orig[~module.weight_mask] == 0).all()), step
+    assert pruner.sparsity() == 0.6
+
+
 def test_momentum_from_before_the_pruner_moves_nothing_either() -> None:
     model = mlp()
     params = tap.prunable_parameters(model)
@@ -354,6 +367,16 @@ def test_bad_input() -> None:
             {"schedule": schedules.constant(1.5)},
         ),
         (ValueError, "should begin with 0, got 0.5", {"criterion": tap.criteria.Movement(params)}),
+        (
+            ValueError,
+            "a criterion is not for it",
+            {
+                "method": tap.Random,
+                "schedule": schedules.constant(0.0),
+                "criterion": tap.criteria.Movement(params),
+            },
+        ),
+        (TypeError, "a function from the step", {"schedule": 0.5}),
         (ValueError, "the same params", {"criterion": tap.criteria.Movement(params[:1])}),
         (TypeError, "criteria.Movement", {"criterion": tap.criteria.Movement}),
         (TypeError, "penalty should be", {"penalty": 0.1}),
@@ -379,6 +402,18 @@ def test_bad_input() -> None:
         with pytest.raises(error, match=message):
             tap.Pruner(params, arguments.pop("method"), arguments.pop("schedule"), **arguments)
         assert not prune.is_pruned(params[0][0])
+
+
+def test_a_model_without_weights_or_masks_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
+        tap.Pruner(tap.prunable_parameters(model), tap.Magnitude, schedules.constant(0.0))
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    prune.remove(*params[0])
+    with pytest.raises(RuntimeError, match=r"the mask of 0\.weight is gone"):
+        pruner.step()
 
 
 def test_a_failed_step_leaves_everything_as_it_was() -> None:

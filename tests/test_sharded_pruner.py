@@ -224,3 +224,52 @@ def refused() -> None:
 
 def test_refused(ranks: Ranks) -> None:
     ranks.run(2, refused)
+
+
+def moved_by_the_optimizer() -> None:
+    """Muon fills in what has neither gradient nor momentum, and forwards see the shard as it is."""
+    torch.manual_seed(0)
+    model = shard(nn.Sequential(nn.Sequential(nn.Linear(12, 8, bias=False))))
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.constant(0.5))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.05)
+    for _ in range(3):
+        model(torch.randn(4, 12)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+        weight, mask = stored(*params[0]), mask_of(*params[0])
+        assert not weight.to_local()[~mask.to_local()].any()
+
+
+def test_optimizers_that_mix_entries_are_undone(ranks: Ranks) -> None:
+    ranks.run(2, moved_by_the_optimizer)
+
+
+def norms_of_each_rank(same: bool) -> None:
+    torch.manual_seed(0)
+    model = net()
+    twin = copy.deepcopy(model)
+    shard(model)
+    batch = torch.randn(
+        8, SIZES[0], generator=torch.Generator().manual_seed(0 if same else dist.get_rank())
+    )
+    alone = tap.prunable_parameters(twin)
+    calibration = tap.Calibration.collect(twin, [batch.double()], alone)
+    params = tap.prunable_parameters(model)
+    norms = [calibration.norms()[pair] for pair in alone]
+    if same:
+        tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, input_norms=norms)
+        tap.global_unstructured(alone, tap.AlignedMagnitude, amount=0.5, input_norms=norms)
+        for pair, own in zip(params, alone, strict=True):
+            mask, expected = mask_of(*pair), mask_of(*own)
+            assert mask is not None and expected is not None
+            assert torch.equal(whole(mask), expected)
+        return
+    with pytest.raises(ValueError, match="input_norms should be the same on all ranks"):
+        tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, input_norms=norms)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_input_norms_are_those_of_all_ranks(ranks: Ranks, same: bool) -> None:
+    ranks.run(2, norms_of_each_rank, same)

@@ -574,11 +574,15 @@ def _evaluation(
     device: torch.device,
     options: argparse.Namespace,
 ) -> ZeroShotReport:
-    from torchalignprune import checkpoints
+    from torchalignprune import checkpoints, saving
     from torchalignprune.crosslingual import evaluate_zero_shot
+    from torchalignprune.pruned_files import is_bitmask
 
     with _input():
-        checkpoint = checkpoints.load_checkpoint(folder)
+        if is_bitmask(folder):
+            checkpoint = saving.load_checkpoint(folder)
+        else:
+            checkpoint = checkpoints.load_checkpoint(folder)
         if checkpoint.missing:
             raise ValueError(
                 f"{folder} is not fine-tuned: it has no weights for {min(checkpoint.missing)}"

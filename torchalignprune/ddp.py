@@ -53,6 +53,9 @@ def ignore_masks(ddp: DistributedDataParallel) -> None:
                 _IGNORED[hook] = itself
     # DDP reads it whenever it looks for buffers to send.
     ddp.parameters_to_ignore |= names
+    if all(name in ddp.parameters_to_ignore for name, _ in ddp.module.named_buffers()):
+        # It does not broadcast a list of none.
+        ddp.broadcast_buffers = False
 
 
 def keep_mask(hook: prune.BasePruningMethod) -> None:

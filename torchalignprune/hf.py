@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchalignprune.ddp import ignore_masks
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruner import Pruner
 from torchalignprune.state_files import load_state, save_state
@@ -200,9 +201,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         the same ones."""
         for ddp in wrapped.modules():
             if isinstance(ddp, DistributedDataParallel):
-                paths = {module: path for path, module in ddp.module.named_modules()}
-                masks = {f"{paths[module]}.{name}_mask" for module, name in self.pruner.params}
-                ddp.parameters_to_ignore.update(masks)
+                ignore_masks(ddp)
 
     def _save(self, folder: Path) -> None:
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

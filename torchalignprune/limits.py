@@ -60,8 +60,10 @@ class Limits:
             given = getattr(self, which)
             for pattern in given if isinstance(given, Mapping) else ():
                 if not any(matches(name, pattern) for name in names):
+                    shown = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
                     raise ValueError(
-                        f"{which} has a pattern that matches no parameter: {pattern!r}"
+                        f"{which} has a pattern that matches no parameter: {pattern!r}; they are "
+                        f"{shown}"
                     )
         for name in names:
             floor, ceiling = self._floor(name), self._ceiling(name)

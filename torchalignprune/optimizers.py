@@ -29,19 +29,19 @@ class OptimizerWatch:
     Args:
         before_step: called with the optimizer before each of its steps, when the gradients are
             complete, unscaled and clipped.
-        after_first_step: called after the first step of each optimizer since.
+        after_step: called after the first step of each optimizer, and after the first one since
+            :meth:`look_again`; when it returns True, after the next one too.
     """
 
     def __init__(
         self,
         before_step: Callable[[Optimizer], None] | None = None,
-        after_first_step: Callable[[], None] | None = None,
+        after_step: Callable[[], bool] | None = None,
     ) -> None:
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._before_step = None if before_step is None else weakref.WeakMethod(before_step)
-        self._after_first_step = (
-            None if after_first_step is None else weakref.WeakMethod(after_first_step)
-        )
+        self._after_step = None if after_step is None else weakref.WeakMethod(after_step)
+        self._settled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Some may have gone in the meantime.
         _WATCHES[:] = [watch for watch in _WATCHES if watch() is not None]
         _WATCHES.append(weakref.ref(self))
@@ -81,13 +81,19 @@ class OptimizerWatch:
 
     def after(self, optimizer: Optimizer) -> None:
         """An optimizer has taken a step."""
-        if optimizer in self._seen:
+        if optimizer in self._settled:
             return
         self._seen.add(optimizer)
-        call = None if self._after_first_step is None else self._after_first_step()
+        call = None if self._after_step is None else self._after_step()
         if call is not None:
             with torch.no_grad():
-                call()
+                if call():
+                    return
+        self._settled.add(optimizer)
+
+    def look_again(self) -> None:
+        """Call after the next step of each optimizer again."""
+        self._settled.clear()
 
     def remove(self) -> None:
         """Hear of no more steps."""

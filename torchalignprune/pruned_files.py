@@ -533,7 +533,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} was not written by save_pruned: it has no {INDEX}. transformers' "
-            "from_pretrained reads ordinary checkpoints"
+            "from_pretrained reads ordinary checkpoints; one that a Trainer saved while pruning is "
+            "read into the model by torchalignprune.load_state_dict(model, "
+            "safetensors.torch.load_file(...))"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error

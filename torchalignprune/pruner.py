@@ -19,7 +19,7 @@ from torchalignprune.dtensors import is_dtensor, local
 from torchalignprune.gradient_criteria import GradientCriterion, scores_of
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
-from torchalignprune.methods import Magnitude
+from torchalignprune.methods import Magnitude, Random
 from torchalignprune.optimizers import OptimizerWatch
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.pruning import Budget, PruningMethod
@@ -122,6 +122,17 @@ class Pruner:
     ) -> None:
         params = params if isinstance(params, list) else list(params)
         targets = targets_of(params)
+        for target in targets:
+            if target.weight.is_meta:
+                raise ValueError(
+                    f"{target.name} is on the meta device: give the model its weights first "
+                    "(model.to_empty(device=...) and loading them)"
+                )
+        if not callable(schedule):
+            raise TypeError(
+                "schedule should be a function from the step to the sparsity, such as "
+                f"schedules.constant(0.5), got {schedule!r}"
+            )
         self.params = params
         self.schedule = schedule
         self.penalty = penalty
@@ -147,6 +158,8 @@ class Pruner:
             )
         if not isinstance(regrow, int) or regrow < 0:
             raise ValueError(f"regrow should be a bool or a number of steps, got {regrow!r}")
+        if criterion is not None and isinstance(self._method, Random):
+            raise ValueError("Random draws its own scores, so that a criterion is not for it")
         if criterion is not None:
             own = [target.places[0] for target in criterion.targets]
             if own != [target.places[0] for target in targets]:
@@ -174,9 +187,9 @@ class Pruner:
         self._finished = False
         self._final_sparsity = 0.0
         masks = self._new_masks(targets) if self._target > 0 else _own_masks(targets)
-        # An optimizer that took steps before may have momentum where something is pruned.
         self._watch = OptimizerWatch(
-            self._mask_gradients if self.regrow and criterion is not None else None, self._clear
+            self._mask_gradients if self.regrow and criterion is not None else None,
+            self._keep_zeros,
         )
         self._put(targets, masks)
         if regrow and criterion is not None:
@@ -256,6 +269,12 @@ class Pruner:
         """
         step = self._step + 1
         sparsity = self.schedule(step)
+        module, name = self._places[0][0]
+        if mask_of(module, name) is None and not self._finished:
+            raise RuntimeError(
+                f"the mask of {self._names[0]} is gone: something else, such as prune.remove or "
+                "another pruner's finalize(), has taken it away"
+            )
         due = sparsity != self._target or (self._every and step % self._every == 0)
         if not due and not self._finished:
             self._step = step
@@ -328,6 +347,7 @@ class Pruner:
         """
         state: dict[str, Any] = {
             "version": _VERSION,
+            "method": type(self._method).__name__,
             "step": self._step,
             "target_sparsity": self._target,
             "pruned": self._pruned(),
@@ -367,6 +387,8 @@ class Pruner:
                 f"the state should have {sorted(expected)}, as this pruner's options ask for, got "
                 f"{sorted(state)}"
             )
+        if state["method"] != expected["method"]:
+            raise ValueError(f"the state should be of {expected['method']}, got {state['method']}")
         if set(state["pruned"]) != set(self._names):
             other = sorted(set(state["pruned"]) ^ set(self._names))
             raise ValueError(f"the state should be of the same parameters; not in both: {other}")
@@ -394,6 +416,7 @@ class Pruner:
             self._method.generator.set_state(state["generator"])  # type: ignore[attr-defined]
         self._step = int(state["step"])
         self._target = float(state["target_sparsity"])
+        self._clear()
 
     def finalize(self) -> None:
         """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
@@ -419,12 +442,12 @@ class Pruner:
         )
 
     def _sparsity_at(self, step: int) -> float:
-        sparsity = self.schedule(step)
-        if not (isinstance(sparsity, int | float) and 0 <= sparsity <= 1):
+        sparsity = float(self.schedule(step))
+        if not 0 <= sparsity <= 1:
             raise ValueError(
-                f"schedule should give a sparsity in [0, 1], got {sparsity!r} at step {step}"
+                f"schedule should give a sparsity in [0, 1], got {sparsity} at step {step}"
             )
-        return float(sparsity)
+        return sparsity
 
     def _check_unfinished(self) -> None:
         if self._finished:
@@ -462,6 +485,22 @@ class Pruner:
         for hook in put_masks(shown, zeroed=True):
             hook.straight_through = self.regrow and self.criterion is not None
         self._clear()
+        self._watch.look_again()
+
+    def _keep_zeros(self) -> bool:
+        """After a step of an optimizer: whether it has moved what is pruned, which is undone.
+
+        Few do: one that had momentum from before the pruner was made, and, after every step, those
+        that mix the entries of a parameter (Muon).
+        """
+        moved = False
+        for places in self._places:
+            weight, mask = local(stored(*places[0]).detach()), mask_of(*places[0])
+            if mask is not None:
+                moved = moved or not torch.equal(weight, ops.apply_mask(weight, local(mask)))
+        if moved:
+            self._clear()
+        return moved
 
     def _clear(self) -> None:
         """Set what is pruned to zero, in the stored weights and in the optimizers' states."""

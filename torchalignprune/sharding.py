@@ -30,6 +30,7 @@ of the model, for ``Magnitude`` and ``AlignedMagnitude``. What else is sent, and
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -74,6 +75,7 @@ def masks(
             process, whichever it was that came upon it.
     """
     ranks = Ranks([target.weight for target in targets])
+    _check_norms(ranks, targets, method)
     prepared: list[tuple[Target, Tensor | None]] = ranks.attempt(
         0, lambda: _localized(method, targets, scores, ranks), list
     )
@@ -88,6 +90,27 @@ def masks(
     )
     ranks.sum()
     return wanted
+
+
+def _check_norms(ranks: Ranks, targets: Sequence[Target], method: PruningMethod) -> None:
+    """Raises, on all processes, where they have collected input norms of their own."""
+    if getattr(method, "input_norms", None) is None:
+        return
+
+    def digest() -> list[int]:
+        sums = hashlib.blake2b(digest_size=6)
+        for target in method.prepare(targets):
+            if target.input_norms is not None:
+                sums.update(target.input_norms.detach().double().cpu().numpy().tobytes())
+        number = int.from_bytes(sums.digest(), "big")
+        return [number, -number]
+
+    high, low = ranks.most(ranks.attempt(0, digest, lambda: [0, 0]))
+    if high != -low:
+        raise ValueError(
+            "input_norms should be the same on all ranks: merge what each has collected "
+            "(Calibration.merge), or load one file"
+        )
 
 
 def _shard(target: Target) -> Shard:

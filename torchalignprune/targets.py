@@ -117,7 +117,10 @@ def targets_of(parameters: Parameters) -> list[Target]:
         raise ValueError("parameters should have at least one (module, name) pair, got none")
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise TypeError(f"parameters should be (module, name) pairs, got {pair!r}")
+            raise TypeError(
+                "parameters should be (module, name) pairs, such as prunable_parameters(model), "
+                f"got {type(pair).__name__}"
+            )
         if not (isinstance(pair[0], nn.Module) and isinstance(pair[1], str)):
             raise TypeError(
                 "parameters should be pairs of a torch.nn.Module and a str, got "

@@ -193,6 +193,8 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             tap.load_pruned(fresh, folder)
         record.assert_untouched()
+    with pytest.raises(ValueError, match="DistilBertModel takes a DistilBertConfig, and"):
+        tap.load_pruned(transformers.DistilBertModel, tmp_path / "bitmask")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -81,6 +81,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     pruner are made as for the first start, so that the names fit. With PEFT, whose checkpoints
     have the adapters only, the masks are in ``pruner.safetensors`` too.
 
+    A run that has taken its last step is not to be resumed: the Trainer would take one more.
+
     With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
     was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best.
 

@@ -260,7 +260,7 @@ class Pruner:
         the next step, with a warning.
 
         Returns:
-            Whether masks have changed.
+            Whether masks were chosen anew.
 
         Raises:
             RuntimeError: after :meth:`finalize`; a parameter that the criterion has no gradient of.

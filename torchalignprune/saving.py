@@ -333,6 +333,12 @@ def _built(kind: Any, files: PrunedFiles) -> Any:
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(files.path, local_files_only=True)
+    wanted = getattr(kind, "config_class", None)
+    if wanted is not None and not isinstance(config, wanted):
+        raise ValueError(
+            f"{kind.__name__} takes a {wanted.__name__}, and {files.path} has a "
+            f"{type(config).__name__}: it was saved from a {files.model}"
+        )
     if hasattr(kind, "from_config"):  # one of the Auto classes
         with torch.device("meta"):
             kind = type(kind.from_config(config))

@@ -117,9 +117,14 @@ def targets_of(parameters: Parameters) -> list[Target]:
         raise ValueError("parameters should have at least one (module, name) pair, got none")
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            got = (
+                f"a {type(pair).__name__} of {len(pair)}"
+                if isinstance(pair, tuple | list)
+                else (type(pair).__name__)
+            )
             raise TypeError(
-                "parameters should be (module, name) pairs, such as prunable_parameters(model), "
-                f"got {type(pair).__name__}"
+                f"parameters should be (module, name) pairs, got {got}; prunable_parameters(model) "
+                "lists those of a model"
             )
         if not (isinstance(pair[0], nn.Module) and isinstance(pair[1], str)):
             raise TypeError(

@@ -10,6 +10,7 @@ import os
 import platform
 import secrets
 import sys
+import threading
 import weakref
 from abc import abstractmethod
 from collections import Counter
@@ -161,21 +162,28 @@ class WeightFiles(StoredTensors):
         return _DTYPES[place.kind]
 
     def _mapping(self, file: Path) -> mmap.mmap:
-        mapped = self._mapped.get(file)
-        if mapped is None:
-            with file.open("rb") as opened:
-                # A copy on write, because torch has no read-only tensors.
-                if sys.platform == "win32":
-                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-                else:
-                    mapped = mmap.mmap(
-                        opened.fileno(),
-                        0,
-                        flags=mmap.MAP_PRIVATE | _NORESERVE,
-                        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                    )
-            self._mapped[file] = mapped
-        return mapped
+        with _ONE_AT_A_TIME:
+            mapped = self._mapped.get(file)
+            if mapped is None:
+                mapped = self._mapped[file] = _map(file)
+            return mapped
+
+
+# Two threads that map a file would each have a mapping of their own, and one of them be forgotten.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as opened:
+        # A copy on write, because torch has no read-only tensors.
+        if sys.platform == "win32":
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(
+            opened.fileno(),
+            0,
+            flags=mmap.MAP_PRIVATE | _NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
 
 
 def plain_names(files: StoredTensors) -> dict[str, str]:

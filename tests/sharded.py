@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import torchalignprune as tap
 from models import Pair, Record, holder, pairs
 from torchalignprune.parameters import PrunableParameters
-from torchalignprune.shards import local_runs
+from torchalignprune.placements import local_runs
 from torchalignprune.targets import targets_of
 
 Case = Callable[[], None]

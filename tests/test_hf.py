@@ -831,8 +831,6 @@ def test_a_pretrained_encoder(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_a_signal_asks_for(tmp_path: Path) -> None:
     """With enable_jit_checkpoint the Trainer saves from within a callback, and stops."""
-    if not hasattr(TrainingArguments, "enable_jit_checkpoint"):
-        pytest.skip("Transformers before 5.0")
     handler = signal.getsignal(signal.SIGTERM)
     trainer, _ = plain_trainer(tmp_path / "run", enable_jit_checkpoint=True)
 

@@ -6,7 +6,6 @@ there is no ``DTensor``.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from torchalignprune.placements import Runs, local_runs, part_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -112,26 +113,15 @@ def own_indices(tensor: DTensor, dim: int) -> Tensor:
     Returns:
         int64, shape ``(length of the part,)``.
     """
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    coordinates = tensor.device_mesh.get_coordinate()
-    assert coordinates is not None, "this rank is not in the mesh"
-    indices = torch.arange(tensor.shape[dim])
-    for i, placement in enumerate(tensor.placements):
-        if _dim(placement) is None or _dim(placement) % tensor.dim() != dim:  # type: ignore[operator]
-            continue
-        many, own = tensor.device_mesh.shape[i], coordinates[i]
-        pieces = [indices]
-        if isinstance(placement, _StridedShard):
-            pieces = list(indices.chunk(placement.split_factor))  # type: ignore[arg-type]
-        indices = torch.cat([_chunk(piece, many, own) for piece in pieces])
-    return indices
+    runs = _runs(tensor)[dim]
+    return torch.cat([torch.arange(0), *(torch.arange(i, i + n) for i, n in runs)])
 
 
-def _chunk(indices: Tensor, many: int, own: int) -> Tensor:
-    """As ``torch.chunk``, where the last ones may be short or empty."""
-    length = math.ceil(len(indices) / many)
-    return indices[own * length : (own + 1) * length]
+def _runs(tensor: DTensor) -> tuple[Runs, ...]:
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the mesh"
+    return local_runs(tensor.shape, mesh.shape, coordinate, tensor.placements)
 
 
 def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
@@ -157,15 +147,7 @@ def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
         return local(whole)
     if not is_dtensor(tensor):
         return whole
-    part = whole
-    for dim in sorted({dim for _, dim in shard_dims(tensor)}):
-        indices = own_indices(tensor, dim)
-        first = int(indices[0]) if len(indices) else 0
-        if torch.equal(indices, torch.arange(first, first + len(indices))):
-            part = part.narrow(dim, first, len(indices))
-        else:
-            part = part.index_select(dim, indices.to(part.device))
-    return part
+    return part_of(whole, _runs(tensor))
 
 
 def add_up_together(

@@ -22,7 +22,7 @@ use, complete over accumulation, unscaled and clipped. So they cost no extra bac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -241,17 +241,3 @@ class Movement(GradientCriterion):
 
     def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
         total.addcmul_(weight, grad, value=-lr)
-
-
-def scores_of(criterion: GradientCriterion, targets: Sequence[Target]) -> list[Tensor]:
-    """The criterion's scores in the order of the targets.
-
-    Raises:
-        ValueError: a target that the criterion does not know.
-        RuntimeError: no gradients so far.
-    """
-    scores = criterion.scores()
-    for target in targets:
-        if target.places[0] not in scores:
-            raise ValueError(f"the criterion was made without {target.name}")
-    return [scores[target.places[0]] for target in targets]

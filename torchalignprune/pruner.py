@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from torchalignprune import ops, schedules
 from torchalignprune.dtensors import is_dtensor, local
-from torchalignprune.gradient_criteria import GradientCriterion, scores_of
+from torchalignprune.gradient_criteria import GradientCriterion
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
@@ -467,8 +467,10 @@ class Pruner:
         self._method.absolute, self._method.amount = True, self._target
         if self.criterion is None:
             return self._method.masks(targets)
-        scores = scores_of(self.criterion, targets)
-        return self._method.masks(targets, scores, signed=self.criterion.signed)
+        scores = self.criterion.scores()
+        return self._method.masks(
+            targets, [scores[target.places[0]] for target in targets], signed=self.criterion.signed
+        )
 
     def _put(self, targets: Sequence[Target], masks: Sequence[Tensor]) -> None:
         """Put the masks in place, and zeros wherever they prune."""

@@ -43,7 +43,8 @@ from torch import Tensor
 
 from torchalignprune import ops
 from torchalignprune.dtensors import is_dtensor
-from torchalignprune.shards import Ranks, Shard, scatter
+from torchalignprune.placements import scatter
+from torchalignprune.shards import Ranks, Shard
 
 if TYPE_CHECKING:
     from torchalignprune.pruning import PruningMethod

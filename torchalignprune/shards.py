@@ -1,8 +1,4 @@
-"""Where the entries of a sharded parameter lie, and how the processes that hold them talk.
-
-A ``DTensor`` is cut by its placements, one for each dimension of its mesh of processes. Whatever
-they are, the entries that one process holds are, along each dimension, a few runs of neighbours.
-"""
+"""The shard of a parameter that a process holds, and how it reaches the shards of the others."""
 
 from __future__ import annotations
 
@@ -17,105 +13,22 @@ import torch
 from torch import Tensor
 
 from torchalignprune.dtensors import is_dtensor
+from torchalignprune.placements import (
+    Runs,
+    count_below,
+    length_of,
+    local_runs,
+    part_of,
+    scatter,
+    take,
+)
 
 if TYPE_CHECKING:
     from torchalignprune.targets import Target
 
-__all__ = ["Ranks", "Runs", "Shard", "local_runs", "scatter"]
+__all__ = ["Ranks", "Shard"]
 
 Result = TypeVar("Result")
-
-Runs = tuple[tuple[int, int], ...]
-"""Rising indices, as (first, how many) of each stretch of neighbours."""
-
-
-def _length(runs: Runs) -> int:
-    return sum(length for _, length in runs)
-
-
-def _take(runs: Runs, begin: int, end: int) -> Runs:
-    """Those from the ``begin``-th of the indices on, up to the ``end``-th."""
-    taken: list[tuple[int, int]] = []
-    at = 0
-    for first, length in runs:
-        low, high = max(begin - at, 0), min(end - at, length)
-        if low < high:
-            if taken and sum(taken[-1]) == first + low:
-                taken[-1] = (taken[-1][0], taken[-1][1] + high - low)
-            else:
-                taken.append((first + low, high - low))
-        at += length
-    return tuple(taken)
-
-
-def _chunk(runs: Runs, n: int, i: int) -> Runs:
-    """The i-th of n chunks, as ``torch.chunk`` makes them."""
-    size = -(-_length(runs) // n)
-    return _take(runs, i * size, (i + 1) * size)
-
-
-def _count_below(runs: Runs, bound: int) -> int:
-    return sum(min(max(bound - first, 0), length) for first, length in runs)
-
-
-def _joined(parts: Iterable[Runs]) -> Runs:
-    runs = tuple(itertools.chain.from_iterable(parts))
-    return _take(runs, 0, _length(runs))
-
-
-def local_runs(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Any],
-) -> tuple[Runs, ...]:
-    """For each dimension of a tensor the indices that the process at a coordinate of the mesh has.
-
-    Args:
-        shape: of the whole tensor.
-        mesh_shape: how many processes there are along each dimension of the mesh.
-        coordinate: the process's, one number for each dimension of the mesh.
-        placements: ``Shard``, ``_StridedShard`` or ``Replicate``, one for each likewise.
-
-    Example:
-        >>> from torch.distributed.tensor import Replicate, Shard
-        >>> local_runs((7, 4), (3, 2), (1, 0), (Shard(0), Replicate()))
-        (((3, 3),), ((0, 4),))
-    """
-    runs: list[Runs] = [((0, size),) if size else () for size in shape]
-    for n, i, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        if placement.is_replicate():
-            continue
-        # A strided shard is what is left when a shard to its right came first.
-        pieces = int(getattr(placement, "split_factor", 1))
-        own = runs[placement.dim]
-        runs[placement.dim] = _joined(
-            _chunk(_chunk(own, pieces, piece), n, i) for piece in range(pieces)
-        )
-    return tuple(runs)
-
-
-def _part(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
-    """The entries of a whole tensor at the given indices of each dimension; a view if it can be."""
-    for dim, own in enumerate(runs):
-        if len(own) == 1:
-            tensor = tensor.narrow(dim, *own[0])
-        else:
-            pieces = [tensor.narrow(dim, *run) for run in own]
-            tensor = torch.cat(pieces, dim) if pieces else tensor.narrow(dim, 0, 0)
-    return tensor
-
-
-def scatter(whole: Tensor, runs: Sequence[Runs], part: Tensor) -> None:
-    """Writes what :func:`_part` reads."""
-    ends = [itertools.accumulate(length for _, length in own) for own in runs]
-    boxes = [list(zip(own, end, strict=True)) for own, end in zip(runs, ends, strict=True)]
-    for box in itertools.product(*boxes):
-        to, source = whole, part
-        for dim, ((first, length), end) in enumerate(box):
-            to = to.narrow(dim, first, length)
-            source = source.narrow(dim, end - length, length)
-        to.copy_(source)
 
 
 class Ranks:
@@ -300,7 +213,7 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return tuple(_length(own) for own in self.runs)
+        return tuple(length_of(own) for own in self.runs)
 
     @property
     def numel(self) -> int:
@@ -317,7 +230,7 @@ class Shard:
             ValueError: a DTensor of other placements.
         """
         if not is_dtensor(tensor):
-            return _part(tensor, self.runs)
+            return part_of(tensor, self.runs)
         spread: Any = tensor
         if self._weight is None:
             raise ValueError(f"the {what} of {self.name} is a DTensor, but the parameter is not")
@@ -331,7 +244,7 @@ class Shard:
 
     def along(self, vector: Tensor, dim: int) -> Tensor:
         """The entries that belong here of a vector with one for each index of a dimension."""
-        return _part(vector, (self.runs[dim],))
+        return part_of(vector, (self.runs[dim],))
 
     def local_weight(self) -> Tensor | None:
         return None if self._weight is None else self._sized(self._weight.to_local())
@@ -373,7 +286,7 @@ class Shard:
         begins here (and the end), and its flat index there."""
         if math.prod(self.local_shape) == 0:
             return torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        cut = [d for d, size in enumerate(self.shape) if _length(self.runs[d]) < size]
+        cut = [d for d, size in enumerate(self.shape) if length_of(self.runs[d]) < size]
         last = cut[-1] if cut else -1
         step = math.prod(self.shape[last + 1 :])
         places = torch.tensor([first * step for first, _ in self.runs[last]] if cut else [0])
@@ -495,19 +408,19 @@ class Shard:
         for rank, place, runs in self._boxes(dim):
             theirs = self._share(dim, place)
             own = self.runs[dim] if len(self.shape) > 1 else ((0, 1),)
-            begin, end = (_count_below(own, bound) for bound in theirs)
+            begin, end = (count_below(own, bound) for bound in theirs)
             pieces[rank] = matrix.narrow(dim, begin, end - begin).reshape(-1)
-            begin, end = (_count_below(runs[dim], bound) for bound in (low, high))
-            mine = tuple((first - low, n) for first, n in _take(runs[dim], begin, end))
+            begin, end = (count_below(runs[dim], bound) for bound in (low, high))
+            mine = tuple((first - low, n) for first, n in take(runs[dim], begin, end))
             boxes.append((rank, (*runs[:dim], mine, *runs[dim + 1 :])))
-        sizes = {rank: math.prod(map(_length, box)) for rank, box in boxes}
+        sizes = {rank: math.prod(map(length_of, box)) for rank, box in boxes}
         received = self.ranks.swap(pieces, sizes, matrix)
         shape = list(self.shape) if len(self.shape) > 1 else [1, *self.shape]
         shape[dim] = high - low
         units = matrix.new_empty(shape)
         for rank, box in boxes:
             flat = received[self.ranks.place[rank]]
-            scatter(units, box, flat.reshape([_length(own) for own in box]))
+            scatter(units, box, flat.reshape([length_of(own) for own in box]))
         return units if len(self.shape) > 1 else units.reshape(-1)
 
     def _from_units(self, units: Tensor, dim: int) -> Tensor:
@@ -517,15 +430,15 @@ class Shard:
         pieces, sizes, spans = {}, {}, {}
         own = self.runs if len(self.shape) > 1 else (((0, 1),), *self.runs)
         for rank, place, runs in self._boxes(dim):
-            begin, end = (_count_below(runs[dim], bound) for bound in (low, high))
-            theirs = tuple((first - low, n) for first, n in _take(runs[dim], begin, end))
-            pieces[rank] = _part(units, (*runs[:dim], theirs, *runs[dim + 1 :])).reshape(-1)
+            begin, end = (count_below(runs[dim], bound) for bound in (low, high))
+            theirs = tuple((first - low, n) for first, n in take(runs[dim], begin, end))
+            pieces[rank] = part_of(units, (*runs[:dim], theirs, *runs[dim + 1 :])).reshape(-1)
             bounds = self._share(dim, place)
-            spans[rank] = tuple(_count_below(own[dim], bound) for bound in bounds)
-            others = math.prod(_length(r) for d, r in enumerate(own) if d != dim)
+            spans[rank] = tuple(count_below(own[dim], bound) for bound in bounds)
+            others = math.prod(length_of(r) for d, r in enumerate(own) if d != dim)
             sizes[rank] = (spans[rank][1] - spans[rank][0]) * others
         received = self.ranks.swap(pieces, sizes, units)
-        local = units.new_empty([_length(r) for r in own])
+        local = units.new_empty([length_of(r) for r in own])
         for rank, (begin, end) in spans.items():
             part = local.narrow(dim, begin, end - begin)
             part.copy_(received[self.ranks.place[rank]].reshape(part.shape))

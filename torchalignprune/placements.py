@@ -1,0 +1,108 @@
+"""Where the entries lie that a process holds of a ``DTensor``.
+
+It is cut by its placements, one for each dimension of its mesh of processes. Whatever they are, the
+entries that one process holds are, along each dimension, a few runs of neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Runs", "count_below", "length_of", "local_runs", "part_of", "scatter", "take"]
+
+Runs = tuple[tuple[int, int], ...]
+"""Rising indices, as (first, how many) of each stretch of neighbours."""
+
+
+def length_of(runs: Runs) -> int:
+    return sum(length for _, length in runs)
+
+
+def take(runs: Runs, begin: int, end: int) -> Runs:
+    """Those from the ``begin``-th of the indices on, up to the ``end``-th."""
+    taken: list[tuple[int, int]] = []
+    at = 0
+    for first, length in runs:
+        low, high = max(begin - at, 0), min(end - at, length)
+        if low < high:
+            if taken and sum(taken[-1]) == first + low:
+                taken[-1] = (taken[-1][0], taken[-1][1] + high - low)
+            else:
+                taken.append((first + low, high - low))
+        at += length
+    return tuple(taken)
+
+
+def _chunk(runs: Runs, n: int, i: int) -> Runs:
+    """The i-th of n chunks, as ``torch.chunk`` makes them."""
+    size = -(-length_of(runs) // n)
+    return take(runs, i * size, (i + 1) * size)
+
+
+def count_below(runs: Runs, bound: int) -> int:
+    return sum(min(max(bound - first, 0), length) for first, length in runs)
+
+
+def _joined(parts: Iterable[Runs]) -> Runs:
+    runs = tuple(itertools.chain.from_iterable(parts))
+    return take(runs, 0, length_of(runs))
+
+
+def local_runs(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Any],
+) -> tuple[Runs, ...]:
+    """For each dimension of a tensor the indices that the process at a coordinate of the mesh has.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: how many processes there are along each dimension of the mesh.
+        coordinate: the process's, one number for each dimension of the mesh.
+        placements: ``Shard``, ``_StridedShard`` or ``Replicate``, one for each likewise.
+
+    Example:
+        >>> from torch.distributed.tensor import Replicate, Shard
+        >>> local_runs((7, 4), (3, 2), (1, 0), (Shard(0), Replicate()))
+        (((3, 3),), ((0, 4),))
+    """
+    runs: list[Runs] = [((0, size),) if size else () for size in shape]
+    for n, i, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        if placement.is_replicate():
+            continue
+        # A strided shard is what is left when a shard to its right came first.
+        pieces = int(getattr(placement, "split_factor", 1))
+        own = runs[placement.dim]
+        runs[placement.dim] = _joined(
+            _chunk(_chunk(own, pieces, piece), n, i) for piece in range(pieces)
+        )
+    return tuple(runs)
+
+
+def part_of(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
+    """The entries of a whole tensor at the given indices of each dimension; a view if it can be."""
+    for dim, own in enumerate(runs):
+        if len(own) == 1:
+            tensor = tensor.narrow(dim, *own[0])
+        else:
+            pieces = [tensor.narrow(dim, *run) for run in own]
+            tensor = torch.cat(pieces, dim) if pieces else tensor.narrow(dim, 0, 0)
+    return tensor
+
+
+def scatter(whole: Tensor, runs: Sequence[Runs], part: Tensor) -> None:
+    """Writes what :func:`part_of` reads."""
+    ends = [itertools.accumulate(length for _, length in own) for own in runs]
+    boxes = [list(zip(own, end, strict=True)) for own, end in zip(runs, ends, strict=True)]
+    for box in itertools.product(*boxes):
+        to, source = whole, part
+        for dim, ((first, length), end) in enumerate(box):
+            to = to.narrow(dim, first, length)
+            source = source.narrow(dim, end - length, length)
+        to.copy_(source)

@@ -5,6 +5,7 @@ Needs ``pip install "torchalignprune[crosslingual]"``.
 
 from torchalignprune.crosslingual.evaluation import evaluate_zero_shot
 from torchalignprune.crosslingual.figures import plot_heat_map, plot_retention
+from torchalignprune.crosslingual.finetuning import FineTuning, finetune
 from torchalignprune.crosslingual.generated import (
     GENERATED_POS,
     GENERATED_TOPICS,
@@ -33,6 +34,7 @@ __all__ = [
     "Comparison",
     "EncodedWords",
     "Estimate",
+    "FineTuning",
     "GeneratedCorpus",
     "GeneratedLanguage",
     "Language",
@@ -43,6 +45,7 @@ __all__ = [
     "available_languages",
     "encode_words",
     "evaluate_zero_shot",
+    "finetune",
     "generate_corpus",
     "load_task",
     "plot_heat_map",

@@ -22,6 +22,7 @@ from torchalignprune.crosslingual.report import (
     LanguageScore,
     ZeroShotReport,
 )
+from torchalignprune.crosslingual.sweep import finetune_and_prune
 from torchalignprune.crosslingual.tasks import TASKS, Task
 from torchalignprune.crosslingual.words import EncodedWords, encode_words
 
@@ -46,6 +47,7 @@ __all__ = [
     "encode_words",
     "evaluate_zero_shot",
     "finetune",
+    "finetune_and_prune",
     "generate_corpus",
     "load_task",
     "plot_heat_map",

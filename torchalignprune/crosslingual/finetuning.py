@@ -187,7 +187,7 @@ def finetune(
     device = trained[0].device
     steps = steps_of(len(inputs), epochs, batch_size)
     with _bar(steps, progress) as advance, _training(model), _seeded(device, seed):
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
         rising = min(round(warmup * steps), steps - 1)
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(steps, rising))
         losses = _Losses(math.ceil(len(inputs) / batch_size))

@@ -15,6 +15,7 @@ from torchalignprune.crosslingual.generated import (
     generate_corpus,
 )
 from torchalignprune.crosslingual.languages import CC100_GIB, LANGUAGES, Language
+from torchalignprune.crosslingual.pretraining import ParallelText, pretrain, train_tokenizer
 from torchalignprune.crosslingual.readers import available_languages, load_task
 from torchalignprune.crosslingual.report import (
     Comparison,
@@ -22,6 +23,7 @@ from torchalignprune.crosslingual.report import (
     LanguageScore,
     ZeroShotReport,
 )
+from torchalignprune.crosslingual.retrieval import retrieval_hits, sentence_embeddings
 from torchalignprune.crosslingual.sweep import finetune_and_prune
 from torchalignprune.crosslingual.tasks import TASKS, Task
 from torchalignprune.crosslingual.words import EncodedWords, encode_words
@@ -41,6 +43,7 @@ __all__ = [
     "Language",
     "LanguageScore",
     "LanguageSpec",
+    "ParallelText",
     "Task",
     "ZeroShotReport",
     "available_languages",
@@ -52,4 +55,8 @@ __all__ = [
     "load_task",
     "plot_heat_map",
     "plot_retention",
+    "pretrain",
+    "retrieval_hits",
+    "sentence_embeddings",
+    "train_tokenizer",
 ]

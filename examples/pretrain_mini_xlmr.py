@@ -1,0 +1,255 @@
+"""Pretrain a miniature XLM-R on parallel Bibles, news and plain sentences.
+
+    pip install "torchalignprune[crosslingual,demo]"
+    python examples/pretrain_mini_xlmr.py --data DATA --out OUT
+
+The committed miniature, examples/mini_xlmr, is what this makes with its defaults. DATA holds, as
+gzip-packed text in UTF-8,
+
+    bible/LANGUAGE.tsv.gz    ``VERSE <TAB> TEXT``, verses with the same ids in all languages
+    ntrex/LANGUAGE.tsv.gz    ``nNUMBER <TAB> TEXT``: NTREX-128, news in many languages
+    raw/LANGUAGE.txt.gz      a sentence a line, where there are any
+
+The last 500 sentences of NTREX are held out: they show what was learned, by the loss and by how
+often a sentence finds its translation among all 500. The others are trained on.
+
+A teacher, the English sentence encoder all-MiniLM-L6-v2, brings in what the little text here does
+not say: its embeddings of the English sentences are what their translations should have too.
+``--no-teacher`` does without.
+
+``OUT/state.safetensors`` has the state of the last steps: the same command goes on from there after
+it was stopped. ``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and
+``scores.json``; ``OUT/log.jsonl`` has the losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
+
+from torchalignprune.crosslingual import (
+    ParallelText,
+    pretrain,
+    retrieval_hits,
+    sentence_embeddings,
+    train_tokenizer,
+)
+
+LANGUAGES = ["en", "de", "nl", "fr", "es", "it", "pt", "ru", "pl", "fi", "ar", "zh", "id"]
+HELD_OUT = 500
+# How often a verse is drawn for one sentence of the news.
+BIBLE_WEIGHT = 3.0
+
+Texts = dict[str, dict[str, str]]
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        yield from (line.rstrip("\n") for line in file)
+
+
+def read_parallel(folder: Path, languages: Sequence[str]) -> Texts:
+    """For each language that is there its sentences by id; ``id`` may be in ``id-ulb.tsv.gz``."""
+    found = {}
+    for language in languages:
+        paths = [folder / f"{language}.tsv.gz", *sorted(folder.glob(f"{language}-*.tsv.gz"))]
+        path = next((path for path in paths if path.exists()), None)
+        if path is not None:
+            rows = (line.split("\t", 1) for line in lines_of(path))
+            found[language] = dict(rows)
+    return found
+
+
+def make_tokenizer(
+    bible: Texts, news: Texts, raw: dict[str, list[str]], vocabulary: int
+) -> PreTrainedTokenizerFast:
+    """The news counts four times and one verse in four once, so that words of today have pieces."""
+    texts: list[str] = []
+    for language, own in news.items():
+        texts += list(own.values()) * 4
+        texts += raw.get(language, [])
+        texts += list(bible.get(language, {}).values())[::4]
+    tokenizer = train_tokenizer(texts, vocabulary)
+    tokenizer.model_max_length = 256
+    return tokenizer
+
+
+def make_teacher(folder: str) -> Callable[[Sequence[str]], Tensor]:
+    """Normalized means over the tokens, as the encoder was trained to be used."""
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return sentence_embeddings(model, tokenizer, texts, batch_size=128)
+
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return embed
+
+
+@torch.no_grad()
+def masked_loss(
+    model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> float:
+    """Mean negative log-likelihood of 15% of the tokens, each masked, in nats."""
+    generator = torch.Generator().manual_seed(0)
+    total = count = 0.0
+    for start in range(0, len(texts), 50):
+        batch = tokenizer(
+            list(texts[start : start + 50]), padding=True, truncation=True, return_tensors="pt"
+        ).to(model.device)
+        ids = batch["input_ids"]
+        hidden = (torch.rand(ids.shape, generator=generator) < 0.15).to(ids.device) & (ids > 3)
+        batch["input_ids"] = ids.masked_fill(hidden, tokenizer.mask_token_id)
+        logits = model(**batch).logits[hidden].float()
+        total += float(cross_entropy(logits, ids[hidden], reduction="sum"))
+        count += int(hidden.sum())
+    return total / count
+
+
+def scores_of(
+    model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, held_out: Texts
+) -> dict[str, object]:
+    """Losses, and the share of sentences that find their translation to and from English."""
+    names = sorted(set.intersection(*(set(own) for own in held_out.values())))
+    texts = {language: [own[name] for name in names] for language, own in held_out.items()}
+    embeddings = {
+        language: normalize(sentence_embeddings(model, tokenizer, own), dim=1)
+        for language, own in texts.items()
+    }
+    retrieval = {}
+    for language, own in embeddings.items():
+        if language != "en":
+            there = retrieval_hits(embeddings["en"], own).float().mean()
+            back = retrieval_hits(own, embeddings["en"]).float().mean()
+            retrieval[language] = round(float(there + back) / 2, 4)
+    losses = {
+        language: round(masked_loss(model, tokenizer, own), 3) for language, own in texts.items()
+    }
+    return {
+        "sentences": len(names),
+        "masked_lm_loss": losses,
+        "uniform_loss": round(torch.tensor(len(tokenizer)).log().item(), 3),
+        "retrieval": retrieval,
+        "retrieval_mean": round(sum(retrieval.values()) / len(retrieval), 4),
+        "retrieval_chance": round(1 / len(names), 4),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="holds bible/, ntrex/ and raw/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for state and model")
+    parser.add_argument("--languages", nargs="+", metavar="CODE", default=LANGUAGES)
+    parser.add_argument("--vocabulary", type=int, default=16_000, metavar="PIECES")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=11_000)
+    parser.add_argument("--tokens", type=int, default=6144, help="of a batch")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--teacher", help="a Transformers folder (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--no-teacher", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 in the products")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if "en" not in options.languages or len(set(options.languages)) < 2:
+        parser.error(f"--languages should be en and others, got {' '.join(options.languages)}")
+
+    bible = read_parallel(options.data / "bible", options.languages)
+    news = read_parallel(options.data / "ntrex", options.languages)
+    missing = [code for code in options.languages if code not in bible or code not in news]
+    if missing:
+        parser.error(f"--data: {options.data} has no {missing[0]}.tsv.gz in bible/ and ntrex/")
+    raw = {
+        code: list(lines_of(path))
+        for code in options.languages
+        if (path := options.data / "raw" / f"{code}.txt.gz").exists()
+    }
+    held = set(sorted(set.union(*(set(own) for own in news.values())))[-HELD_OUT:])
+    training = {
+        code: {name: text for name, text in own.items() if name not in held}
+        for code, own in news.items()
+    }
+    held_out = {
+        code: {name: text for name, text in own.items() if name in held}
+        for code, own in news.items()
+    }
+    teacher = None
+    if not options.no_teacher:
+        if options.teacher is None:
+            from torchalignprune.demo import encoder_folder
+
+            options.teacher = str(encoder_folder())
+        teacher = make_teacher(options.teacher)
+
+    final = options.out / "model"
+    pieces = options.out / "tokenizer"
+    if not pieces.exists():
+        make_tokenizer(bible, training, raw, options.vocabulary).save_pretrained(pieces)
+    tokenizer = AutoTokenizer.from_pretrained(pieces)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(options.seed)
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        intermediate_size=options.intermediate,
+        max_position_embeddings=258,
+        type_vocab_size=1,
+        # Whoever fine-tunes it has dropout; here there is more text than the model can learn.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    # On CPUs the fused attention is slower than plain products for sentences as short as these.
+    attention = "sdpa" if device == "cuda" else "eager"
+    model = XLMRobertaForMaskedLM._from_config(config, attn_implementation=attention).to(device)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} weights, of them "
+        f"{sum(p.numel() for p in model.base_model.encoder.parameters()):,} in the encoder's layers"
+    )
+    started = time.perf_counter()
+    log = pretrain(
+        model,
+        tokenizer,
+        [ParallelText(bible, BIBLE_WEIGHT), ParallelText(training)],
+        raw,
+        steps=options.steps,
+        tokens=options.tokens,
+        learning_rate=options.learning_rate,
+        teacher=teacher,
+        autocast=None if options.float32 else torch.bfloat16,
+        seed=options.seed,
+        folder=options.out,
+        progress=True,
+    )
+    print(f"{log[-1] if log else ''} {time.perf_counter() - started:.0f} s")
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.1
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    # Of what was saved: in bfloat16.
+    scores = scores_of(model.float(), tokenizer, held_out)
+    (final / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(scores, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,618 @@
+"""Pretrains a small cross-lingual encoder on parallel and plain text.
+
+Three losses share one encoder. *Masked language modelling* (Devlin et al. 2019) on single
+sentences teaches each language. *Translation language modelling* (Conneau and Lample 2019), the
+same on a sentence beside its translation, ties words to words. *Translation ranking* (Guo et al.
+2018, in the symmetric form of Feng et al. 2022), which has to find a sentence's translation among
+those of the batch by the mean of its states, ties sentences to sentences. Where there is a teacher,
+the state of a sentence's first token, through a linear map, also follows the teacher's embedding of
+the sentence in the teacher's language, in whatever language it is (Reimers and Gurevych 2020).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+
+from torchalignprune import schedules
+from torchalignprune.crosslingual.inputs import longest_input
+from torchalignprune.crosslingual.retrieval import sentence_means
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["ParallelText", "pretrain", "train_tokenizer"]
+
+_RANKING, _TRANSLATION, _PLAIN = "ranking", "translation", "plain"
+# How often each kind of step is taken.
+_KINDS = {_RANKING: 0.45, _TRANSLATION: 0.4, _PLAIN: 0.15}
+_MASKED = {_RANKING: 0.15, _TRANSLATION: 0.25, _PLAIN: 0.15}
+# The special tokens of XLM-R, and the first piece.
+_BEGIN, _PAD, _END, _FIRST = 0, 1, 2, 4
+_STATE = "state.safetensors"
+# A batch is drawn from among sentences of like length, this many times as many as it has.
+_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class ParallelText:
+    """Sentences that are there in several languages.
+
+    Attributes:
+        texts: for each language, by the sentence's id, its text. Languages may lack sentences.
+        weight: how often a sentence is drawn from here, relative to other parallel texts.
+    """
+
+    texts: Mapping[str, Mapping[str, str]]
+    weight: float = 1.0
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrainedTokenizerFast:
+    """A tokenizer as XLM-R has one, of its own pieces: Unigram, spaces written as ``▁``.
+
+    Args:
+        texts: what to learn the pieces from.
+        vocabulary: how many pieces, special tokens included.
+
+    Returns:
+        The tokenizer, with XLM-R's special tokens under XLM-R's ids (``<mask>`` is the last).
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("\u200b", "")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary - 1,
+        special_tokens=special,
+        unk_token="<unk>",
+        max_piece_length=16,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(["<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@dataclass
+class _Sentences:
+    """Encoded sentences, without special tokens, one after the other in one array."""
+
+    tokens: np.ndarray[Any, Any]
+    starts: np.ndarray[Any, Any]
+
+    @classmethod
+    def encode(cls, tokenizer: Any, texts: Sequence[str], longest: int) -> _Sentences:
+        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [np.array(ids[:longest], np.int32) for ids in encoded]
+        lengths = [0, *(len(ids) for ids in pieces)]
+        return cls(np.concatenate([np.zeros(0, np.int32), *pieces]), np.cumsum(lengths))
+
+    def __getitem__(self, row: int) -> list[int]:
+        found: list[int] = self.tokens[self.starts[row] : self.starts[row + 1]].tolist()
+        return found
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        return np.diff(self.starts)
+
+
+class _Parallel:
+    """A parallel text, encoded; sentences sorted by length."""
+
+    def __init__(self, text: ParallelText, tokenizer: Any, longest: int) -> None:
+        self.weight = text.weight
+        self.sentences = {
+            code: _Sentences.encode(tokenizer, list(own.values()), longest)
+            for code, own in text.texts.items()
+        }
+        self.rows: dict[str, dict[str, int]] = {}
+        lengths: dict[str, list[int]] = {}
+        for code, own in text.texts.items():
+            for row, (name, length) in enumerate(
+                zip(own, self.sentences[code].lengths().tolist(), strict=True)
+            ):
+                self.rows.setdefault(name, {})[code] = row
+                lengths.setdefault(name, []).append(length)
+        self.targets: dict[str, int] = {}
+        several = [name for name, rows in self.rows.items() if len(rows) > 1]
+        self.names = sorted(several, key=lambda name: (max(lengths[name]), name))
+        self.longest = [max(lengths[name]) for name in self.names]
+
+
+class _Plain:
+    """Plain text, encoded; sentences of all languages sorted by length."""
+
+    def __init__(self, texts: Mapping[str, Sequence[str]], tokenizer: Any, longest: int) -> None:
+        self.sentences = {
+            code: _Sentences.encode(tokenizer, own, longest) for code, own in texts.items()
+        }
+        self.order = {
+            code: np.argsort(own.lengths(), kind="stable").tolist()
+            for code, own in self.sentences.items()
+        }
+        self.lengths = {
+            code: np.sort(own.lengths()).tolist() for code, own in self.sentences.items()
+        }
+        self.targets: dict[tuple[str, int], int] = {}
+
+
+@dataclass
+class _Batch:
+    rows: list[list[int]]
+    # Where the teacher's embeddings of the rows are, -1 where it has none.
+    targets: list[int] = field(default_factory=list)
+
+
+class _Sampler:
+    """What a step trains on; it depends on the seed and the number of the step alone."""
+
+    def __init__(
+        self,
+        parallel: Sequence[_Parallel],
+        plain: _Plain | None,
+        pivot: str,
+        tokens: int,
+        seed: int,
+    ) -> None:
+        self.parallel, self.plain = parallel, plain
+        self.pivot, self.tokens, self.seed = pivot, tokens, seed
+
+    def __call__(self, step: int) -> tuple[str, _Batch]:
+        draw = random.Random(f"{self.seed}/{step}")
+        kinds = {kind: share for kind, share in _KINDS.items() if kind != _PLAIN or self.plain}
+        (kind,) = draw.choices(list(kinds), list(kinds.values()))
+        if kind == _PLAIN:
+            return kind, self._plain(draw)
+        (text,) = draw.choices(self.parallel, [text.weight for text in self.parallel])
+        chosen = _alike(draw, text.longest, self.tokens // 2)
+        names = [text.names[i] for i in chosen]
+        pairs = [self._languages(draw, list(text.rows[name])) for name in names]
+        first, second = (
+            [
+                text.sentences[pair[side]][text.rows[name][pair[side]]]
+                for name, pair in zip(names, pairs, strict=True)
+            ]
+            for side in (0, 1)
+        )
+        if kind == _TRANSLATION:
+            both = zip(first, second, strict=True)
+            return kind, _Batch([[_BEGIN, *a, _END, _END, *b, _END] for a, b in both])
+        targets = [text.targets.get(name, -1) for name in names]
+        return kind, _Batch([[_BEGIN, *row, _END] for row in first + second], targets * 2)
+
+    def _languages(self, draw: random.Random, there: list[str]) -> tuple[str, str]:
+        """Two different ones; the pivot three times as often as any other."""
+        first, second = "", ""
+        while first == second:
+            first, second = draw.choices(
+                there, [3 if code == self.pivot else 1 for code in there], k=2
+            )
+        return first, second
+
+    def _plain(self, draw: random.Random) -> _Batch:
+        assert self.plain is not None
+        codes = list(self.plain.sentences)
+        # In between as many of each language and as many as there are.
+        weights = [math.sqrt(len(self.plain.order[code])) for code in codes]
+        (code,) = draw.choices(codes, weights)
+        places = _alike(draw, self.plain.lengths[code], self.tokens)
+        chosen = [self.plain.order[code][i] for i in places]
+        return _Batch(
+            [[_BEGIN, *self.plain.sentences[code][row], _END] for row in chosen],
+            [self.plain.targets.get((code, row), -1) for row in chosen],
+        )
+
+
+def _alike(draw: random.Random, lengths: Sequence[int], tokens: int) -> list[int]:
+    """Places of sentences of like length, about as many tokens together, out of a sorted list."""
+    end = int(draw.random() * len(lengths)) + 1
+    count = max(8, tokens // _rounded(lengths[end - 1] + 2))
+    window = range(max(0, end - _WINDOW * count), end)
+    return draw.sample(window, min(count, len(window)))
+
+
+def pretrain(
+    model: Any,
+    tokenizer: Any,
+    parallel: Sequence[ParallelText],
+    plain: Mapping[str, Sequence[str]] | None = None,
+    *,
+    steps: int,
+    teacher: Callable[[Sequence[str]], Tensor] | None = None,
+    pivot: str = "en",
+    tokens: int = 6144,
+    longest: int = 126,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.05,
+    decay: float = 0.25,
+    weight_decay: float = 0.01,
+    temperature: float = 0.05,
+    teacher_weight: float = 5.0,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    save_every: int = 500,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Pretrains a masked language model on parallel and plain text, in place.
+
+    A step is one of three: 45% rank translations and predict masked tokens (15%) in single
+    sentences, 40% predict them (25%) in pairs of a sentence and its translation, 15% predict them
+    (15%) in plain sentences of one language, where there are any. The teacher takes part in the
+    first and the last. AdamW, a learning rate that rises, stays and falls linearly to 0, gradients
+    clipped to a norm of 1.
+
+    What a step trains on depends on the seed and its number alone. With a ``folder`` the state is
+    saved there, and a run that was killed goes on from the last one; on the CPU, with the same
+    number of threads, it ends as if it had not been killed.
+
+    Args:
+        model: such as ``XLMRobertaForMaskedLM``: with a ``base_model`` and an ``lm_head``, on any
+            device. It is left in evaluation mode.
+        tokenizer: such as :func:`train_tokenizer` gives; XLM-R's special tokens have their ids.
+        parallel: at least one.
+        plain: for each language sentences without a translation.
+        steps: how many to take.
+        teacher: gives the embeddings, shape ``(sentences, width)``, of sentences in the pivot
+            language; they are asked for once.
+        pivot: a language that is drawn three times as often as any other, and the teacher's.
+        tokens: of a batch, about; a pair of sentences counts once.
+        longest: the most tokens of a sentence, special ones not included; the rest is cut off. A
+            pair takes up to ``2 * longest + 4``.
+        learning_rate: the highest.
+        warmup: the share of the steps in which the learning rate rises.
+        decay: the share of the steps in which it falls, at the end.
+        weight_decay: of AdamW.
+        temperature: the cosines of translations are divided by it.
+        teacher_weight: of one minus the cosine to the teacher's embedding.
+        autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
+        seed: of everything drawn, dropout included.
+        folder: where the state and ``log.jsonl`` are kept; None: nowhere.
+        save_every: steps between two states.
+        progress: show a progress bar on standard error; needs tqdm.
+
+    Returns:
+        The means of the losses over every 100 steps: ``step``, ``tokens`` so far, and
+        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking`` and ``teacher``, as far as
+        there are such.
+
+    Raises:
+        ValueError: no parallel text, a language alone, a number out of range, more tokens than the
+            model takes, a state in the folder that is of another run. The model is as it was then.
+        RuntimeError: the loss is not finite.
+        ImportError: safetensors is missing, for a folder, or tqdm, for ``progress``.
+
+    Example:
+        >>> from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+        >>> from torchalignprune.crosslingual import generate_corpus
+        >>> corpus = generate_corpus(train=0, validation=0, test=0, raw=200)
+        >>> tokenizer = train_tokenizer(sum(corpus.raw.values(), []), 600)
+        >>> config = XLMRobertaConfig(
+        ...     vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2, intermediate_size=32, max_position_embeddings=130,
+        ... )
+        >>> text = ParallelText(
+        ...     {code: dict(enumerate(own)) for code, own in corpus.raw.items()}
+        ... )
+        >>> log = pretrain(
+        ...     XLMRobertaForMaskedLM(config), tokenizer, [text], pivot="source", longest=60,
+        ...     steps=100, tokens=512,
+        ... )
+        >>> sorted(log[-1])
+        ['ranking', 'ranking_mlm', 'step', 'tokens', 'translation_mlm']
+    """
+    settings = {
+        "steps": steps, "pivot": pivot, "tokens": tokens, "longest": longest,
+        "learning_rate": learning_rate, "warmup": warmup, "decay": decay,
+        "weight_decay": weight_decay, "temperature": temperature,
+        "teacher_weight": teacher_weight, "seed": seed,
+        "autocast": None if autocast is None else str(autocast),
+    }  # fmt: skip
+    _check(model, tokenizer, parallel, settings)
+    device = next(model.parameters()).device
+    texts = [_Parallel(text, tokenizer, longest) for text in parallel]
+    raw = _Plain(plain, tokenizer, longest) if plain else None
+    targets = _targets(teacher, parallel, texts, plain or {}, raw, pivot)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        head = None
+        if targets is not None:
+            head = nn.Linear(model.config.hidden_size, targets.shape[1]).to(device)
+        named = dict(model.named_parameters())
+        if head is not None:
+            named |= {f"teacher.{name}": own for name, own in head.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            named.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
+            fused=True,
+        )  # fmt: skip
+        run = _Run(Path(folder) if folder is not None else None, named, optimizer, settings)
+        begin = run.resume()
+        sampler = _Sampler(texts, raw, pivot, tokens, seed)
+        rise = schedules.linear(0.0, 1.0, end=max(1, round(warmup * steps)))
+        fall = schedules.linear(
+            1.0, 0.0, begin=min(round((1 - decay) * steps), steps - 1), end=steps
+        )
+        model.train()
+        for step in _bar(begin, steps, progress):
+            torch.manual_seed(seed * 1_000_003 + step)
+            losses, count = _losses(
+                model, head, targets, tokenizer, sampler(step), temperature, autocast
+            )
+            loss = sum(
+                (teacher_weight if name == "teacher" else 1.0) * own for name, own in losses.items()
+            )
+            assert isinstance(loss, Tensor)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * min(rise(step + 1), fall(step))
+            loss.backward()
+            nn.utils.clip_grad_norm_(named.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(step, losses, count)
+            if (step + 1) % save_every == 0 or step + 1 == steps:
+                run.save(step + 1)
+    model.eval()
+    return run.lines
+
+
+def _check(
+    model: Any, tokenizer: Any, parallel: Sequence[ParallelText], settings: Mapping[str, Any]
+) -> None:
+    for name in ("steps", "tokens", "longest", "learning_rate", "temperature"):
+        if not settings[name] > 0:
+            raise ValueError(f"{name} should be greater than 0, got {settings[name]}")
+    for name in ("warmup", "decay"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} should be from 0 to 1, got {settings[name]}")
+    for name in ("weight_decay", "teacher_weight"):
+        if settings[name] < 0:
+            raise ValueError(f"{name} should be at least 0, got {settings[name]}")
+    if not parallel:
+        raise ValueError("parallel should have at least one text")
+    for text in parallel:
+        if len(text.texts) < 2:
+            raise ValueError(
+                f"a parallel text should have at least two languages, got {', '.join(text.texts)}"
+            )
+        if not text.weight > 0:
+            raise ValueError(f"weight should be greater than 0, got {text.weight}")
+    ids = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    if ids != [_BEGIN, _PAD, _END]:
+        raise ValueError(
+            f"the tokenizer should have <s>, <pad> and </s> at {[_BEGIN, _PAD, _END]}, got {ids}"
+        )
+    limit = longest_input(model, tokenizer)
+    if 2 * settings["longest"] + 4 > limit:
+        raise ValueError(
+            f"the model and the tokenizer take {limit} tokens, so that longest should be at most "
+            f"{(limit - 4) // 2}, got {settings['longest']}"
+        )
+
+
+def _losses(
+    model: Any,
+    head: nn.Module | None,
+    targets: Tensor | None,
+    tokenizer: Any,
+    drawn: tuple[str, _Batch],
+    temperature: float,
+    autocast: torch.dtype | None,
+) -> tuple[dict[str, Tensor], int]:
+    """The losses of a step, and how many tokens it has."""
+    kind, batch = drawn
+    ids, attention = _padded(batch.rows)
+    inputs, places = _masked(ids, attention, tokenizer, _MASKED[kind])
+    device = next(model.parameters()).device
+    count = int(attention.sum())
+    inputs, attention, ids, places = (t.to(device) for t in (inputs, attention, ids, places))
+    wanted = ids.flatten()[places]
+    with torch.autocast(device.type, autocast) if autocast else nullcontext():
+        states = model.base_model(input_ids=inputs, attention_mask=attention).last_hidden_state
+        logits = model.lm_head(states.flatten(0, 1).index_select(0, places))
+    losses = {f"{kind}_mlm": cross_entropy(logits.float(), wanted)}
+    if kind == _RANKING:
+        left, right = normalize(sentence_means(states, ids <= _END), dim=1).chunk(2)
+        scores = left @ right.T / temperature
+        order = torch.arange(len(scores), device=device)
+        losses["ranking"] = (cross_entropy(scores, order) + cross_entropy(scores.T, order)) / 2
+    if head is not None and targets is not None and kind != _TRANSLATION:
+        aims = torch.tensor(batch.targets)
+        known = aims >= 0
+        if known.any():
+            given = head(states[known.to(device), 0].float())
+            losses["teacher"] = (
+                1 - cosine_similarity(given, targets[aims[known]].to(device))
+            ).mean()
+    return losses, count
+
+
+def _targets(
+    teacher: Callable[[Sequence[str]], Tensor] | None,
+    parallel: Sequence[ParallelText],
+    texts: Sequence[_Parallel],
+    plain: Mapping[str, Sequence[str]],
+    raw: _Plain | None,
+    pivot: str,
+) -> Tensor | None:
+    """The teacher's embeddings of what there is in its language; says who has which."""
+    if teacher is None:
+        return None
+    sentences: list[str] = []
+    for given, own in zip(parallel, texts, strict=True):
+        for name, text in given.texts.get(pivot, {}).items():
+            own.targets[name] = len(sentences)
+            sentences.append(text)
+    if raw is not None:
+        for row, text in enumerate(plain.get(pivot, ())):
+            raw.targets[pivot, row] = len(sentences)
+            sentences.append(text)
+    return teacher(sentences).float()
+
+
+class _Run:
+    """What a run keeps in its folder: its last state, and its losses."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.named, self.optimizer = folder, named, optimizer
+        self.settings = json.dumps(settings)
+        self.sums: dict[str, list[float]] = {}
+        self.tokens = 0
+        self.lines: list[dict[str, float]] = []
+
+    def resume(self) -> int:
+        """Takes up the last state, if there is one, and says how many steps it had taken."""
+        if self.folder is None or not (self.folder / _STATE).exists():
+            return 0
+        from safetensors import safe_open
+
+        path = self.folder / _STATE
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            if metadata.get("settings") != self.settings:
+                raise ValueError(
+                    f"{path} should be of a run with {self.settings}, got "
+                    f"{metadata.get('settings')}"
+                )
+            names = set(file.keys())
+            shapes = {
+                name: file.get_slice(name).get_shape() for name in self.named if name in names
+            }
+            for name, own in self.named.items():
+                if shapes.get(name) != list(own.shape):
+                    raise ValueError(
+                        f"{path} should have {name} of shape {tuple(own.shape)}, got "
+                        f"{shapes.get(name)}"
+                    )
+            for name, own in self.named.items():
+                own.data.copy_(file.get_tensor(name))
+                self.optimizer.state[own] = {
+                    "step": torch.tensor(float(metadata["step"]), device=own.device),
+                    "exp_avg": file.get_tensor(f"{name}/exp_avg").to(own.device),
+                    "exp_avg_sq": file.get_tensor(f"{name}/exp_avg_sq").to(own.device),
+                }
+        self.tokens = int(metadata["tokens"])
+        self.lines, self.sums = json.loads(metadata["log"]), json.loads(metadata["sums"])
+        return int(metadata["step"])
+
+    def log(self, step: int, losses: Mapping[str, Tensor], tokens: int) -> None:
+        self.tokens += tokens
+        for name, loss in losses.items():
+            value = loss.item()
+            if not math.isfinite(value):
+                raise RuntimeError(f"the loss {name} is {value} in step {step}")
+            self.sums.setdefault(name, []).append(value)
+        if (step + 1) % 100 == 0:
+            means = {name: round(sum(own) / len(own), 4) for name, own in self.sums.items()}
+            self.lines.append({"step": step + 1, "tokens": self.tokens, **means})
+            self.sums = {}
+
+    def save(self, step: int) -> None:
+        if self.folder is None:
+            return
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, own in self.named.items():
+            tensors[name] = own.detach().contiguous()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}/{key}"] = self.optimizer.state[own][key].contiguous()
+        metadata = {
+            "step": str(step),
+            "tokens": str(self.tokens),
+            "log": json.dumps(self.lines),
+            "sums": json.dumps(self.sums),
+            "settings": self.settings,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{_STATE}.partial"
+        save_file(tensors, partial, metadata)
+        os.replace(partial, self.folder / _STATE)
+        lines = "".join(f"{json.dumps(line)}\n" for line in self.lines)
+        (self.folder / "log.jsonl").write_text(lines)
+
+
+def _rounded(length: int) -> int:
+    """Few shapes come up again and again: a matrix product is compiled for each on some CPUs."""
+    return -(-length // 16) * 16
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    longest = _rounded(max(map(len, rows)))
+    ids = torch.tensor([[*row, *[_PAD] * (longest - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(longest) < lengths[:, None]).long()
+
+
+def _masked(ids: Tensor, attention: Tensor, tokenizer: Any, share: float) -> tuple[Tensor, Tensor]:
+    """The inputs, and which places of the flattened batch are to be predicted.
+
+    Of those, 80% are masked, 10% replaced and 10% kept (Devlin et al. 2019).
+    """
+    # A round number, so that the products that follow have few different shapes too.
+    count = max(1, int(share * attention.sum()) // 64 * 64)
+    places = (torch.rand(ids.shape) * (ids > _END)).flatten().topk(count).indices
+    chosen = torch.zeros(ids.numel(), dtype=torch.bool)
+    chosen[places] = True
+    chosen = chosen.view_as(ids)
+    fate = torch.rand(ids.shape)
+    other = torch.randint(_FIRST, len(tokenizer) - 1, ids.shape)
+    inputs = torch.where(chosen & (fate < 0.8), tokenizer.mask_token_id, ids)
+    return torch.where(chosen & (fate >= 0.9), other, inputs), places
+
+
+def _bar(begin: int, steps: int, visible: bool) -> Iterable[int]:
+    if not visible:
+        return range(begin, steps)
+    from tqdm import tqdm
+
+    bar: Iterable[int] = tqdm(range(begin, steps), desc="pretraining", initial=begin, total=steps)
+    return bar

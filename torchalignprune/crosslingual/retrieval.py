@@ -1,0 +1,90 @@
+"""Finds a sentence's translation by its embedding: what an encoder can do without fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from torchalignprune.crosslingual.inputs import longest_input
+
+__all__ = ["retrieval_hits", "sentence_embeddings", "sentence_means"]
+
+
+def sentence_means(states: Tensor, special: Tensor) -> Tensor:
+    """The mean of each sentence's states, without those of special tokens, in float32.
+
+    Args:
+        states: shape ``(sentences, tokens, hidden)``.
+        special: bool, shape ``(sentences, tokens)``: which tokens to leave out.
+
+    Returns:
+        Shape ``(sentences, hidden)``; zeros where all tokens are special.
+
+    Example:
+        >>> states = torch.tensor([[[9.0], [1.0], [3.0]]])
+        >>> sentence_means(states, torch.tensor([[True, False, False]]))
+        tensor([[2.]])
+    """
+    kept = (~special).unsqueeze(-1)
+    return (states.float() * kept).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def sentence_embeddings(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 64
+) -> Tensor:
+    """Means of a model's last states over the tokens of each text, of length 1.
+
+    Args:
+        model: of Transformers, with or without a head; on any device.
+        tokenizer: its tokenizer.
+        texts: sentences.
+        batch_size: sentences at a time.
+
+    Returns:
+        float32 on the CPU, shape ``(sentences, hidden)``.
+    """
+    encoder = getattr(model, "base_model", model)
+    device = next(encoder.parameters()).device
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    found = torch.empty(len(texts), encoder.config.hidden_size)
+    training = encoder.training
+    encoder.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = tokenizer(
+                    [texts[i] for i in rows],
+                    padding=True,
+                    truncation=True,
+                    max_length=longest_input(model, tokenizer),
+                    return_special_tokens_mask=True,
+                    return_tensors="pt",
+                ).to(device)
+                special = batch.pop("special_tokens_mask").bool()
+                states = encoder(**batch).last_hidden_state
+                found[rows] = normalize(sentence_means(states, special), dim=1).cpu()
+    finally:
+        encoder.train(training)
+    return found
+
+
+def retrieval_hits(a: Tensor, b: Tensor) -> Tensor:
+    """Whether each sentence of ``a`` is nearest to its translation among all of ``b``.
+
+    Args:
+        a: embeddings, shape ``(sentences, width)``, of length 1.
+        b: those of the translations, in the same order.
+
+    Returns:
+        bool, shape ``(sentences,)``. The mean of it is the accuracy; chance is 1 / sentences.
+
+    Example:
+        >>> retrieval_hits(torch.eye(3), torch.eye(3)[[0, 2, 1]])
+        tensor([ True, False, False])
+    """
+    return (a @ b.T).argmax(dim=1) == torch.arange(len(a), device=a.device)

@@ -7,6 +7,7 @@ import math
 import struct
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -454,3 +455,42 @@ def pack(weight: Tensor) -> list[list[int] | None]:
         [word for word in words if word not in zeros],
         packed(signs) if any(signs) else None,
     ]
+
+
+def retrieval_hits(a: Tensor, b: Tensor) -> list[bool]:
+    """Of each row of ``a``: no row of ``b`` is nearer than the one at its place."""
+    found = []
+    for i in range(len(a)):
+        nearest = max(range(len(b)), key=lambda j: float((a[i] * b[j]).sum()))
+        found.append(nearest == i)
+    return found
+
+
+def translation_table(
+    source: list[list[int]], target: list[list[int]], vocabulary: int, iterations: int
+) -> Any:
+    """IBM Model 1, link by link."""
+    pairs = [
+        (sorted({*a, vocabulary}), sorted(set(b))) for a, b in zip(source, target, strict=True)
+    ]
+
+    def spread(table: Any) -> Any:
+        sums = table.sum(axis=1, keepdims=True)
+        return np.divide(table, sums, out=np.zeros_like(table), where=sums > 0)
+
+    table = np.zeros((vocabulary + 1, vocabulary))
+    for f in range(vocabulary + 1):
+        for e in range(vocabulary):
+            both = sum(f in a and e in b for a, b in pairs)
+            one = sum(f in a for a, _ in pairs) + sum(e in b for _, b in pairs)
+            table[f, e] = 2 * both / one if both else 0
+    for _ in range(iterations):
+        table = spread(table)
+        counts = np.zeros_like(table)
+        for a, b in pairs:
+            for e in b:
+                total = sum(table[f, e] for f in a)
+                for f in a:
+                    counts[f, e] += table[f, e] / total
+        table = counts
+    return spread(table)[:vocabulary]

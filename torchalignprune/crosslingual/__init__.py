@@ -15,6 +15,11 @@ from torchalignprune.crosslingual.generated import (
     generate_corpus,
 )
 from torchalignprune.crosslingual.languages import CC100_GIB, LANGUAGES, Language
+from torchalignprune.crosslingual.lexicon import (
+    piece_vectors,
+    transferred_vectors,
+    translation_table,
+)
 from torchalignprune.crosslingual.pretraining import ParallelText, pretrain, train_tokenizer
 from torchalignprune.crosslingual.readers import available_languages, load_task
 from torchalignprune.crosslingual.report import (
@@ -53,10 +58,13 @@ __all__ = [
     "finetune_and_prune",
     "generate_corpus",
     "load_task",
+    "piece_vectors",
     "plot_heat_map",
     "plot_retention",
     "pretrain",
     "retrieval_hits",
     "sentence_embeddings",
     "train_tokenizer",
+    "transferred_vectors",
+    "translation_table",
 ]

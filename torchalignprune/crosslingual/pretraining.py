@@ -24,26 +24,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from torchalignprune import schedules
 from torchalignprune.crosslingual.inputs import longest_input
 from torchalignprune.crosslingual.retrieval import sentence_means
 
 if TYPE_CHECKING:
+    import scipy.sparse
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["ParallelText", "pretrain", "train_tokenizer"]
 
 _RANKING, _TRANSLATION, _PLAIN = "ranking", "translation", "plain"
 # How often each kind of step is taken.
-_KINDS = {_RANKING: 0.45, _TRANSLATION: 0.4, _PLAIN: 0.15}
+_KINDS = {_RANKING: 0.4, _TRANSLATION: 0.35, _PLAIN: 0.25}
 _MASKED = {_RANKING: 0.15, _TRANSLATION: 0.25, _PLAIN: 0.15}
 # The special tokens of XLM-R, and the first piece.
 _BEGIN, _PAD, _END, _FIRST = 0, 1, 2, 4
 _STATE = "state.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Of a word's translations the most probable ones are known, and taken from this probability on.
+_TRANSLATIONS, _SURE = 8, 0.2
+# How many pairs of words of a batch are told apart.
+_LINKS = 512
+_WORD_TEMPERATURE = 0.1
 # A batch is drawn from among sentences of like length, this many times as many as it has.
-_WINDOW = 8
+_WINDOW = 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
 
     Args:
         texts: what to learn the pieces from.
-        vocabulary: how many pieces, special tokens included.
+        vocabulary: how many pieces, special tokens included; fewer if the texts do not have them.
 
     Returns:
         The tokenizer, with XLM-R's special tokens under XLM-R's ids (``<mask>`` is the last).
@@ -88,7 +95,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace("\u200b", "")]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    # As SentencePiece does, let no piece have both letters and punctuation, or digits.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
         vocab_size=vocabulary - 1,
@@ -179,11 +193,38 @@ class _Plain:
         self.targets: dict[tuple[str, int], int] = {}
 
 
+class _Lexicon:
+    """A language's words and what they are most probably translated by."""
+
+    def __init__(self, table: scipy.sparse.csr_matrix) -> None:
+        size = table.shape[0]
+        self.words = np.full((size, _TRANSLATIONS), -1, np.int64)
+        self.probabilities = np.zeros((size, _TRANSLATIONS), np.float32)
+        for row in range(size):
+            own = slice(table.indptr[row], table.indptr[row + 1])
+            best = np.argsort(-table.data[own], kind="stable")[:_TRANSLATIONS]
+            self.words[row, : len(best)] = table.indices[own][best]
+            self.probabilities[row, : len(best)] = table.data[own][best]
+
+    def links(self, source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
+        """The places of words and of their translations, where one is probable enough."""
+        ids = np.asarray(source, np.int64)
+        there = self.words[ids][:, :, None] == np.asarray(target, np.int64)
+        scores = (there * self.probabilities[ids][:, :, None]).max(1)
+        if not scores.size:
+            return []
+        best = scores.argmax(1)
+        sure = np.nonzero(scores[np.arange(len(ids)), best] >= _SURE)[0]
+        return [(int(i), int(best[i])) for i in sure]
+
+
 @dataclass
 class _Batch:
     rows: list[list[int]]
     # Where the teacher's embeddings of the rows are, -1 where it has none.
     targets: list[int] = field(default_factory=list)
+    # Of words that translate each other: row and column of the one, row and column of the other.
+    links: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 class _Sampler:
@@ -193,11 +234,12 @@ class _Sampler:
         self,
         parallel: Sequence[_Parallel],
         plain: _Plain | None,
+        lexicons: Mapping[str, _Lexicon],
         pivot: str,
         tokens: int,
         seed: int,
     ) -> None:
-        self.parallel, self.plain = parallel, plain
+        self.parallel, self.plain, self.lexicons = parallel, plain, lexicons
         self.pivot, self.tokens, self.seed = pivot, tokens, seed
 
     def __call__(self, step: int) -> tuple[str, _Batch]:
@@ -221,7 +263,19 @@ class _Sampler:
             both = zip(first, second, strict=True)
             return kind, _Batch([[_BEGIN, *a, _END, _END, *b, _END] for a, b in both])
         targets = [text.targets.get(name, -1) for name in names]
-        return kind, _Batch([[_BEGIN, *row, _END] for row in first + second], targets * 2)
+        links = []
+        for row, pair in enumerate(pairs):
+            for side, other in ((0, 1), (1, 0)):
+                if pair[other] == self.pivot and pair[side] in self.lexicons:
+                    sentences = (first, second)
+                    found = self.lexicons[pair[side]].links(
+                        sentences[side][row], sentences[other][row]
+                    )
+                    mine, its = row + side * len(names), row + other * len(names)
+                    # The first column is that of the token which begins every row.
+                    links += [(mine, i + 1, its, j + 1) for i, j in found]
+        links = draw.sample(links, min(len(links), _LINKS))
+        return kind, _Batch([[_BEGIN, *row, _END] for row in first + second], targets * 2, links)
 
     def _languages(self, draw: random.Random, there: list[str]) -> tuple[str, str]:
         """Two different ones; the pivot three times as often as any other."""
@@ -262,6 +316,7 @@ def pretrain(
     *,
     steps: int,
     teacher: Callable[[Sequence[str]], Tensor] | None = None,
+    lexicons: Mapping[str, scipy.sparse.csr_matrix] | None = None,
     pivot: str = "en",
     tokens: int = 6144,
     longest: int = 126,
@@ -370,7 +425,8 @@ def pretrain(
         )  # fmt: skip
         run = _Run(Path(folder) if folder is not None else None, named, optimizer, settings)
         begin = run.resume()
-        sampler = _Sampler(texts, raw, pivot, tokens, seed)
+        known = {language: _Lexicon(table) for language, table in (lexicons or {}).items()}
+        sampler = _Sampler(texts, raw, known, pivot, tokens, seed)
         rise = schedules.linear(0.0, 1.0, end=max(1, round(warmup * steps)))
         fall = schedules.linear(
             1.0, 0.0, begin=min(round((1 - decay) * steps), steps - 1), end=steps
@@ -458,15 +514,34 @@ def _losses(
         scores = left @ right.T / temperature
         order = torch.arange(len(scores), device=device)
         losses["ranking"] = (cross_entropy(scores, order) + cross_entropy(scores.T, order)) / 2
+        if batch.links:
+            losses["words"] = _word_ranking(states, ids, torch.tensor(batch.links).to(device))
     if head is not None and targets is not None and kind != _TRANSLATION:
         aims = torch.tensor(batch.targets)
         known = aims >= 0
         if known.any():
             given = head(states[known.to(device), 0].float())
-            losses["teacher"] = (
-                1 - cosine_similarity(given, targets[aims[known]].to(device))
-            ).mean()
+            # A sentence and its translation have the same target.
+            rows, target = aims[known].unique(return_inverse=True)
+            scores = normalize(given, dim=1) @ normalize(targets[rows], dim=1).to(device).T
+            target = target.to(device)
+            losses["teacher"] = 1 - scores.gather(1, target[:, None]).mean()
+            losses["teacher_ranking"] = cross_entropy(scores / temperature, target)
     return losses, count
+
+
+def _word_ranking(states: Tensor, ids: Tensor, links: Tensor) -> Tensor:
+    """A word's state should be nearest to that of its translation, among those of the batch."""
+    row, column, other_row, other_column = links.T
+    left = normalize(states[row, column].float(), dim=1)
+    right = normalize(states[other_row, other_column].float(), dim=1)
+    scores = left @ right.T / _WORD_TEMPERATURE
+    words, others = ids[row, column], ids[other_row, other_column]
+    # The same word elsewhere is no wrong answer.
+    same = (words[:, None] == words) | (others[:, None] == others)
+    scores = scores.masked_fill(same.fill_diagonal_(False), -torch.inf)
+    order = torch.arange(len(links), device=states.device)
+    return (cross_entropy(scores, order) + cross_entropy(scores.T, order)) / 2
 
 
 def _targets(
@@ -534,11 +609,12 @@ class _Run:
                     )
             for name, own in self.named.items():
                 own.data.copy_(file.get_tensor(name))
-                self.optimizer.state[own] = {
-                    "step": torch.tensor(float(metadata["step"]), device=own.device),
-                    "exp_avg": file.get_tensor(f"{name}/exp_avg").to(own.device),
-                    "exp_avg_sq": file.get_tensor(f"{name}/exp_avg_sq").to(own.device),
-                }
+                # The teacher's head has had a gradient in some of the steps only, or in none.
+                if f"{name}/step" in names:
+                    state = {key: file.get_tensor(f"{name}/{key}") for key in _MOMENTS}
+                    self.optimizer.state[own] = {
+                        key: value.to(own.device) for key, value in state.items()
+                    }
         self.tokens = int(metadata["tokens"])
         self.lines, self.sums = json.loads(metadata["log"]), json.loads(metadata["sums"])
         return int(metadata["step"])
@@ -563,7 +639,7 @@ class _Run:
         tensors = {}
         for name, own in self.named.items():
             tensors[name] = own.detach().contiguous()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in _MOMENTS if own in self.optimizer.state else ():
                 tensors[f"{name}/{key}"] = self.optimizer.state[own][key].contiguous()
         metadata = {
             "step": str(step),
@@ -582,7 +658,7 @@ class _Run:
 
 def _rounded(length: int) -> int:
     """Few shapes come up again and again: a matrix product is compiled for each on some CPUs."""
-    return -(-length // 16) * 16
+    return -(-length // 8) * 8
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,19 @@ import numpy as np
 
 from torchalignprune.crosslingual.experiment import DENSE
 from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
-from zero_shot_statistics import LEVEL, RESAMPLES, Array, Difference, Results, friedman, holm
+from zero_shot_statistics import (
+    LEAST_ABOVE_CHANCE,
+    LEVEL,
+    RESAMPLES,
+    Array,
+    Difference,
+    Results,
+    friedman,
+    holm,
+)
 
 ALPHA = 0.05
 SEEDS = 5
-# Below so many points above chance a share of them says nothing.
-LEAST_ABOVE_CHANCE = 0.05
 LANGUAGE_METHODS = ("magnitude", "aligned")
 METHODS = (DENSE, *RECIPES)
 
@@ -77,7 +84,8 @@ How to read it:
 - **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table.
 - *Above chance*: above the score of the most frequent label of the language. Zero-shot scores begin
   lower and have less to lose, so drops are given as shares of what the dense model has above chance
-  too; the share of the zero-shot mean, not the mean of shares.
+  too; the share of the zero-shot mean, not the mean of shares, and of
+  {100 * LEAST_ABOVE_CHANCE:.0f} points at least.
 - A claim *holds* where at least half of its settings are significant in its direction and none
   against it, *holds in part* where more are significant for it than against it, and otherwise *is
   not shown*."""
@@ -160,7 +168,18 @@ def _strengths(lines: Lines) -> str:
     ]
     if useless:
         text += f"\n\nNo strength of {_listed(useless)} was better there than no regularizer."
+    edge = [
+        line["regularizer"]
+        for line in chosen
+        if line["strength"] in (min(_tried(line)), max(_tried(line)))
+    ]
+    if edge:
+        text += f"\n\nThat of {_listed(edge)} is the lowest or highest that was tried."
     return text
+
+
+def _tried(line: Mapping[str, Any]) -> list[float]:
+    return [float(strength) for strength in line["means"] if float(strength)]
 
 
 def _scores(results: Results) -> str:

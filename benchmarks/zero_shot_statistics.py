@@ -19,6 +19,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+# A share of fewer points above chance than these says nothing.
+LEAST_ABOVE_CHANCE = 0.05
 
 # A setting of the grid: a method, a regularizer and a seed.
 Key = tuple[str, str, int]
@@ -218,7 +220,10 @@ class Results:
     def relative_excess(self, dense: Array, pruned: Array) -> Array:
         """The same of the drops as shares of what the dense model has above chance.
 
-        Of the zero-shot mean, not the mean of the languages' shares.
+        Of the zero-shot mean, not the mean of the languages' shares. What is above chance counts as
+        :data:`LEAST_ABOVE_CHANCE` at least.
         """
         drop, above = dense - pruned, dense - self.chance
-        return self.zero_shot(drop) / self.zero_shot(above) - drop[..., 0] / above[..., 0]
+        of_zero_shot = np.maximum(self.zero_shot(above), LEAST_ABOVE_CHANCE)
+        of_english = np.maximum(above[..., 0], LEAST_ABOVE_CHANCE)
+        return self.zero_shot(drop) / of_zero_shot - drop[..., 0] / of_english

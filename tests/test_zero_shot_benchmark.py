@@ -91,6 +91,23 @@ def test_packed_counts_come_back() -> None:
         pack(np.full((1, 1, 1), 256))
 
 
+def test_figures_of_scores() -> None:
+    """Three languages before and after, of which English is the first."""
+    from zero_shot_statistics import Results
+
+    settings = next(made_up({})) | {"chance": {"en": 0.2, "de": 0.2, "fi": 0.3, "zh": 0.3}}
+    results = Results(settings, [])
+    dense = np.array([[0.9, 0.6, 0.5, 0.4], [0.9, 0.21, 0.32, 0.3]])
+    pruned = np.array([[0.8, 0.5, 0.3, 0.3], [0.55, 0.2, 0.3, 0.3]])
+    assert results.zero_shot(dense) == pytest.approx([0.5, 0.83 / 3])
+    # (0.1 + 0.2 + 0.1) / 3 - 0.1, and (0.01 + 0.02 + 0) / 3 - 0.35
+    assert results.excess(dense, pruned) == pytest.approx([0.1 / 3, -0.34])
+    # 0.4 of 0.4 + 0.2 + 0.1 above chance, and 0.1 of 0.7; of less than 0.05 as if it were that
+    assert results.relative_excess(dense, pruned) == pytest.approx(
+        [0.4 / 0.7 - 0.1 / 0.7, 0.01 / 0.05 - 0.5]
+    )
+
+
 # The page
 
 

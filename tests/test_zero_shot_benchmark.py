@@ -275,7 +275,10 @@ def test_the_page_shows_how_strengths_were_chosen() -> None:
     found = page([*made_up({("dense", "none"): languages(0, 0, 0, 0)}), *tuning, chosen])
     assert "| cosine | 95.50 | 75.50 | **85.50** | 85.50 |" in found
     assert "No strength of cosine was better there than no regularizer." in found
-    assert "seeds 1000, 1001" in found
+    assert "seeds 1000, 1001" in found and "is the lowest or highest" not in found
+    edge = chosen | {"strength": 100.0}
+    found = page([*made_up({("dense", "none"): languages(0, 0, 0, 0)}), *tuning, edge])
+    assert "That of cosine is the lowest or highest that was tried." in found
 
 
 # The grid

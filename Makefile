@@ -6,7 +6,7 @@
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
-#   make bench        the benchmarks
+#   make bench        the benchmarks, without zero_shot.py, which takes hours and data
 #   make clean        remove everything that these made
 #
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
@@ -38,7 +38,7 @@ lint: $(COMPILED)
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 bench: $(COMPILED)
-	set -e; for script in $(filter-out %/common.py %/gpu.py %/sentences.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out %/common.py %/gpu.py %/sentences.py %/zero_shot%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 clean:

@@ -121,7 +121,7 @@ def _wanda(params: PrunableParameters, collect: Collect | None) -> Scores:
 
 
 def _inputs(label: str, calibration: Literal["english", "multilingual"]) -> dict[str, Recipe]:
-    known = f"{calibration.capitalize()} inputs"
+    known = f"{'English' if calibration == 'english' else calibration} inputs"
     return {
         f"wanda-{label}": Recipe(
             f"Wanda, {known}", {"budget": "unit"}, scores=_wanda, calibration=calibration

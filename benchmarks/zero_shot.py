@@ -1,0 +1,337 @@
+"""What pruning while fine-tuning costs zero-shot languages: every method, with every regularizer.
+
+    python benchmarks/zero_shot.py --data DIR              # go on with the grid
+    python benchmarks/zero_shot.py --data DIR --tasks topics --minutes 60
+    python benchmarks/zero_shot.py --report                # the page, from the lines alone
+
+DIR holds ``udpos``, ``pud`` and ``sib200`` (``torchalignprune.crosslingual.load_task`` says how).
+Each run fine-tunes the encoder on English and climbs through the sparsities, trained after each, as
+the paper's iterative pruning with retraining does; it is evaluated in all languages after each
+stage. Tasks: ``pos``, learned from the English Web Treebank and evaluated on sentences of PUD, and
+``topics`` (SIB-200). With the same seed all runs begin alike and see the same batches, so that
+comparisons are paired. The method ``dense`` trains as long as the others and prunes nothing: drops
+are against it, at the same stage.
+
+The strength of a regularizer is chosen for each task on English validation data alone, with other
+seeds than the grid's: the best of a few decades by the mean accuracy over the sparsities.
+
+The grid can be stopped at any moment and goes on where it was; ``results/zero_shot/runs.jsonl`` has
+a line for each run. The order is such that what is there can be compared early: all methods without
+a regularizer, then ``dense``, ``magnitude`` and ``aligned`` with the regularizers, then the rest;
+each for all tasks.
+Two processes with different ``--tasks`` may write to the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import zero_shot_page
+from common import RESULTS, machine
+from torchalignprune.crosslingual import ZeroShotReport
+from torchalignprune.crosslingual.experiment import DENSE, Experiment, Training
+from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
+from torchalignprune.crosslingual.run_log import RunLog
+from torchalignprune.crosslingual.sweep import SPARSITIES, fast_dtype
+from zero_shot_statistics import Array, Key, pack
+
+MINIATURE = Path(__file__).parents[1] / "examples" / "mini_xlmr"
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+TUNING_SEEDS = (1000, 1001)
+TUNING_METHOD = "aligned"
+# Gradient criteria come last: they cannot take over the dense training of the run before.
+METHODS = [DENSE, *sorted(RECIPES, key=lambda name: RECIPES[name].criterion is not None)]
+FIRST = (DENSE, "magnitude", "aligned")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a task is evaluated on, and how long it trains."""
+
+    evaluated: str
+    languages: tuple[str, ...]
+    sentences: int | None
+    training: Training
+
+
+PLANS = {
+    "pos": Plan(
+        "pud",
+        ("ar", "de", "es", "fi", "fr", "id", "it", "pl", "ru", "zh"),
+        300,
+        Training(epochs=0.6, retraining_epochs=0.16),
+    ),
+    "topics": Plan(
+        "topics",
+        ("ar", "de", "es", "fi", "fr", "id", "it", "nl", "pl", "ru", "zh"),
+        None,
+        Training(epochs=5, retraining_epochs=1),
+    ),
+}
+
+
+def phases(
+    methods: Sequence[str], regularizers: Sequence[str], seeds: Sequence[int]
+) -> list[list[Key]]:
+    """The runs in the order in which they are worth most."""
+    rest = [name for name in regularizers if name != "none"]
+    parts = [
+        (methods, [name for name in regularizers if name == "none"]),
+        ([name for name in methods if name in FIRST], rest),
+        ([name for name in methods if name not in FIRST], rest),
+    ]
+    return [
+        [(method, name, seed) for seed in seeds for name in names for method in own]
+        for own, names in parts
+    ]
+
+
+class Grid:
+    """The runs of one task, those that are in the log and those to come."""
+
+    def __init__(
+        self, task: str, experiment: Experiment, training: Training, log: RunLog, deadline: float
+    ) -> None:
+        self.experiment = experiment
+        self.training = training
+        self.log = log
+        self.deadline = deadline
+        settings = {
+            "task": task,
+            "evaluated": experiment.evaluated.name,
+            "languages": list(experiment.test),
+            "sentences": {code: len(splits["test"]) for code, splits in experiment.test.items()},
+            "sparsities": list(SPARSITIES),
+            "model": experiment.digest(),
+            "training": asdict(training) | {"autocast": str(training.autocast)},
+        }
+        self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        self._settings = settings
+        self._longest = 0.0
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        return [
+            line
+            for line in self.log.lines()
+            if line.get("kind") == kind and line["settings_id"] == self.id
+        ]
+
+    def complete(self, keys: Sequence[Key]) -> bool:
+        """Runs what is not there yet; whether time sufficed."""
+        for key in keys:
+            there = {(r["method"], r["regularizer"], r["seed"]) for r in self.lines("run")}
+            if key in there:
+                continue
+            method, regularizer, seed = key
+            strength = 0.0
+            if regularizer != "none":
+                chosen = self._chosen(regularizer)
+                if chosen is None:
+                    return False
+                strength = chosen
+            found = self._timed(method, regularizer, strength, seed)
+            if found is None:
+                return False
+            sweep, seconds = found
+            if not self.lines("settings"):
+                self._write_settings(sweep[0.0])
+            self.log.append(
+                {
+                    "kind": "run",
+                    "settings_id": self.id,
+                    "method": method,
+                    "regularizer": regularizer,
+                    "seed": seed,
+                    "strength": strength,
+                    "scores": {
+                        str(sparsity): {
+                            code: round(score.value, 4) for code, score in report.scores.items()
+                        }
+                        for sparsity, report in sweep.items()
+                    },
+                    "misses": pack(_misses(sweep)),
+                    "seconds": seconds,
+                }
+            )
+        return True
+
+    def _timed(
+        self, method: str, regularizer: str, strength: float, seed: int, validation: bool = False
+    ) -> tuple[dict[float, ZeroShotReport], float] | None:
+        """A run and its seconds; None if it would take longer than there is time."""
+        started = time.perf_counter()
+        if started + self._longest > self.deadline:
+            return None
+        sweep = self.experiment.run(
+            method, regularizer, strength, seed, self.training, validation=validation
+        )
+        seconds = round(time.perf_counter() - started, 1)
+        self._longest = max(self._longest, seconds)
+        last = sweep[SPARSITIES[-1]]
+        what = f"{self._settings['task']}  {method} + {regularizer} ({strength:g}), seed {seed}"
+        print(f"{what}: {seconds:.0f} s, dense {sweep[0.0]!r}, {SPARSITIES[-1]:.0%} {last!r}")
+        return sweep, seconds
+
+    def _chosen(self, regularizer: str) -> float | None:
+        """The strength, which is chosen now if it is not yet; None if time did not suffice."""
+        for line in self.lines("strength"):
+            if line["regularizer"] == regularizer:
+                return float(line["strength"])
+        candidates = [("none", 0.0), *[(regularizer, strength) for strength in STRENGTHS]]
+        for seed in TUNING_SEEDS:
+            for name, strength in candidates:
+                done = {
+                    (line["regularizer"], line["strength"], line["seed"])
+                    for line in self.lines("tuning")
+                }
+                if (name, strength, seed) in done:
+                    continue
+                found = self._timed(TUNING_METHOD, name, strength, seed, validation=True)
+                if found is None:
+                    return None
+                sweep, seconds = found
+                self.log.append(
+                    {
+                        "kind": "tuning",
+                        "settings_id": self.id,
+                        "method": TUNING_METHOD,
+                        "regularizer": name,
+                        "strength": strength,
+                        "seed": seed,
+                        "validation": {
+                            str(sparsity): round(report.scores["en"].value, 5)
+                            for sparsity, report in sweep.items()
+                        },
+                        "seconds": seconds,
+                    }
+                )
+        means = tuning_means(self.lines("tuning"), regularizer)
+        best = best_strength(means)
+        self.log.append(
+            {
+                "kind": "strength",
+                "settings_id": self.id,
+                "regularizer": regularizer,
+                "strength": best,
+                "means": {str(strength): mean for strength, mean in means.items()},
+            }
+        )
+        return best
+
+    def _write_settings(self, report: ZeroShotReport) -> None:
+        self.log.append(
+            {
+                "kind": "settings",
+                "settings_id": self.id,
+                "settings": self._settings,
+                "machine": machine(),
+                "chance": self.experiment.chance(),
+                "digests": {code: score.digest for code, score in report.languages.items()},
+                "out_of": {
+                    code: " ".join(map(str, score.out_of.tolist()))
+                    for code, score in report.languages.items()
+                },
+            }
+        )
+
+
+def tuning_means(lines: Sequence[Mapping[str, Any]], regularizer: str) -> dict[float, float]:
+    """For each strength, and 0 for none, the mean over seeds and sparsities above 0."""
+    found: dict[float, list[float]] = {}
+    for line in lines:
+        if line["regularizer"] in ("none", regularizer):
+            pruned = [score for sparsity, score in line["validation"].items() if float(sparsity)]
+            found.setdefault(line["strength"], []).append(float(np.mean(pruned)))
+    return {strength: round(float(np.mean(found[strength])), 5) for strength in sorted(found)}
+
+
+def best_strength(means: Mapping[float, float]) -> float:
+    """Of the strengths above 0; among equals the lowest."""
+    return max((strength for strength in sorted(means) if strength), key=lambda s: means[s])
+
+
+def _misses(sweep: Mapping[float, ZeroShotReport]) -> Array:
+    return np.array(
+        [
+            [score.out_of - score.hits for score in report.languages.values()]
+            for report in sweep.values()
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="folder with udpos, pud and sib200")
+    add("--model", type=Path, default=MINIATURE, help="default: the miniature")
+    add("--out", type=Path, default=RESULTS / "zero_shot", help="folder of runs.jsonl")
+    add("--tasks", nargs="+", choices=PLANS, default=list(PLANS))
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--regularizers", nargs="+", choices=REGULARIZERS, default=list(REGULARIZERS))
+    add("--seeds", type=int, nargs="+", default=list(range(5)))
+    add("--minutes", type=float, help="begin no run that would end later")
+    add("--threads", type=int, help="of torch")
+    add("--learning-rate", type=float, default=5e-4)
+    add("--epochs", type=float, help="of dense training (default: by task)")
+    add("--retraining-epochs", type=float, help="after each pruning (default: by task)")
+    add("--sentences", type=int, help="to evaluate on in each language (default: by task)")
+    add("--languages", nargs="+", help="besides English (default: by task)")
+    add("--report", action="store_true", help="write the page, and run nothing")
+    options = parser.parse_args(arguments)
+    log = RunLog(options.out / "runs.jsonl")
+    if options.report:
+        page = zero_shot_page.page(log.lines())
+        (options.out / "README.md").write_text(page)
+        print(page)
+        return
+    if options.data is None:
+        parser.error("--data: the grid needs a folder with udpos, pud and sib200")
+    if reserved := set(options.seeds) & set(TUNING_SEEDS):
+        parser.error(f"--seeds: {min(reserved)} is one that strengths are chosen with")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    deadline = time.perf_counter() + (60 * options.minutes if options.minutes else float("inf"))
+    works = []
+    for task in options.tasks:
+        plan = PLANS[task]
+        training = replace(
+            plan.training,
+            learning_rate=options.learning_rate,
+            epochs=options.epochs or plan.training.epochs,
+            retraining_epochs=options.retraining_epochs or plan.training.retraining_epochs,
+            autocast=fast_dtype("cpu"),
+        )
+        try:
+            experiment = Experiment.load(
+                options.model,
+                task,
+                plan.evaluated,
+                options.data,
+                languages=options.languages or plan.languages,
+                sentences=options.sentences or plan.sentences,
+            )
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        works.append(Grid(task, experiment, training, log, deadline))
+    ordered = [name for name in METHODS if name in options.methods]
+    for part in phases(ordered, options.regularizers, options.seeds):
+        for work in works:
+            if not work.complete(part):
+                print("the time is up; the same command goes on")
+                return
+
+
+if __name__ == "__main__":
+    main()

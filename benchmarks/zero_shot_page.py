@@ -1,0 +1,444 @@
+"""The page of benchmarks/zero_shot.py, made from the lines of its runs alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchalignprune.crosslingual.experiment import DENSE
+from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
+from zero_shot_statistics import (
+    LEAST_ABOVE_CHANCE,
+    LEVEL,
+    RESAMPLES,
+    Array,
+    Difference,
+    Results,
+    friedman,
+    holm,
+)
+
+ALPHA = 0.05
+SEEDS = 5
+LANGUAGE_METHODS = ("magnitude", "aligned")
+METHODS = (DENSE, *RECIPES)
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A difference in one setting at one sparsity, and its p-value among all of its table."""
+
+    difference: Difference
+    p: float
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where it is significant, otherwise 0."""
+        if self.p >= ALPHA:
+            return 0
+        return 1 if self.difference.value > 0 else -1
+
+    def __str__(self) -> str:
+        found = self.difference
+        star = "**" if self.sign else ""
+        return f"{star}{100 * found.value:+.1f}{star} ± {100 * found.half:.1f}"
+
+
+# For each setting one cell for each sparsity above 0.
+Table = dict[tuple[str, str], list[Cell]]
+
+
+def page(lines: Lines) -> str:
+    """The whole page."""
+    parts = [_INTRODUCTION]
+    for task in dict.fromkeys(
+        line["settings"]["task"] for line in lines if line.get("kind") == "settings"
+    ):
+        parts.append(_task(task, lines))
+    if len(parts) == 1:
+        parts.append("There are no runs yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = f"""# Pruning while fine-tuning, and what it costs zero-shot languages
+
+Made by `python benchmarks/zero_shot.py --report` from `runs.jsonl`, which
+`python benchmarks/zero_shot.py --data DIR` writes. An encoder is fine-tuned on English, pruned from
+sparsity to sparsity and trained after each, and evaluated in all languages; what is learned and how
+long is below, for each task.
+
+How to read it:
+
+- A *drop* is the score of the dense model minus that of the pruned one, in points. The dense model
+  of the same seed has trained for as many steps on the same batches, without a regularizer.
+- Figures are means over seeds, ± is half of the {LEVEL:.0%} interval. What varies is the seed and
+  the test sentences (both variances are added, degrees of freedom by Welch and Satterthwaite,
+  Student's t); the languages are these ones. Everything is paired: by seed, and by sentence, of
+  which the same are drawn for all models and languages ({RESAMPLES:,} resamples).
+- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table.
+- *Above chance*: above the score of the most frequent label of the language. Zero-shot scores begin
+  lower and have less to lose, so drops are given as shares of what the dense model has above chance
+  too; the share of the zero-shot mean, not the mean of shares, and of
+  {100 * LEAST_ABOVE_CHANCE:.0f} points at least.
+- A claim *holds* where at least half of its settings are significant in its direction and none
+  against it, *holds in part* where more are significant for it than against it, and otherwise *is
+  not shown*."""
+
+
+def _task(task: str, lines: Lines) -> str:
+    settings = [line for line in lines if line.get("kind") == "settings"]
+    settings = [line for line in settings if line["settings"]["task"] == task]
+    latest = settings[-1]
+    own = [line for line in lines if line.get("settings_id") == latest["settings_id"]]
+    runs = [line for line in own if line["kind"] == "run"]
+    results = Results(latest, runs)
+    parts = [
+        f"## {task}",
+        _settings(latest, results, runs, len(settings)),
+        _strengths(own),
+        _scores(results),
+        _first_claim(results),
+        _second_claim(results),
+        _third_claim(results),
+        _methods(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _settings(latest: Mapping[str, Any], results: Results, runs: Lines, versions: int) -> str:
+    settings, machine = latest["settings"], latest["machine"]
+    training = settings["training"]
+    whole = len(METHODS) * len(REGULARIZERS) * SEEDS
+    counts = {
+        name: sum(regularizer == name for _, regularizer, _ in results.keys)
+        for name in REGULARIZERS
+    }
+    complete = sum(seed < SEEDS for _, _, seed in results.keys)
+    kinds = _listed(f"{count} with {name}" for name, count in counts.items())
+    text = f"""**{complete} of the {whole} runs of the grid are in** ({len(METHODS)} methods,
+{len(REGULARIZERS)} regularizers, {SEEDS} seeds; {kinds}).
+Learned in English, evaluated on {settings["evaluated"]}: {settings["sentences"]["en"]} sentences in
+each of {len(results.languages)} languages ({", ".join(results.languages)}). {training["epochs"]:g}
+epochs of dense training, {training["retraining_epochs"]:g} after each pruning, batches of
+{training["batch_size"]}, learning rate {training["learning_rate"]:g}, autocast to
+{training["autocast"].removeprefix("torch.")}; model {settings["model"]}. Measured on
+{machine["cpu"]}, torch {machine["torch"]}."""
+    if versions > 1:
+        text += f"\nThe file has runs of {versions - 1} other settings of this task, left out here."
+    seconds = [run["seconds"] for run in runs]
+    if seconds:
+        text += (
+            f"\nA run takes {statistics.median(seconds):.0f} s (median, {min(seconds):.0f} to "
+            f"{max(seconds):.0f}; {sum(seconds) / 3600:.1f} hours together). Dense training is "
+            "taken over from the run before where both have the seed and the regularizer in common."
+        )
+    return text
+
+
+def _strengths(lines: Lines) -> str:
+    chosen = [line for line in lines if line["kind"] == "strength"]
+    if not chosen:
+        return "No strength of a regularizer has been chosen yet."
+    strengths = list(dict.fromkeys(s for line in chosen for s in line["means"]))
+    rows = [["regularizer", *("none" if not float(s) else f"{float(s):g}" for s in strengths)]]
+    for line in chosen:
+        cells = []
+        for strength in strengths:
+            mean = line["means"].get(strength)
+            text = "" if mean is None else f"{100 * mean:.2f}"
+            cells.append(f"**{text}**" if float(strength) == line["strength"] else text)
+        rows.append([line["regularizer"], *cells])
+    tuning = [line for line in lines if line["kind"] == "tuning"]
+    methods = _listed(dict.fromkeys(line["method"] for line in tuning))
+    seeds = _listed(dict.fromkeys(str(line["seed"]) for line in tuning))
+    text = (
+        f"Strengths, chosen by the mean accuracy in English validation data over the sparsities "
+        f"(method {methods}, seeds {seeds}, which are not those of the grid):\n\n{_markdown(rows)}"
+    )
+    useless = [
+        line["regularizer"]
+        for line in chosen
+        if line["means"][str(line["strength"])] <= line["means"].get("0.0", -1)
+    ]
+    if useless:
+        text += f"\n\nNo strength of {_listed(useless)} was better there than no regularizer."
+    edge = [
+        line["regularizer"]
+        for line in chosen
+        if line["strength"] in (min(_tried(line)), max(_tried(line)))
+    ]
+    if edge:
+        text += f"\n\nThat of {_listed(edge)} is the lowest or highest that was tried."
+    return text
+
+
+def _tried(line: Mapping[str, Any]) -> list[float]:
+    return [float(strength) for strength in line["means"] if float(strength)]
+
+
+def _scores(results: Results) -> str:
+    """Zero-shot means and English, without regularizers."""
+    rows = [["method", "", *_stages(results, with_dense=True)]]
+    for method in METHODS:
+        seeds = results.seeds((method, "none"))
+        if not seeds:
+            continue
+        points = np.mean([results.point((method, "none", seed)) for seed in seeds], axis=0)
+        for name, values in (("English", points[:, 0]), ("zero-shot", results.zero_shot(points))):
+            first = f"{_label(method)} ({len(seeds)})" if name == "English" else ""
+            rows.append([first, name, *(f"{100 * value:.1f}" for value in values)])
+    if len(rows) == 1:
+        return ""
+    chance = 100 * results.chance
+    return (
+        "### Scores without regularizers\n\nIn percent, by sparsity; in brackets the number of "
+        f"seeds. Chance: English {chance[0]:.1f}, zero-shot mean {chance[1:].mean():.1f}.\n\n"
+        + _markdown(rows)
+    )
+
+
+def _corrected(found: Mapping[tuple[str, str], list[Difference] | None]) -> Table:
+    """The settings that there are, at the sparsities above 0."""
+    there = {setting: stages[1:] for setting, stages in found.items() if stages is not None}
+    flat = holm([stage.p for stages in there.values() for stage in stages])
+    p_values = iter(flat)
+    return {
+        setting: [Cell(stage, next(p_values)) for stage in stages]
+        for setting, stages in there.items()
+    }
+
+
+def _verdict(signs: Iterable[int]) -> str:
+    signs = list(signs)
+    up, down = signs.count(1), signs.count(-1)
+    if not signs:
+        return "is not tested yet"
+    if 2 * up >= len(signs) and not down:
+        holds = "holds"
+    elif up > down:
+        holds = "holds in part"
+    else:
+        holds = "is not shown"
+    return (
+        f"{holds}: of {len(signs)} settings (method and sparsity) {up} are significant for it, "
+        f"{down} against it"
+    )
+
+
+def _first_claim(results: Results) -> str:
+    title = "### 1. Pruning hurts zero-shot languages more than English"
+    pruned = [(method, "none") for method in RECIPES]
+    absolute, relative, drops = (
+        {setting: results.compare([(DENSE, "none"), setting], figure) for setting in pruned}
+        for figure in (
+            results.excess,
+            results.relative_excess,
+            lambda dense, own: results.zero_shot(dense - own),
+        )
+    )
+    in_points, in_shares = _corrected(absolute), _corrected(relative)
+    if not in_points:
+        return f"{title}\n\nNot tested yet: it takes `dense` and a method with the same seed."
+    text = (
+        f"{title}\n\nIn points the claim **{_verdict(_signs(in_points))}**. As shares of what is "
+        f"above chance it **{_verdict(_signs(in_shares))}**.\n\n"
+        "How many points more the zero-shot mean drops than English:\n\n"
+        f"{_cells(results, in_points)}\n\nThe same of the drops as shares of what is above chance, "
+        f"in percentage points:\n\n{_cells(results, in_shares)}"
+    )
+    worse = [s for s, cells in in_points.items() if any(cell.sign < 0 for cell in cells)]
+    if worse:
+        text += f"\n\nEnglish loses significantly more points somewhere with {_named(worse)}."
+    return (
+        f"{text}\n\nThe drop of the zero-shot mean itself:\n\n{_cells(results, _corrected(drops))}"
+    )
+
+
+def _second_claim(results: Results) -> str:
+    title = "### 2. The regularizers reduce that loss"
+    settings = [
+        (method, regularizer)
+        for method in METHODS
+        for regularizer in REGULARIZERS
+        if regularizer != "none"
+    ]
+
+    def gains(figure: Callable[[Array], Array]) -> Table:
+        return _corrected(
+            {
+                (method, name): results.compare(
+                    [(method, "none"), (method, name)],
+                    lambda without, own: figure(own) - figure(without),
+                )
+                for method, name in settings
+            }
+        )
+
+    zero_shot = gains(results.zero_shot)
+    english = gains(lambda scores: scores[..., 0])
+    if not zero_shot:
+        return f"{title}\n\nNot tested yet: no method has run with a regularizer."
+    # What a regularizer does for the model that is not pruned is no answer to pruning.
+    pruned = {setting: cells for setting, cells in zero_shot.items() if setting[0] != DENSE}
+    helped = {s for s, cells in pruned.items() if any(cell.sign > 0 for cell in cells)}
+    hurt = {s for s, cells in pruned.items() if any(cell.sign < 0 for cell in cells)}
+    lines = [
+        f"For the zero-shot mean the claim **{_verdict(_signs(pruned))}**.",
+        f"Helped significantly at some sparsity: {_named(sorted(helped)) or 'none'}.",
+        f"Hurt significantly at some sparsity: {_named(sorted(hurt)) or 'none'}.",
+        "Did not help significantly at any sparsity: "
+        f"{_named([s for s in pruned if s not in helped]) or 'none'}.",
+    ]
+    closer = _corrected(
+        {
+            (method, name): results.compare(
+                [(method, "none"), (method, name)],
+                lambda without, own: _gap(results, without) - _gap(results, own),
+            )
+            for method, name in settings
+            if method != DENSE
+        }
+    )
+    return (
+        f"{title}\n\n"
+        + "\n".join(f"- {line}" for line in lines)
+        + f"\n\nGain of the zero-shot mean over the same method without, in points:\n\n"
+        f"{_cells(results, zero_shot)}\n\nGain of English:\n\n{_cells(results, english)}\n\n"
+        f"How much closer the zero-shot mean is to English:\n\n{_cells(results, closer)}"
+    )
+
+
+def _gap(results: Results, scores: Array) -> Array:
+    gap: Array = scores[..., 0] - results.zero_shot(scores)
+    return gap
+
+
+def _third_claim(results: Results) -> str:
+    title = "### 3. Languages suffer to different degrees"
+    tests: dict[tuple[str, int], float] = {}
+    for method in RECIPES:
+        seeds = results.seeds((DENSE, "none"), (method, "none"))
+        if not seeds:
+            continue
+        drops = np.array(
+            [
+                results.point((DENSE, "none", seed)) - results.point((method, "none", seed))
+                for seed in seeds
+            ]
+        )
+        for stage in range(1, len(results.sparsities)):
+            p = friedman(drops[:, stage, 1:])
+            if p is not None:
+                tests[method, stage] = p
+    parts = [title]
+    if tests:
+        corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+        verdict = _verdict(int(p < ALPHA) for p in corrected.values())
+        parts.append(
+            f"The claim **{verdict}** (Friedman's test that the zero-shot languages drop alike, in "
+            "points; the unit is the seed)."
+        )
+        alike: dict[str, list[str]] = {}
+        for (method, stage), p in corrected.items():
+            if p >= ALPHA:
+                alike.setdefault(method, []).append(f"{results.sparsities[stage]:.0%}")
+        if alike:
+            names = _listed(f"{_label(name)} ({_listed(at)})" for name, at in alike.items())
+            parts.append(f"No difference between languages was shown with {names}.")
+    else:
+        parts.append("Not tested yet: it takes three seeds of `dense` and a method, and languages.")
+    for method in LANGUAGE_METHODS:
+        table = _language_table(results, method)
+        if table:
+            parts.append(
+                f"Drop of each language with {_label(method)}, in points, and in brackets as the "
+                f"share of what is above chance (where that is at least "
+                f"{100 * LEAST_ABOVE_CHANCE:.0f} points):\n\n{table}"
+            )
+    return "\n\n".join(parts)
+
+
+def _language_table(results: Results, method: str) -> str:
+    settings = [(DENSE, "none"), (method, "none")]
+    seeds = results.seeds(*settings)
+    if not seeds:
+        return ""
+    dense = np.mean([results.point((DENSE, "none", seed)) for seed in seeds], axis=0)
+    rows = [["language", "dense", *_stages(results)]]
+    found = []
+    for i, code in enumerate(results.languages):
+        drops = results.compare(settings, lambda a, b, i=i: a[..., i] - b[..., i])
+        assert drops is not None
+        cells = []
+        for stage in range(1, len(results.sparsities)):
+            above = dense[stage, i] - results.chance[i]
+            share = f" ({drops[stage].value / above:.0%})" if above >= LEAST_ABOVE_CHANCE else ""
+            cells.append(f"{100 * drops[stage].value:.1f} ± {100 * drops[stage].half:.1f}{share}")
+        found.append((drops[-1].value, [code, f"{100 * dense[-1, i]:.1f}", *cells]))
+    english, *others = found
+    rows += [english[1], *(row for _, row in sorted(others, key=lambda pair: -pair[0]))]
+    return _markdown(rows)
+
+
+def _methods(results: Results) -> str:
+    title = "### Methods against magnitude"
+    found = {
+        (method, "none"): results.compare(
+            [("magnitude", "none"), (method, "none")],
+            lambda magnitude, own: results.zero_shot(own) - results.zero_shot(magnitude),
+        )
+        for method in RECIPES
+        if method != "magnitude"
+    }
+    table = _corrected(found)
+    if not table:
+        return ""
+    no_better = [s for s, cells in table.items() if not any(cell.sign > 0 for cell in cells)]
+    text = f"Not significantly better at any sparsity: {_named(no_better) or 'none'}."
+    return (
+        f"{title}\n\nGain of the zero-shot mean over global magnitude, without regularizers, in "
+        f"points. {text}\n\n{_cells(results, table)}"
+    )
+
+
+def _signs(table: Table) -> list[int]:
+    return [cell.sign for cells in table.values() for cell in cells]
+
+
+def _cells(results: Results, table: Table) -> str:
+    rows = [["method", "seeds", *_stages(results)]]
+    for setting, cells in table.items():
+        rows.append([_called(setting), str(cells[0].difference.seeds), *map(str, cells)])
+    return _markdown(rows)
+
+
+def _stages(results: Results, with_dense: bool = False) -> list[str]:
+    return ["dense"] * with_dense + [f"{sparsity:.0%}" for sparsity in results.sparsities[1:]]
+
+
+def _label(method: str) -> str:
+    return method if method == DENSE else RECIPES[method].label
+
+
+def _called(setting: tuple[str, str]) -> str:
+    method, regularizer = setting
+    return _label(method) + ("" if regularizer == "none" else f" + {regularizer}")
+
+
+def _named(settings: Iterable[tuple[str, str]]) -> str:
+    return "; ".join(map(_called, settings))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))

@@ -3,12 +3,11 @@
     python benchmarks/full_runs.py            # measure, then write the tables of docs/full_runs.md
     python benchmarks/full_runs.py --tables   # the tables only, from the JSON
 
-Models of the real size with random weights, batches of 32 without padding. A step is what the
-Trainer makes of one: forward, backward, the gradient of the penalty, clipping, AdamW, and the
-pruner's step. It is timed dense, with masks of 70% sparsity, and with masks and CosineAlignment, at
-64 subwords, in float32 and under autocast to bfloat16, and the last also at 128. Beside that, what
-happens now and then: a round of pruning, the measuring of the strength, an evaluation. Each variant
-has a process of its own; its peak memory is on top of what the libraries take.
+Models of the real size with random weights, 70% of the encoder's weights pruned, batches of 32
+without padding. A step is what the Trainer makes of one: forward, backward, the gradient of
+CosineAlignment, clipping, AdamW, and the pruner's step. It is timed at 64 subwords, in float32 and
+under autocast to bfloat16, and under autocast at 128; and a round of pruning. Each model has a
+process of its own; its peak memory is on top of what the libraries take.
 
 Times are those of the processor, on one thread: what else runs on the machine slows them down by
 what it takes of caches and memory, but they do not count the waiting. Medians of --repeats.
@@ -39,39 +38,37 @@ from transformers import (
     BertForSequenceClassification,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
-    XLMRobertaForTokenClassification,
 )
 
 import torchalignprune as tap
 from common import RESULTS, fresh_process, median, peak_memory, save, start_memory
-from torchalignprune.crosslingual import TASKS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "full_runs.md"
 BATCH = 32
 LENGTHS = (64, 128)
 SPARSITY = 0.7
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The dtypes and lengths of the steps that are timed.
-STEPS = {
-    "dense": [("float32", 64), ("bfloat16", 64)],
-    "masks": [("float32", 64), ("bfloat16", 64)],
-    "penalty": [("float32", 64), ("bfloat16", 64), ("bfloat16", 128)],
-}
+STEPS = [("float32", 64), ("bfloat16", 64), ("bfloat16", 128)]
 
-# The configurations of the hub's xlm-roberta-base and bert-base-multilingual-cased.
-XLMR = XLMRobertaConfig(
-    vocab_size=250002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-)
-MBERT = BertConfig(vocab_size=119547)
+# The configurations of the hub's xlm-roberta-base and bert-base-multilingual-cased. A head for
+# words in the place of the one for pairs adds less than 0.01% of the operations.
+MODELS: dict[str, tuple[Any, Any]] = {
+    "XLM-R base": (
+        XLMRobertaForSequenceClassification,
+        XLMRobertaConfig(
+            vocab_size=250002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+        ),
+    ),
+    "mBERT base": (BertForSequenceClassification, BertConfig(vocab_size=119547)),
+}
 # Of each run: the model, the English training sentences or pairs, and the epochs.
-RUNS: dict[str, tuple[Any, Any, int, int]] = {
-    "xnli": (XLMRobertaForSequenceClassification, XLMR, 392_702, 5),
-    "pawsx": (BertForSequenceClassification, MBERT, 49_401, 5),
-    "pos": (XLMRobertaForTokenClassification, XLMR, 12_544, 10),
+RUNS = {
+    "xnli_xlmr.py": ("XLM-R base", 392_702, 5),
+    "pawsx_mbert.py": ("mBERT base", 49_401, 5),
+    "pos_xlmr.py": ("XLM-R base", 12_544, 10),
 }
-SCRIPTS = {"xnli": "xnli_xlmr.py", "pawsx": "pawsx_mbert.py", "pos": "pos_xlmr.py"}
 
-# Of the data sheets: operations a second in 16 bits (dense), bytes a second, bytes of memory.
+# Of the data sheets: operations a second in 16 bits (dense), and bytes of memory a second.
 GPUS = {
     "V100 (fp16)": (125e12, 0.9e12),
     "RTX 4090": (165e12, 1.0e12),
@@ -91,107 +88,81 @@ ASSUMED = {
 
 
 def steps_of(run: str) -> int:
-    _, _, rows, epochs = RUNS[run]
+    _, rows, epochs = RUNS[run]
     return epochs * math.ceil(rows / BATCH)
 
 
-def batch_of(run: str, length: int, vocabulary: int) -> dict[str, Tensor]:
-    labels = len(TASKS[run].labels)
-    shape = (BATCH, length) if TASKS[run].kind == "words" else (BATCH,)
-    return {
-        "input_ids": torch.randint(5, vocabulary, (BATCH, length)),
-        "labels": torch.randint(labels, shape),
-    }
+def batch_of(model: Any, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(5, model.config.vocab_size, (BATCH, length))
+    return {"input_ids": ids, "labels": torch.randint(model.config.num_labels, (BATCH,))}
 
 
-class Training:
-    """One model in training, dense or pruned, with or without the penalty."""
-
-    def __init__(self, run: str, variant: str) -> None:
-        torch.manual_seed(0)
-        kind, config, _, _ = RUNS[run]
-        config.num_labels = len(TASKS[run].labels)
-        self.model: nn.Module = kind(config).train()
-        self.params = tap.prunable_parameters(self.model)
-        self.pruner = self.penalty = None
-        if variant != "dense":
-            reference = tap.Reference.capture(self.params)
-            # The first call prunes; after that only what training moves is left to do.
-            schedule = tap.schedules.one_shot(SPARSITY, at=1)
-            self.pruner = tap.Pruner(self.params, tap.Magnitude, schedule, reference=reference)
-            if variant == "penalty":
-                self.penalty = tap.CosineAlignment(self.params, reference)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True)
-        self.dtype = torch.float32
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-            loss: Tensor = self.model(**batch).loss
-        return loss
-
-    def step(self, batch: dict[str, Tensor]) -> None:
-        self.loss(batch).backward()
-        if self.penalty is not None:
-            self.penalty().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.pruner is not None:
-            self.pruner.step()
-
-    @torch.no_grad()
-    def evaluate(self, batch: dict[str, Tensor]) -> None:
-        self.model.eval()
-        self.loss(batch)
-        self.model.train()
+def loss_of(model: nn.Module, batch: dict[str, Tensor], dtype: str = "float32") -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss: Tensor = model(**batch).loss
+    return loss
 
 
-def counted(run: str, length: int) -> int:
+def counted(name: str, length: int) -> int:
     """The floating-point operations of a forward and a backward; nothing is computed for it."""
+    kind, config = MODELS[name]
     with torch.device("meta"):
-        training = Training(run, "dense")
-        batch = batch_of(run, length, training.model.config.vocab_size)
+        model = kind(config)
+        batch = batch_of(model, length)
     with FlopCounterMode(display=False) as counter:
-        training.loss(batch).backward()
+        loss_of(model, batch).backward()
     return int(counter.get_total_flops())
 
 
-def measure(run: str, variant: str, repeats: int) -> dict[str, Any]:
-    before = start_memory()
-    training = Training(run, variant)
-    vocabulary = training.model.config.vocab_size
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    found: dict[str, Any] = {"parameters": parameters, "steps": {}}
-    found["prunable"] = sum(getattr(*pair).numel() for pair in training.params)
-    batches = {length: batch_of(run, length, vocabulary) for length in LENGTHS}
-
-    def timed(call: Callable[[], Any], times: int = repeats) -> list[float]:
-        found = []
-        for _ in range(times):
-            start = time.process_time()
-            call()
-            found.append(time.process_time() - start)
-        return found
-
-    if training.pruner is not None:
-        found["round"] = timed(training.pruner.step, 1)
-        assert abs(training.pruner.sparsity() - SPARSITY) < 1e-6
-    training.dtype = torch.bfloat16
-    training.step(batches[64])  # finds its memory, and makes the optimizer's state
-    for name, length in STEPS[variant]:
-        training.dtype = DTYPES[name]
-        batch = batches[length]
-        found["steps"][f"{name} {length}"] = timed(lambda b=batch: training.step(b))
-    if training.penalty is not None:
-        training.dtype, batch, penalty = torch.float32, batches[64], training.penalty
-        found["strength"] = timed(lambda: penalty.suggest_strength(training.loss(batch), 0.1))
-        found["evaluation"] = timed(lambda: training.evaluate(batch))
-    found["peak_bytes"] = peak_memory() - before
+def timed(call: Callable[[], Any], times: int) -> list[float]:
+    found = []
+    for _ in range(times):
+        start = time.process_time()
+        call()
+        found.append(time.process_time() - start)
     return found
 
 
-def on_paper(measured: dict[str, Any], operations: int, gpu: str) -> float:
+def measure(name: str, repeats: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    before = start_memory()
+    kind, config = MODELS[name]
+    model = kind(config).train()
+    params = tap.prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    penalty = tap.CosineAlignment(params, reference)
+    schedule = tap.schedules.one_shot(SPARSITY, at=1)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, reference=reference, penalty=penalty)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    found: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "prunable": sum(getattr(*pair).numel() for pair in params),
+        "round": timed(pruner.step, 1),
+        "steps": {},
+    }
+    assert abs(pruner.sparsity() - SPARSITY) < 1e-6
+
+    def step(batch: dict[str, Tensor], dtype: str) -> None:
+        loss_of(model, batch, dtype).backward()
+        penalty().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step()
+
+    step(batch_of(model, 64), "bfloat16")  # finds its memory, and makes the optimizer's state
+    for dtype, length in STEPS:
+        batch = batch_of(model, length)
+        found["steps"][f"{dtype} {length}"] = timed(
+            lambda batch=batch, dtype=dtype: step(batch, dtype), repeats
+        )
+    return found | {"peak_bytes": peak_memory() - before}
+
+
+def on_paper(measured: dict[str, Any], length: int, gpu: str) -> float:
     """The seconds of a step on a GPU, if the assumptions hold."""
+    operations = measured["operations"][str(length)]
     peak, bandwidth = GPUS[gpu]
     moved = measured["parameters"] * ASSUMED["bytes_a_parameter"]
     moved += measured["prunable"] * ASSUMED["bytes_a_masked_entry"]
@@ -201,69 +172,49 @@ def on_paper(measured: dict[str, Any], operations: int, gpu: str) -> float:
 
 
 def everything(repeats: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for run in RUNS:
-        found[run] = {"operations": {str(length): counted(run, length) for length in LENGTHS}}
-        for variant in ("dense", "masks", "penalty"):
-            found[run][variant] = one = fresh_process(
-                "--run", run, "--variant", variant, "--repeats", str(repeats)
-            )
-            taken = {name: f"{median(each):.2f} s" for name, each in one["steps"].items()}
-            print(run, variant, taken, flush=True)
+    found = {}
+    for name in MODELS:
+        found[name] = fresh_process("--model", name, "--repeats", str(repeats))
+        found[name]["operations"] = {str(length): counted(name, length) for length in LENGTHS}
+        print(name, found[name]["steps"], flush=True)
     return found
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
-    rows = ["| run | model | sentences or pairs | epochs | steps | TFLOP a step, 64 / 128 |"]
-    rows += ["| --- | --- | ---: | ---: | ---: | ---: |"]
-    for run, (_, _, sentences, epochs) in RUNS.items():
-        model = f"{found[run]['penalty']['parameters'] / 1e6:.0f} M parameters, "
-        model += f"{found[run]['penalty']['prunable'] / 1e6:.1f} M of them pruned"
-        work = " / ".join(f"{found[run]['operations'][str(n)] / 1e12:.2f}" for n in LENGTHS)
-        numbers = f"{sentences:,} | {epochs} | {steps_of(run):,}"
-        rows.append(f"| `{SCRIPTS[run]}` | {model} | {numbers} | {work} |")
-    made = {"runs": "\n".join(rows)}
+    rows = ["| | parameters | of them pruned | TFLOP a step, 64 | 128 | memory |"]
+    rows += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, one in found.items():
+        cells = [f"{one[key] / 1e6:.1f} M" for key in ("parameters", "prunable")]
+        cells += [f"{one['operations'][str(length)] / 1e12:.2f}" for length in LENGTHS]
+        rows.append(f"| {name} | {' | '.join(cells)} | {one['peak_bytes'] / 1e9:.1f} GB |")
+    made = {"models": "\n".join(rows)}
 
-    rows = ["| run | dtype | dense, 64 | masks, 64 | masks and penalty, 64 | the same, 128 |"]
-    rows += ["| --- | --- | ---: | ---: | ---: | ---: |"]
-    for run in RUNS:
-        for dtype in DTYPES:
-            cells = [(variant, f"{dtype} 64") for variant in STEPS]
-            cells += [("penalty", f"{dtype} 128")]
-            times = [found[run][variant]["steps"].get(what) for variant, what in cells]
-            texts = ["" if each is None else f"{median(each):.2f} s" for each in times]
-            rows.append(f"| {run} | {dtype} | {' | '.join(texts)} |")
+    steps = [f"{dtype} {length}" for dtype, length in STEPS]
+    rows = [f"| | {' | '.join(steps)} | a round of pruning |"]
+    rows += ["| --- |" + " ---: |" * (1 + len(steps))]
+    for name, one in found.items():
+        times = [*(one["steps"][key] for key in steps), one["round"]]
+        rows.append(f"| {name} | {' | '.join(f'{median(each):.2f} s' for each in times)} |")
     made["steps"] = "\n".join(rows)
 
-    rows = ["| run | a round of pruning | measuring the strength | evaluating 32 | memory |"]
-    rows += ["| --- | ---: | ---: | ---: | ---: |"]
-    for run in RUNS:
-        one = found[run]["penalty"]
-        texts = [f"{median(one[key]):.2f} s" for key in ("round", "strength", "evaluation")]
-        rows.append(f"| {run} | {' | '.join(texts)} | {one['peak_bytes'] / 1e9:.1f} GB |")
-    made["rest"] = "\n".join(rows)
-
-    names = [f"{dtype} {length}" for dtype, length in STEPS["penalty"]]
-    rows = [f"| run | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
-    for run in RUNS:
-        steps = found[run]["penalty"]["steps"]
-        days = [steps_of(run) * median(steps[name]) / 86400 for name in names]
-        rows.append(f"| {run} | {' | '.join(f'{each:.1f} days' for each in days)} |")
+    rows = [f"| | sentences | epochs | steps | {' | '.join(steps)} |"]
+    rows += ["| --- |" + " ---: |" * (3 + len(steps))]
+    for run, (name, sentences, epochs) in RUNS.items():
+        days = [steps_of(run) * median(found[name]["steps"][key]) / 86400 for key in steps]
+        cells = [f"{sentences:,}", str(epochs), f"{steps_of(run):,}"]
+        cells += [f"{each:.1f} days" for each in days]
+        rows.append(f"| `{run}` | {' | '.join(cells)} |")
     made["days"] = "\n".join(rows)
 
-    rows = [f"| run | {' | '.join(f'{gpu}, 64 / 128' for gpu in GPUS)} |"]
-    rows += ["| --- |" + " ---: |" * len(GPUS)]
-    for run in RUNS:
+    rows = [f"| | {' | '.join(GPUS)} |", "| --- |" + " ---: |" * len(GPUS)]
+    for run, (name, _, _) in RUNS.items():
         cells = []
         for gpu in GPUS:
             hours = [
-                steps_of(run)
-                * on_paper(found[run]["penalty"], found[run]["operations"][str(length)], gpu)
-                / 3600
-                for length in LENGTHS
+                steps_of(run) * on_paper(found[name], length, gpu) / 3600 for length in LENGTHS
             ]
             cells.append(" / ".join(f"{each:.2f} h" for each in hours))
-        rows.append(f"| {run} | {' | '.join(cells)} |")
+        rows.append(f"| `{run}` | {' | '.join(cells)} |")
     made["paper"] = "\n".join(rows)
     return made
 
@@ -282,18 +233,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        torch.set_num_threads(1)
-        print(json.dumps(measure(options.run, options.variant, options.repeats)))
+    if options.model:
+        print(json.dumps(measure(options.model, options.repeats)))
         return
     if options.tables:
-        found = json.loads((RESULTS / "full_runs.json").read_text())["runs"]
+        found = json.loads((RESULTS / "full_runs.json").read_text())["models"]
     else:
         found = everything(options.repeats)
-        save("full_runs", {"load_average": os.getloadavg(), "assumed": ASSUMED, "runs": found})
+        save(
+            "full_runs",
+            {"threads": 1, "load_average": os.getloadavg(), "assumed": ASSUMED, "models": found},
+        )
     write(found)
     for name, table in tables(found).items():
         print(f"\n{name}\n{table}")

@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import zero_shot_runs
-
 from torchalignprune.crosslingual.experiment import Training
 
 

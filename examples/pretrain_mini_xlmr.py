@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import random
 import re
 import time
@@ -254,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.teacher is None:
         options.teacher = str(encoder_folder())
 
+    # Batches have many shapes, and oneDNN compiles its products for each; it remembers 1024 of
+    # them, which is too few. It reads this when it makes the first.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "30000")
     final = options.out / "model"
     pieces = options.out / "tokenizer"
     if not pieces.exists():

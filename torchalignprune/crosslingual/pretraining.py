@@ -7,6 +7,7 @@ same on a sentence beside its translation, ties words to words. *Translation ran
 those of the batch by the mean of its states, ties sentences to sentences. Where there is a teacher,
 the state of a sentence's first token, through a linear map, also follows the teacher's embedding of
 the sentence in the teacher's language, in whatever language it is (Reimers and Gurevych 2020).
+Where there are word alignments, words are ranked like sentences (after Cao, Kitaev and Klein 2020).
 """
 
 from __future__ import annotations
@@ -334,8 +335,8 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Pretrains a masked language model on parallel and plain text, in place.
 
-    A step is one of three: 45% rank translations and predict masked tokens (15%) in single
-    sentences, 40% predict them (25%) in pairs of a sentence and its translation, 15% predict them
+    A step is one of three: 40% rank translations and predict masked tokens (15%) in single
+    sentences, 35% predict them (25%) in pairs of a sentence and its translation, 25% predict them
     (15%) in plain sentences of one language, where there are any. The teacher takes part in the
     first and the last. AdamW, a learning rate that rises, stays and falls linearly to 0, gradients
     clipped to a norm of 1.
@@ -353,6 +354,10 @@ def pretrain(
         steps: how many to take.
         teacher: gives the embeddings, shape ``(sentences, width)``, of sentences in the pivot
             language; they are asked for once.
+        lexicons: for each other language the probabilities that its pieces are translated by those
+            of the pivot (:func:`torchalignprune.crosslingual.translation_table`). Where they are
+            given, the state of a word should also be nearest to that of its translation among
+            those of the batch.
         pivot: a language that is drawn three times as often as any other, and the teacher's.
         tokens: of a batch, about; a pair of sentences counts once.
         longest: the most tokens of a sentence, special ones not included; the rest is cut off. A
@@ -362,7 +367,8 @@ def pretrain(
         decay: the share of the steps in which it falls, at the end.
         weight_decay: of AdamW.
         temperature: the cosines of translations are divided by it.
-        teacher_weight: of one minus the cosine to the teacher's embedding.
+        teacher_weight: of one minus the cosine to the teacher's embedding. That this should be the
+            nearest of those of the batch counts once.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
         seed: of everything drawn, dropout included.
         folder: where the state and ``log.jsonl`` are kept; None: nowhere.
@@ -371,8 +377,8 @@ def pretrain(
 
     Returns:
         The means of the losses over every 100 steps: ``step``, ``tokens`` so far, and
-        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking`` and ``teacher``, as far as
-        there are such.
+        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking``, ``words``, ``teacher`` and
+        ``teacher_ranking``, as far as there are such.
 
     Raises:
         ValueError: no parallel text, a language alone, a number out of range, more tokens than the
@@ -657,7 +663,7 @@ class _Run:
 
 
 def _rounded(length: int) -> int:
-    """Few shapes come up again and again: a matrix product is compiled for each on some CPUs."""
+    """Some shapes come up again and again: a matrix product is compiled for each on some CPUs."""
     return -(-length // 8) * 8
 
 

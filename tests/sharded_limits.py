@@ -97,6 +97,26 @@ def literal() -> None:
             assert masks == expected, (given, name, masks)
 
 
+def signed_scores() -> None:
+    """Scores that go by their value, of which -0 and +0 are equal: the earlier ones go."""
+    generator = torch.Generator().manual_seed(2)
+    scores = [torch.randint(-1, 2, w.shape, generator=generator) * 0.0 for w in weights()]
+    scores[1] = scores[1] - (torch.rand(scores[1].shape, generator=generator) > 0.5).float()
+    assert any(bool(torch.signbit(score).any()) for score in scores)
+    for name, given in itertools.product(("rows", "columns"), ({"min_unit": 2}, LIMITS[1])):
+        layout = layouts()[name]
+        twins = Twins(weights(), layout)
+        for model in (twins.whole, twins.sharded):
+            method = tap.Magnitude(0.4)
+            method.limits = Limits(**given)
+            targets = targets_of(pairs(model))
+            known = [s if model is twins.whole else spread(s, layout) for s in scores]
+            with torch.no_grad():
+                masks = method.masks(targets, known, signed=True)
+            put_masks((*t.places[0], mask) for t, mask in zip(targets, masks, strict=True))
+        twins.assert_same()
+
+
 def drawn(case: Any) -> str:
     """One case of hypothesis, the same on all processes."""
     values, kinds, limits, method, options, amounts = case

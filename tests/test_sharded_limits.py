@@ -27,7 +27,9 @@ def test_layouts(ranks: Ranks, world: int, name: str) -> None:
     ranks.run(world, cases.layout, name)
 
 
-@pytest.mark.parametrize("case", [cases.literal, cases.dtypes, cases.budget, cases.errors])
+@pytest.mark.parametrize(
+    "case", [cases.literal, cases.dtypes, cases.budget, cases.signed_scores, cases.errors]
+)
 def test_on_two_processes(ranks: Ranks, case: Any) -> None:
     ranks.run(2, case)
 

@@ -76,9 +76,14 @@ def case(*worlds: int) -> Callable[[Case], Case]:
 
 
 _meshes: dict[str, DeviceMesh] = {}
+_group: Any = None
 
 
 def mesh(kind: str) -> DeviceMesh:
+    global _group
+    if _group is not dist.group.WORLD:
+        _meshes.clear()
+        _group = dist.group.WORLD
     if kind not in _meshes:
         world = dist.get_world_size()
         if kind == "line":

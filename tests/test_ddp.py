@@ -6,10 +6,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -90,6 +93,110 @@ def test_masks_are_the_same_and_sent_once(ranks: Ranks, world: int, before: bool
         for (mask, weight), (other_mask, other_weight) in zip(first, others, strict=True):
             assert torch.equal(mask, other_mask)
             assert torch.equal(weight, other_weight)
+
+
+@contextmanager
+def sums_sent() -> Iterator[list[int]]:
+    """The bytes of the all-reduces that are called for."""
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = count
+    try:
+        yield sent
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def compared(kind: str) -> list[int]:
+    """A run of which the ranks may come to different masks; the bytes that its steps send."""
+    rank = dist.get_rank()
+    model = Net()
+    params = tap.prunable_parameters(model)
+    if kind.startswith("random"):
+        generator = torch.Generator().manual_seed(rank if kind == "random apart" else 0)
+        method: Any = partial(tap.Random, generator=generator)
+    else:
+        text = torch.randn(20, 12, generator=torch.Generator().manual_seed(rank))
+        own = tap.Calibration.collect(model, [text], params)
+        method = partial(tap.AlignedMagnitude, input_norms=own)
+    pruner = tap.Pruner(params, method, tap.schedules.linear(0.0, 0.6, end=3))
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+    ddp(torch.randn(8, 12)).square().mean().backward()
+    optimizer.step()
+    if kind == "random":
+        counts = []
+        for _ in range(5):
+            with sums_sent() as sent:
+                pruner.step()
+            counts.append(sum(sent))
+        masks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(masks, [mask_of(*pair) for pair in params])
+        for own_mask, other in zip(masks[0], masks[-1], strict=True):
+            assert torch.equal(own_mask, other)
+        return counts
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"different masks for first\.weight, last\.weight: what"
+    ):
+        pruner.step()
+    assert pruner.steps == 0 and pruner.sparsity() == 0.0
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    with ddp.join():
+        ddp(torch.randn(8, 12)).square().mean().backward()
+        optimizer.step()
+        with sums_sent() as sent:
+            assert pruner.step()
+    return sent
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_masks_are_compared_before_they_are_put_in_place(ranks: Ranks, world: int) -> None:
+    for sent in ranks.run(world, compared, "random"):
+        assert sent == [16, 16, 16, 0, 0]
+    for kind in ("random apart", "norms apart"):
+        for sent in ranks.run(world, compared, kind):
+            assert sent == []
+
+
+def without_a_wrapper() -> int:
+    """Ranks that have nothing to do with each other, such as those of a sweep."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    model = Net()
+    params = tap.prunable_parameters(model)
+    method = partial(tap.Random, generator=generator)
+    pruner = tap.Pruner(params, method, tap.schedules.one_shot(0.5, at=1))
+    model(torch.randn(8, 12))
+    with sums_sent() as sent:
+        assert pruner.step()
+    return len(sent)
+
+
+def test_models_without_a_wrapper_are_not_compared(ranks: Ranks) -> None:
+    assert ranks.run(2, without_a_wrapper) == [0, 0]
+
+
+@given(data=st.data())
+def test_digests_tell_masks_apart(data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(), (1,), (7, 3), (40, 1000), (3, 5, 2)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    mask = torch.rand(shape, generator=generator) > 0.5
+    digest = tap.ddp._digest(mask)
+    assert tap.ddp._digest(mask.clone()) == digest
+    if mask.dim() > 1:
+        transposed = mask.transpose(0, 1).contiguous().transpose(0, 1)
+        assert tap.ddp._digest(transposed) == digest
+    entries = data.draw(st.sets(st.integers(0, mask.numel() - 1), min_size=1, max_size=4))
+    other = mask.clone()
+    for entry in entries:
+        other.view(-1)[entry] ^= True
+    assert tap.ddp._digest(other) != digest
 
 
 def compiled() -> None:

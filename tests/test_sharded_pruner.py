@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import torchalignprune as tap
 from ranks import Ranks
@@ -42,7 +46,14 @@ def whole(tensor: Tensor) -> Tensor:
 class Run:
     """A model in training with its pruner."""
 
-    def __init__(self, model: nn.Module, method: Any, criterion: Any = None, late: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Any,
+        criterion: Any = None,
+        late: int = 0,
+        own: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model
         self.params = tap.prunable_parameters(model)
         self.reference = tap.Reference.capture(self.params)
@@ -59,6 +70,7 @@ class Run:
             reference=self.reference,
             penalty=self.penalty,
             criterion=self.criterion,
+            **own or {},
         )
 
     def train(self, steps: int, pruner: tap.Pruner | None) -> None:
@@ -90,18 +102,26 @@ def check_same(sharded: Run, plain: Run) -> None:
     assert sharded.pruner.state_dict()["pruned"] == plain.pruner.state_dict()["pruned"]
 
 
-def trains(method: Any, criterion: Any, late: int, options: dict[str, Any]) -> None:
+def trains(
+    method: Any,
+    criterion: Any,
+    late: int,
+    options: dict[str, Any],
+    own: dict[str, Any] | None = None,
+) -> None:
     torch.manual_seed(0)
     plain = net()
     runs = [
-        Run(m, method, criterion, late) for m in (shard(copy.deepcopy(plain), **options), plain)
+        Run(model, method, criterion, late, own)
+        for model in (shard(copy.deepcopy(plain), **options), plain)
     ]
     for _ in range(4):
         for run in runs:
             run.train(2, run.pruner)
         check_same(*runs)
     entries = sum(stored(*p).numel() for p in runs[0].params)
-    in_units = isinstance(method, partial)  # whole entries of each unit
+    # Whole entries of each unit.
+    in_units = isinstance(method, partial) and "budget" in method.keywords
     sparsity = pytest.approx(0.6, abs=0.02) if in_units else round(0.6 * entries) / entries
     assert runs[0].pruner.sparsity() == sparsity
     for run in runs:
@@ -130,6 +150,23 @@ def test_is_that_of_one_process(
     ranks.run(world, trains, method, criterion, late, options)
 
 
+@pytest.mark.parametrize(
+    ("world", "method", "criterion", "own"),
+    [
+        (2, tap.AlignedMagnitude, None, {"regrow": 1}),
+        (4, tap.Magnitude, criteria.Movement, {"regrow": True}),
+        (2, partial(tap.AlignedMagnitude, units="in"), None, {"min_unit": 2, "regrow": 2}),
+        (4, tap.AlignedMagnitude, None, {"max_layer_sparsity": 0.62, "min_layer_sparsity": 0.55}),
+        (2, tap.Magnitude, criteria.Taylor, {"max_layer_sparsity": {"1.0": 0.3}, "min_unit": 1}),
+    ],
+    ids=["regrow", "movement", "units cut", "layers", "taylor"],
+)
+def test_limits_and_regrowth(
+    ranks: Ranks, world: int, method: Any, criterion: Any, own: dict[str, Any]
+) -> None:
+    ranks.run(world, trains, method, criterion, 0, {}, own)
+
+
 def resumed() -> None:
     torch.manual_seed(0)
     plain = net()
@@ -152,6 +189,168 @@ def resumed() -> None:
 
 def test_resumed(ranks: Ranks) -> None:
     ranks.run(2, resumed)
+
+
+def regrown() -> None:
+    layer = nn.Linear(4, 2, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [8.0, 7.0, 6.0, 5.0]]))
+    params = [(shard(nn.Sequential(layer))[0], "weight")]
+    schedule = tap.schedules.steps({0: 0.5, 1: 0.25, 2: 0.5})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, regrow=True)
+    assert whole(layer.weight_orig).tolist() == [[0, 0, 0, 0], [8, 7, 6, 5]]
+    (values,) = pruner.state_dict()["left"].values()
+    assert whole(values).tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
+    assert pruner.step()
+    assert whole(layer.weight).tolist() == [[0, 0, 3, 4], [8, 7, 6, 5]]
+    with torch.no_grad():
+        layer.weight_orig.to_local()[:, 3] = 0.5  # below the two that were pruned
+    assert pruner.step()
+    assert whole(layer.weight).tolist() == [[0, 0, 3, 0], [8, 7, 6, 0]]
+    assert whole(layer.weight_mask).tolist() == [[False, False, True, False], [True] * 3 + [False]]
+
+
+def test_pruned_entries_come_back_with_their_values(ranks: Ranks) -> None:
+    ranks.run(2, regrown)
+
+
+def regrown_in_parallel() -> None:
+    """Under a tensor parallel plan the gradients of pruned entries reach the criterion as well."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)).double()
+    parallel = copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    masks: list[list[Tensor]] = []
+    for model in (plain, parallel):
+        params = tap.prunable_parameters(model)
+        movement = criteria.Movement(params)
+        schedule = tap.schedules.linear(0.0, 0.5, begin=1, end=4)
+        pruner = tap.Pruner(
+            params, tap.Magnitude, schedule, criterion=movement, regrow=1, min_unit=1
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        for step in range(8):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).double()
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+            found += [whole(mask_of(*pair)) for pair in params]
+        masks.append(found)
+    assert any(bool((new & ~old).any()) for old, new in zip(masks[0], masks[0][2:], strict=False))
+    for own, other in zip(*masks, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_regrowth_in_tensor_parallel_layers(ranks: Ranks) -> None:
+    ranks.run(2, regrown_in_parallel)
+
+
+def regrowing(folder: str, load: bool) -> list[Tensor]:
+    """Trains, or goes on from what was saved; what may come back, and the masks in the end."""
+    torch.manual_seed(0)
+    run = Run(shard(net()), tap.Magnitude, criteria.Movement, own={"regrow": 1})
+    run.train(0 if load else 4, run.pruner)
+
+    def state() -> dict[str, Any]:
+        model, optimizer = get_state_dict(run.model, run.optimizer)
+        return {"model": model, "optimizer": optimizer, "pruner": run.pruner.state_dict()}
+
+    own = state()
+    if load:
+        dcp.load(own, checkpoint_id=folder)
+        set_state_dict(
+            run.model,
+            run.optimizer,
+            model_state_dict=own["model"],
+            optim_state_dict=own["optimizer"],
+        )
+        run.pruner.load_state_dict(own["pruner"])
+        run.step = 4
+    else:
+        dcp.save(own, checkpoint_id=folder)
+    left = [whole(values) for values in run.pruner.state_dict()["left"].values()]
+    assert len(left) == 3 and all(bool(values.any()) for values in left)
+    run.train(4, run.pruner)
+    return [*left, *(whole(mask_of(*pair)) for pair in run.params)]
+
+
+def test_what_may_come_back_goes_to_another_number_of_ranks(ranks: Ranks, tmp_path: Path) -> None:
+    saved = ranks.run(2, regrowing, str(tmp_path), False)[0]
+    for world in (2, 4):
+        for loaded in ranks.run(world, regrowing, str(tmp_path), True):
+            # Other ranks have other batches, and so other masks in the end.
+            for own, other in zip(saved[: 6 if world == 2 else 3], loaded, strict=world == 2):
+                assert torch.equal(own, other)
+
+
+def lacking() -> None:
+    params = tap.prunable_parameters(shard(net()))
+    pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.constant(0.5), regrow=True)
+    state = pruner.state_dict()
+    for left in ({}, {name: torch.zeros(3) for name in state["left"]}):
+        with pytest.raises(ValueError, match=r"lacks the values that 0\.0\.weight may take back"):
+            pruner.load_state_dict({**state, "left": left})
+
+
+def test_a_state_that_lacks_values(ranks: Ranks) -> None:
+    ranks.run(2, lacking)
+
+
+def refused() -> None:
+    """What needs whole tensors says so, and changes nothing."""
+    torch.manual_seed(0)
+    model = net()
+    alone = tap.prunable_parameters(copy.deepcopy(model))
+    calibration = tap.Calibration.collect(
+        alone[0][0], [torch.randn(20, SIZES[0]).double()], alone[:1], statistics="covariance"
+    )
+    params = tap.prunable_parameters(shard(model))
+    tap.global_unstructured(params, tap.Magnitude, amount=0.5)
+    before = [whole(value) for value in model.state_dict().values()]
+    with pytest.raises(
+        ValueError, match=r"0\.0\.weight is sharded .* but realign solves for whole"
+    ):
+        tap.realign(params, calibration)
+    with pytest.raises(ValueError, match=r"0\.0\.weight is sharded .* lamp adds up all .* scores"):
+        criteria.lamp(params)
+    for value, old in zip(model.state_dict().values(), before, strict=True):
+        assert torch.equal(whole(value), old)
+    # What the error of lamp advises.
+    tap.global_unstructured(alone, tap.Magnitude, amount=0.5)
+    scores = criteria.lamp(alone)
+    given = {pair: scores[own] for pair, own in zip(params, alone, strict=True)}
+    for pairs, own in ((alone, scores), (params, given)):
+        tap.global_unstructured(pairs, tap.Magnitude, own, amount=0.5)
+    for pair, own in zip(params, alone, strict=True):
+        assert torch.equal(whole(mask_of(*pair)), mask_of(*own))
+
+
+def test_refused(ranks: Ranks) -> None:
+    ranks.run(2, refused)
+
+
+def scored() -> None:
+    """Criteria that know each entry from its unit's inputs score a shard as the whole."""
+    torch.manual_seed(0)
+    model = net()
+    alone = tap.prunable_parameters(copy.deepcopy(model))
+    norms = [torch.rand(module.weight.size(1)) for module, _ in alone]
+    params = tap.prunable_parameters(shard(model))
+    for _ in range(2):
+        for score in (
+            lambda own: criteria.wanda(own, dict(zip(own, norms, strict=True))),
+            lambda own: criteria.random(own, torch.Generator().manual_seed(1)),
+        ):
+            for found, expected in zip(score(params).values(), score(alone).values(), strict=True):
+                assert torch.equal(whole(found), expected)
+        for pairs in (params, alone):
+            tap.global_unstructured(pairs, tap.Magnitude, amount=0.4)
+
+
+def test_scores_of_shards(ranks: Ranks) -> None:
+    ranks.run(2, scored)
 
 
 def frozen() -> None:
@@ -213,19 +412,6 @@ def test_a_pruning_step_sends_little(ranks: Ranks) -> None:
         assert 0 < size < 64 * 1024
 
 
-def refused() -> None:
-    params = tap.prunable_parameters(shard(net()))
-    schedule = tap.schedules.constant(0.5)
-    for options in ({"regrow": True}, {"min_unit": 1}, {"max_layer_sparsity": 0.9}):
-        with pytest.raises(ValueError, match=r"sharded parameters \(DTensor\) go without regrow"):
-            tap.Pruner(params, tap.Magnitude, schedule, **options)
-    assert not any(mask_of(*p) is not None for p in params)
-
-
-def test_refused(ranks: Ranks) -> None:
-    ranks.run(2, refused)
-
-
 def moved_by_the_optimizer() -> None:
     """Muon fills in what has neither gradient nor momentum, and forwards see the shard as it is."""
     torch.manual_seed(0)
@@ -266,7 +452,7 @@ def norms_of_each_rank(same: bool) -> None:
             assert mask is not None and expected is not None
             assert torch.equal(whole(mask), expected)
         return
-    with pytest.raises(ValueError, match="input_norms should be the same on all ranks"):
+    with pytest.raises(ValueError, match=r"norms of 0\.0\.weight, .* the same on all ranks: merge"):
         tap.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, input_norms=norms)
 
 

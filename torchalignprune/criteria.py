@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune.calibration import Calibration
+from torchalignprune.dtensors import is_dtensor, like, local, own_part
 from torchalignprune.gradient_criteria import GradientMagnitude, Movement, Taylor
 from torchalignprune.parameters import (
     Parameters,
@@ -96,7 +97,8 @@ def lamp(params: Parameters) -> Scores:
         params: ``(module, name)`` pairs.
 
     Raises:
-        ValueError: NaN or infinity among the weights; the error names the parameter.
+        ValueError: NaN or infinity among the weights; a sharded parameter (``DTensor``), whose
+            entries no rank has in one order. The error names the parameter.
 
     Example:
         >>> import torch
@@ -106,6 +108,14 @@ def lamp(params: Parameters) -> Scores:
         >>> lamp([(layer, "weight")])[layer, "weight"]
         tensor([[0.5000, 0.1111, 1.0000]])
     """
+    params = params if isinstance(params, PrunableParameters) else list(params)
+    for pair, name in zip(params, parameter_names(params), strict=True):
+        if is_dtensor(stored(*pair)):
+            raise ValueError(
+                f"{name} is sharded (a DTensor), but lamp adds up all entries of a parameter in "
+                "their order: score the model before it is sharded, and give the scores as "
+                "importance_scores, of which each rank takes its part"
+            )
 
     def score(pair: Pair, weight: Tensor) -> Tensor:
         magnitudes = weight.abs().flatten()
@@ -274,14 +284,18 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor] | Calibration) 
             raise ValueError(f"the input norms of {name} should be finite and not negative")
 
     def score(pair: Pair, weight: Tensor) -> Tensor:
-        norms = by_pair[pair].detach().to(weight)
+        norms = by_pair[pair].detach().to(weight.device, weight.dtype)
         module, unit = pair[0], unit_dimension(*pair)
         groups = _groups(module)
         if groups == 1 or unit == 1:
-            return weight.abs().mul_(_along(norms, 1 - unit, weight))
-        # A filter of a grouped convolution only sees the input channels of its own group.
-        seen = norms.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-        return weight.abs().mul_(seen.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+            factors = _along(norms, 1 - unit, weight)
+        else:
+            # A filter of a grouped convolution only sees the input channels of its own group.
+            seen = norms.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+            factors = seen.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
+        scores = weight.abs()
+        local(scores).mul_(own_part(factors.expand(weight.shape), weight, "input_norms"))
+        return scores
 
     return _score(params, score)
 
@@ -311,6 +325,8 @@ def random(params: Parameters, generator: torch.Generator | None = None) -> Scor
     def score(pair: Pair, weight: Tensor) -> Tensor:
         drawn = torch.rand(weight.shape, generator=generator, dtype=weight.dtype)
         scores = (1 - drawn).to(weight.device)
+        if is_dtensor(weight):
+            scores = like(weight, own_part(scores, weight, "the scores").contiguous())
         mask = mask_of(*pair)
         return scores if mask is None else scores.masked_fill_(mask == 0, 0)
 

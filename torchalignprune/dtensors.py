@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from torchalignprune.placements import Runs, local_runs, part_of
+from torchalignprune.placements import Runs, indices, local_runs, part_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -113,8 +113,7 @@ def own_indices(tensor: DTensor, dim: int) -> Tensor:
     Returns:
         int64, shape ``(length of the part,)``.
     """
-    runs = _runs(tensor)[dim]
-    return torch.cat([torch.arange(0), *(torch.arange(i, i + n) for i, n in runs)])
+    return indices(_runs(tensor)[dim])
 
 
 def _runs(tensor: DTensor) -> tuple[Runs, ...]:

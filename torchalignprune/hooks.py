@@ -60,8 +60,7 @@ class MaskHook(prune.BasePruningMethod):
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
         differentiable = torch.is_grad_enabled() and original.requires_grad
         if self.straight_through and differentiable:
-            pruned: Tensor = _StraightThrough.apply(original, mask)  # type: ignore[no-untyped-call]
-            return pruned
+            return masked_straight_through(original, mask)
         if _cache is None or differentiable or torch.compiler.is_compiling():
             return _product(original, mask)
         made = _cache.get(self)
@@ -194,9 +193,13 @@ def _product(original: Tensor, mask: Tensor) -> Tensor:
     return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
 
 
-class _StraightThrough(torch.autograd.Function):
+def masked_straight_through(original: Tensor, mask: Tensor) -> Tensor:
     """The masked weight, whose gradient reaches pruned entries too."""
+    pruned: Tensor = _StraightThrough.apply(original, mask)  # type: ignore[no-untyped-call]
+    return pruned
 
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
         return _product(original, mask)

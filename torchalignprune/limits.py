@@ -104,59 +104,110 @@ class Limits:
             t.mask if t.mask is not None else torch.ones_like(s, dtype=torch.bool)
             for t, s in zip(targets, scores, strict=True)
         ]
-        size = sum(mask.numel() for mask in kept)
-        pruned = [mask.numel() - int(mask.sum()) for mask in kept]
-        overall = (sum(pruned) + count) / max(size, 1)
         names = [target.name for target in targets]
-        candidates = []
-        for target, score, mask, gone, dim in zip(
-            targets, scores, kept, pruned, unit_dims, strict=True
-        ):
-            free = self._spared(target, score, mask, dim)
-            room = max(0, int(self._ceiling(target.name) * mask.numel() + _ROUNDING) - gone)
-            if int(free.sum()) > room:
-                (stay,) = ops.select_global([score], room, score="value", masks=[free])
-                free &= ~stay
-            candidates.append(free)
-        available = sum(int(free.sum()) for free in candidates)
-        if count > available:
+        free = [
+            self.free(score, mask, dim, name)
+            for score, mask, dim, name in zip(scores, kept, unit_dims, names, strict=True)
+        ]
+        least, most = self.bounds(
+            names,
+            [mask.numel() for mask in kept],
+            [int(mask.sum()) for mask in kept],
+            [int(mask.sum()) for mask in free],
+            count,
+        )
+        candidates = [
+            mask if int(mask.sum()) == n else _lowest(score, mask, n, name)
+            for score, mask, n, name in zip(scores, free, most, names, strict=True)
+        ]
+        first = [
+            _lowest(score, mask, n, name)
+            for score, mask, n, name in zip(scores, candidates, least, names, strict=True)
+        ]
+        rest = [mask & ~own for mask, own in zip(candidates, first, strict=True)]
+        left = ops.select_global(scores, count - sum(least), score="value", masks=rest, names=names)
+        return [
+            mask & ~own & ~(other & ~stay)
+            for mask, own, other, stay in zip(kept, first, rest, left, strict=True)
+        ]
+
+    def bounds(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        alive: Sequence[int],
+        free: Sequence[int],
+        count: int,
+    ) -> tuple[list[int], list[int]]:
+        """How many more entries each parameter loses at least and at most, ``count`` in all.
+
+        Between the two it is the lowest scores of all that go. In every parameter the lowest go
+        first, too.
+
+        Args:
+            names: of the parameters.
+            sizes: how many entries each has.
+            alive: how many of these are not pruned yet.
+            free: how many of these ``min_unit`` does not spare.
+            count: how many are to be pruned, of all parameters together.
+
+        Raises:
+            ValueError: the limits leave fewer entries than ``count``.
+        """
+        size, gone = sum(sizes), [n - left for n, left in zip(sizes, alive, strict=True)]
+        overall = (sum(gone) + count) / max(size, 1)
+        rooms = [
+            max(0, int(self._ceiling(name) * n + _ROUNDING) - already)
+            for name, n, already in zip(names, sizes, gone, strict=True)
+        ]
+        most = [min(room, n) for room, n in zip(rooms, free, strict=True)]
+        if count > sum(most):
             raise ValueError(
                 f"min_unit={self.min_unit} and max_layer_sparsity={self.max_layer_sparsity} leave "
-                f"{available} entries to prune, got {count}: a sparsity of "
-                f"{(sum(pruned) + available) / max(size, 1):.4f} instead of {overall:.4f}"
+                f"{sum(most)} entries to prune, got {count}: a sparsity of "
+                f"{(sum(gone) + sum(most)) / max(size, 1):.4f} instead of {overall:.4f}"
             )
-        first = []
-        for name, score, free, gone in zip(names, scores, candidates, pruned, strict=True):
-            floor = min(self._floor(name), overall)
-            due = max(0, int(floor * free.numel() + _ROUNDING) - gone)
-            due = min(due, int(free.sum()))
-            (stay,) = ops.select_global([score], due, score="value", masks=[free])
-            first.append(free & ~stay)
-        done = sum(int(mask.sum()) for mask in first)
-        if done > count:
+        due = [
+            max(0, int(min(self._floor(name), overall) * n + _ROUNDING) - already)
+            for name, n, already in zip(names, sizes, gone, strict=True)
+        ]
+        least = [min(n, room) for n, room in zip(due, most, strict=True)]
+        if sum(least) > count:
             # Other parameters have lost more than their share already.
-            left = ops.select_global(scores, count, score="value", masks=first, names=names)
-            now = [mask & ~stay for mask, stay in zip(first, left, strict=True)]
-        else:
-            rest = [free & ~mask for free, mask in zip(candidates, first, strict=True)]
-            left = ops.select_global(scores, count - done, score="value", masks=rest, names=names)
-            now = [
-                mask | (other & ~stay) for mask, other, stay in zip(first, rest, left, strict=True)
-            ]
-        return [mask & ~gone for mask, gone in zip(kept, now, strict=True)]
+            return [0] * len(least), least
+        return least, most
 
-    def _spared(self, target: Target, score: Tensor, mask: Tensor, dim: int) -> Tensor:
-        """The candidates that are not among the best ``min_unit`` of their unit."""
+    def free(self, score: Tensor, mask: Tensor, dim: int, name: str) -> Tensor:
+        """The entries of a mask that are not among the best ``min_unit`` of their unit."""
         if self.min_unit == 0:
-            return mask.clone()
-        units_first = score.movedim(dim, 0) if score.dim() > 1 else score.reshape(1, -1)
-        rows = units_first.flatten(1)
-        alive = (mask.movedim(dim, 0) if mask.dim() > 1 else mask.reshape(1, -1)).flatten(1)
-        counts = (alive.sum(dim=1) - self.min_unit).clamp(min=0)
-        best = ops.select_rows(rows, counts, mask=alive, name=target.name)
-        best = best.reshape(units_first.shape)
-        best = best.movedim(0, dim) if score.dim() > 1 else best.reshape(score.shape)
-        return mask & ~best
+            return mask
+        best = best_of_rows(as_rows(score, dim), as_rows(mask, dim), self.min_unit, name)
+        return mask & ~from_rows(best, score.shape, dim)
+
+
+def as_rows(tensor: Tensor, dim: int) -> Tensor:
+    """A row for each unit along a dimension; what has at most one dimension is one unit."""
+    return tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+def from_rows(rows: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """The other way round."""
+    if len(shape) < 2:
+        return rows.reshape(list(shape))
+    others = [size for i, size in enumerate(shape) if i != dim]
+    return rows.reshape(shape[dim], *others).movedim(0, dim)
+
+
+def best_of_rows(scores: Tensor, mask: Tensor, count: int, name: str) -> Tensor:
+    """A mask of the best ``count`` entries of each row among those of a mask; all if fewer."""
+    counts = (mask.sum(dim=1) - count).clamp(min=0)
+    return ops.select_rows(scores, counts, mask=mask, name=name)
+
+
+def _lowest(score: Tensor, mask: Tensor, count: int, name: str) -> Tensor:
+    """The ``count`` entries of the lowest scores among those of a mask."""
+    (stay,) = ops.select_global([score], count, score="value", masks=[mask], names=[name])
+    return mask & ~stay
 
 
 def _share(given: LayerShare, name: str, default: float) -> float:

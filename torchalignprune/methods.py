@@ -175,7 +175,6 @@ class AlignedMagnitude(PruningMethod):
         return True
 
     def check_sharded(self) -> None:
-        super().check_sharded()
         if self.matching is not None:
             raise ValueError(
                 f"matching={self.matching!r} compares all units of a parameter, which no rank has "

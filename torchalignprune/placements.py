@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Runs", "count_below", "length_of", "local_runs", "part_of", "scatter", "take"]
+__all__ = [
+    "Runs",
+    "count_below",
+    "indices",
+    "length_of",
+    "local_runs",
+    "part_of",
+    "scatter",
+    "take",
+]
 
 Runs = tuple[tuple[int, int], ...]
 """Rising indices, as (first, how many) of each stretch of neighbours."""
@@ -21,6 +30,11 @@ Runs = tuple[tuple[int, int], ...]
 
 def length_of(runs: Runs) -> int:
     return sum(length for _, length in runs)
+
+
+def indices(runs: Runs) -> Tensor:
+    """int64, shape ``(length_of(runs),)``."""
+    return torch.cat([torch.arange(0), *(torch.arange(i, i + n) for i, n in runs)])
 
 
 def take(runs: Runs, begin: int, end: int) -> Runs:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torchalignprune import ops, schedules
-from torchalignprune.dtensors import is_dtensor, local
+from torchalignprune import ddp, ops, schedules
+from torchalignprune.dtensors import is_dtensor, like, local, own_part
 from torchalignprune.gradient_criteria import GradientCriterion
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
@@ -78,7 +78,8 @@ class Pruner:
             schedule asks for so much overall; likewise. These three go with the budgets
             ``"global"`` and ``"layer"``.
         regrow: let pruned entries come back. They keep the values that they had when they were
-            pruned (apart, as much memory as they take); each pruning step ranks all entries anew,
+            pruned (apart, as much memory as they take; as much as its part if the parameter is
+            sharded); each pruning step ranks all entries anew,
             and gradients that reach a ``criterion`` are those of pruned entries too. ``True``:
             whenever the schedule's value has changed; a number: also every so many steps.
 
@@ -164,11 +165,6 @@ class Pruner:
             own = [target.places[0] for target in criterion.targets]
             if own != [target.places[0] for target in targets]:
                 raise ValueError("criterion should have been made with the same params")
-        if any(is_dtensor(target.weight) for target in targets) and (regrow or limits != Limits()):
-            raise ValueError(
-                "sharded parameters (DTensor) go without regrow, min_unit, max_layer_sparsity and "
-                "min_layer_sparsity, which take what is on several ranks together"
-            )
         self.regrow = bool(regrow)
         self._every = 0 if isinstance(regrow, bool) else regrow
         self._alignment = None if reference is None else CosineAlignment(params, reference)
@@ -182,7 +178,9 @@ class Pruner:
                 f"with a criterion, which needs training, the schedule should begin with 0, got "
                 f"{self._target}"
             )
-        # The values of pruned entries by their flat index, where they may come back.
+        # The values of pruned entries in their order, where they may come back. Those of a sharded
+        # parameter are in a DTensor of its layout with zeros elsewhere, which a distributed
+        # checkpoint can save and spread over another number of ranks.
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
         self._final_sparsity = 0.0
@@ -263,7 +261,8 @@ class Pruner:
             Whether masks were chosen anew.
 
         Raises:
-            RuntimeError: after :meth:`finalize`; a parameter that the criterion has no gradient of.
+            RuntimeError: after :meth:`finalize`; a parameter that the criterion has no gradient of;
+                ranks of a ``DistributedDataParallel`` that choose different masks.
             ValueError: a sparsity out of range or out of the limits' reach; NaN among the weights.
                 The masks and the count of the steps are as before.
         """
@@ -398,20 +397,14 @@ class Pruner:
                     f"{name} has {count} pruned entries, and {state['pruned'][name]} in the state: "
                     "load the model's state_dict that was saved with it first"
                 )
-        left = dict(state.get("left", {}))
-        for name, count in state["pruned"].items():
-            if self.regrow and (name not in left or left[name].numel() != count):
-                raise ValueError(f"the state lacks the {count} values that {name} may take back")
+        left = self._loaded_left(state)
         if self.criterion is not None:
             self.criterion.load_state_dict(state["criterion"])
         if self.penalty is not None:
             self.penalty.load_state_dict(state["penalty"])
             if isinstance(self.penalty, CosineAlignment):
                 self.penalty.load_matching_state(state["matching"])
-        self._left = [
-            left[name].to(stored(*places[0]).device, copy=True) if name in left else None
-            for name, places in zip(self._names, self._places, strict=True)
-        ]
+        self._left = left
         if "generator" in state:
             self._method.generator.set_state(state["generator"])  # type: ignore[attr-defined]
         self._step = int(state["step"])
@@ -466,19 +459,26 @@ class Pruner:
     def _new_masks(self, targets: Sequence[Target]) -> list[Tensor]:
         self._method.absolute, self._method.amount = True, self._target
         if self.criterion is None:
-            return self._method.masks(targets)
-        scores = self.criterion.scores()
-        return self._method.masks(
-            targets, [scores[target.places[0]] for target in targets], signed=self.criterion.signed
-        )
+            masks = self._method.masks(targets)
+        else:
+            known = self.criterion.scores()
+            scores = [known[target.places[0]] for target in targets]
+            masks = self._method.masks(targets, scores, signed=self.criterion.signed)
+        ddp.check_same_masks([places[0] for places in self._places], self._names, masks)
+        return masks
 
     def _put(self, targets: Sequence[Target], masks: Sequence[Tensor]) -> None:
         """Put the masks in place, and zeros wherever they prune."""
         parameters = [stored(*places[0]) for places in self._places]
         if self.regrow:
             for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
-                self._left[number] = target.weight[~mask]
-                parameters[number].detach().copy_(target.weight)
+                weight = target.weight
+                self._left[number] = (
+                    like(weight, local(weight).masked_fill(local(mask), 0))
+                    if is_dtensor(weight)
+                    else weight[~mask]
+                )
+                local(parameters[number].detach()).copy_(local(weight))
         shown = [
             (module, name, mask)
             for places, mask in zip(self._places, masks, strict=True)
@@ -528,14 +528,39 @@ class Pruner:
         mask = mask_of(*self._places[number][0])
         if left is None or mask is None:
             return weight.clone()
+        if is_dtensor(weight):
+            part = local(weight)
+            return like(weight, torch.where(local(mask) == 0, local(left).to(part.device), part))
         return weight.masked_scatter(mask == 0, left.to(weight.device))
+
+    def _loaded_left(self, state: Mapping[str, Any]) -> list[Tensor | None]:
+        if not self.regrow:
+            return [None] * len(self._names)
+        left: list[Tensor | None] = []
+        for name, places in zip(self._names, self._places, strict=True):
+            weight = stored(*places[0])
+            values, count = state["left"].get(name), state["pruned"][name]
+            if is_dtensor(weight):
+                if values is None or values.shape != weight.shape:
+                    raise ValueError(
+                        f"the state lacks the values that {name} may take back, a tensor of shape "
+                        f"{tuple(weight.shape)} as it is in the state of a sharded parameter"
+                    )
+                part = own_part(values, weight, f"what {name} may take back")
+                values = like(weight, part.to(local(weight).device, copy=True))
+            elif values is None or values.numel() != count:
+                raise ValueError(f"the state lacks the {count} values that {name} may take back")
+            else:
+                values = values.to(weight.device, copy=True)
+            left.append(values)
+        return left
 
     def _mask_gradients(self, optimizer: Optimizer) -> None:
         """The criterion has read them whole; the optimizer is to see those of what is left."""
         for places in self._places:
             grad, mask = stored(*places[0]).grad, mask_of(*places[0])
             if grad is not None and mask is not None:
-                grad.masked_fill_(mask == 0, 0)
+                local(grad).masked_fill_(local(mask) == 0, 0)
 
     def _pruned(self) -> dict[str, int]:
         return {

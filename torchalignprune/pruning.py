@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import ops, sharding
+from torchalignprune import ops, sharded_limits, sharding
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import Limits
@@ -101,11 +101,6 @@ class PruningMethod(prune.BasePruningMethod):
 
     def check_sharded(self) -> None:
         """Raises if the method cannot prune sharded parameters."""
-        if self.limits is not None:
-            raise ValueError(
-                "min_unit, max_layer_sparsity and min_layer_sparsity are not supported for sharded "
-                "parameters (DTensor)"
-            )
 
     def new_masks(
         self,
@@ -144,14 +139,16 @@ class PruningMethod(prune.BasePruningMethod):
                 )
             return count
 
+        dims = [self.unit_dim(target) for target in targets]
         if targets[0].shard is not None:
-            return sharding.select(targets, self._ranking(targets, scores, signed), count_of)
+            ranking = self._ranking(targets, scores, signed)
+            if self.limits is not None:
+                return sharded_limits.masks(self.limits, targets, ranking, dims, count_of)
+            return sharding.select(targets, ranking, count_of)
         count = count_of(sum(target.remaining() for target in targets))
         ranking = self._ranking(targets, scores, signed)
         if self.limits is not None:
-            return self.limits.masks(
-                targets, ranking.scores(), [self.unit_dim(t) for t in targets], count
-            )
+            return self.limits.masks(targets, ranking.scores(), dims, count)
         return ops.select_global(
             ranking.weights,
             count,

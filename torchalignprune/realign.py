@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchalignprune.calibration import CONVOLUTIONS, Calibration, InputStatistics
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
 
@@ -112,11 +113,12 @@ def realign(
         One entry for each distinct parameter, with the error of its outputs before and after.
 
     Raises:
-        ValueError: a parameter that is not pruned, or of a convolution; one without an entry in
-            the calibration, or without a covariance for ``"weights"``; ``"bias"`` where no layer
-            has one; two layers with one bias; a reference of the wrong shape; NaN or infinity in
-            the weights; weights that were moved before, without a reference; a bias that was moved
-            and has changed since; a negative ridge. The error names the parameter.
+        ValueError: a parameter that is not pruned, or sharded (``DTensor``), or of a convolution;
+            one without an entry in the calibration, or without a covariance for ``"weights"``;
+            ``"bias"`` where no layer has one; two layers with one bias; a reference of the wrong
+            shape; NaN or infinity in the weights; weights that were moved before, without a
+            reference; a bias that was moved and has changed since; a negative ridge. The error
+            names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
 
     Example:
@@ -216,6 +218,15 @@ def _bias_of(module: nn.Module, name: str) -> _Bias | None:
     return _Bias(module, attribute, part) if there else None
 
 
+def _check_whole(tensor: Tensor, name: str) -> None:
+    if is_dtensor(tensor):
+        raise ValueError(
+            f"{name} is sharded (a DTensor), but realign solves for whole layers: realign the "
+            "model before it is sharded, or an unsharded one with its full state "
+            "(get_model_state_dict with full_state_dict=True)"
+        )
+
+
 def _check_biases(layers: Sequence[_Layer], what: What) -> None:
     owners: dict[tuple[int, int | None], str] = {}
     for layer in layers:
@@ -255,6 +266,7 @@ class _Layer:
         self.statistics: list[InputStatistics] = []
         self.biases: list[_Bias | None] = []
         weight = target.weight
+        _check_whole(weight, target.name)
         if target.mask is None:
             raise ValueError(f"{target.name} is not pruned: realign moves what a mask leaves")
         for module, name in target.places:
@@ -277,7 +289,10 @@ class _Layer:
                     'statistics="covariance"'
                 )
             self.statistics.append(found)
-            self.biases.append(_bias_of(module, name))
+            bias = _bias_of(module, name)
+            if bias is not None:
+                _check_whole(stored(module, bias.name), f"the bias of {target.name}")
+            self.biases.append(bias)
         for tensor, which in ((weight, "weights"), (target.reference, "reference")):
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise ValueError(f"the {which} of {target.name} should be finite")

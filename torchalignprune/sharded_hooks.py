@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchalignprune import fsdp, ops
 from torchalignprune.dtensors import check_layout, is_dtensor, like, local, own_part
-from torchalignprune.hooks import MaskHook, put_mask
+from torchalignprune.hooks import MaskHook, masked_straight_through, put_mask
 from torchalignprune.parameters import mask_of, stored
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ class ShardedMaskHook(MaskHook):
         """``name_orig * name_mask``, a DTensor, with a gradient to ``name_orig``."""
         original: Tensor = getattr(module, self._tensor_name + "_orig")
         mask: Tensor = getattr(module, self._tensor_name + "_mask")
-        product = original * mask
+        differentiable = torch.is_grad_enabled() and original.requires_grad
+        if self.straight_through and differentiable:
+            product = masked_straight_through(original, mask)
+        else:
+            product = original * mask
         if is_dtensor(product) and _works_on_parts(module):
             part: Tensor = product.to_local()
             return part
@@ -101,7 +105,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
         def mask_gradient(parameter: Tensor) -> None:
             module = owner()
             mask = None if module is None else mask_of(module, self._tensor_name)
-            if mask is not None and parameter.grad is not None:
+            if mask is not None and parameter.grad is not None and not self.straight_through:
                 _zero(parameter.grad, mask)
 
         self._handles = [

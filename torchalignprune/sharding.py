@@ -24,6 +24,7 @@ of the model, for ``Magnitude`` and ``AlignedMagnitude``. What else is sent, and
 - ``units="both"``: a number for each row and each column; and the tensor, for the rows or the
   columns that are cut.
 - ``alignment="frobenius"``: some 40 bytes for each tensor; the tensor where its rows are cut.
+- Limits of a Pruner: see :mod:`torchalignprune.sharded_limits`.
 - ``budget="layer"``: the messages once for each parameter. ``budget="unit"``: nothing where units
   are whole; scores, masks and what is left of them where they are cut.
 """
@@ -44,12 +45,12 @@ from torch import Tensor
 from torchalignprune import ops
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.placements import scatter
-from torchalignprune.shards import Ranks, Shard
+from torchalignprune.shards import Ranks, Shard, shard_of
+from torchalignprune.targets import Target, with_input_norms
 
 if TYPE_CHECKING:
     from torchalignprune.pruning import PruningMethod
     from torchalignprune.ranking import Ranking
-    from torchalignprune.targets import Target
 
 __all__ = ["are_sharded", "masks", "select", "square_sums", "totals"]
 
@@ -86,7 +87,7 @@ def masks(
     found = method.new_masks(local, [score for _, score in prepared], signed)
     wanted: list[Tensor] = ranks.attempt(
         len(local),
-        lambda: [_shard(t).spread(mask) for t, mask in zip(local, found, strict=True)],
+        lambda: [shard_of(t).spread(mask) for t, mask in zip(local, found, strict=True)],
         list,
     )
     ranks.sum()
@@ -95,28 +96,26 @@ def masks(
 
 def _check_norms(ranks: Ranks, targets: Sequence[Target], method: PruningMethod) -> None:
     """Raises, on all processes, where they have collected input norms of their own."""
-    if getattr(method, "input_norms", None) is None:
+    norms = getattr(method, "input_norms", None)
+    if norms is None:
         return
 
-    def digest() -> list[int]:
-        sums = hashlib.blake2b(digest_size=6)
-        for target in method.prepare(targets):
-            if target.input_norms is not None:
-                sums.update(target.input_norms.detach().double().cpu().numpy().tobytes())
-        number = int.from_bytes(sums.digest(), "big")
-        return [number, -number]
+    def digests() -> list[int]:
+        found = []
+        for target in with_input_norms(targets, norms):
+            own = b"" if target.input_norms is None else target.input_norms.cpu().numpy().tobytes()
+            found.append(int.from_bytes(hashlib.blake2b(own, digest_size=6).digest(), "big"))
+        return found
 
-    high, low = ranks.most(ranks.attempt(0, digest, lambda: [0, 0]))
-    if high != -low:
+    own = ranks.attempt(0, digests, lambda: [0] * len(targets))
+    ranks.sum()
+    high, low = ranks.most([*own, *(-n for n in own)]).view(2, -1).tolist()
+    wrong = [t.name for t, most, least in zip(targets, high, low, strict=True) if most != -least]
+    if wrong:
         raise ValueError(
-            "input_norms should be the same on all ranks: merge what each has collected "
-            "(Calibration.merge), or load one file"
+            f"the input_norms of {', '.join(wrong)} should be the same on all ranks: merge what "
+            "each has collected (Calibration.merge), or load one file"
         )
-
-
-def _shard(target: Target) -> Shard:
-    assert target.shard is not None
-    return target.shard
 
 
 def _localized(
@@ -147,17 +146,17 @@ def _localized(
 def _settle(ranks: Ranks, targets: Sequence[Target]) -> None:
     """Which process counts where a mesh has not all of the processes: those of one mesh, that with
     the lowest rank."""
-    partly = [t for t in targets if 1 < len(_shard(t).mesh_ranks) < len(ranks.members)]
+    partly = [t for t in targets if 1 < len(shard_of(t).mesh_ranks) < len(ranks.members)]
     if not partly:
         return
-    leaders = [min(_shard(t).mesh_ranks) for t in partly]
-    inside = [ranks.rank in _shard(t).mesh_ranks for t in partly]
+    leaders = [min(shard_of(t).mesh_ranks) for t in partly]
+    inside = [ranks.rank in shard_of(t).mesh_ranks for t in partly]
     chosen = ranks.most(
         [-rank if own else -(1 << 40) for rank, own in zip(leaders, inside, strict=True)]
-    )
+    ).tolist()
     meshes = ranks.sum([int(rank == ranks.rank) for rank in leaders])
     for target, leader, best, copies in zip(partly, leaders, chosen, meshes, strict=True):
-        shard = _shard(target)
+        shard = shard_of(target)
         shard.first = shard.first and leader == -best
         shard.copies *= copies
 
@@ -182,7 +181,7 @@ class _Selection:
         self.ranking = ranking
         self.names = [target.name for target in targets]
         self.masks = [target.mask for target in targets]
-        self.shards = [_shard(target) for target in targets]
+        self.shards = [shard_of(target) for target in targets]
         self.ranks = self.shards[0].ranks
         self.device = ranking.weights[0].device
         wide = any(weight.dtype == torch.float64 for weight in ranking.weights)
@@ -285,39 +284,29 @@ class _Selection:
         Each copy adds its counts, those of one copy less the number of the others.
         """
         bins, apart = self._no_counts(), self._no_counts()[:1]
-        weights = [_weight(shard) for shard in self.shards]
+        weights = [copy_weight(shard) for shard in self.shards]
         for weight in sorted(set(weights)):
             chosen = [own == weight for own in weights]
             own = self._attempt(partial(self._checked_counts, chosen, shift))
             bins += own if weight >= 0 else 0
-            apart += weight * (own * self._salt()).sum()
+            apart += weight * salted(own)
         return bins, apart
 
     def _checked_counts(self, chosen: Sequence[bool], shift: int) -> Tensor:
         counts: Tensor = self._call(ops.shard_counts, chosen, 0, shift, _BINS)
         nan = int(counts[-1]) - 1
         if nan >= 0:
-            error = ValueError(f"the scores of {self.names[nan]} should be numbers, got NaN")
-            self.ranks.fail(nan, error)
+            self.ranks.fail(nan, not_numbers(self.names[nan]))
         return counts[:_BINS]
-
-    def _salt(self) -> Tensor:
-        # Different for each bin, and small enough for the sums to stay in an int64.
-        return (torch.arange(1, _BINS + 1, device=self.device) * 40503) % 65521
 
     def _copies_differ(self, shift: int) -> None:
         sums = []
         for i, shard in enumerate(self.shards):
             chosen = [i == j for j in range(len(self.shards))]
             counts = self._attempt(partial(self._checked_counts, chosen, shift))
-            sums.append(int((counts * self._salt()).sum()) * _weight(shard))
-        wrong = [
-            name for name, total in zip(self.names, self.ranks.sum(sums), strict=True) if total
-        ]
-        raise ValueError(
-            f"{', '.join(wrong)} should be the same on all ranks that have a copy, but is not. A "
-            "parameter of which each rank has a part should be a DTensor"
-        )
+            sums.append(int(salted(counts)) * copy_weight(shard))
+        totals = zip(self.names, self.ranks.sum(sums), strict=True)
+        raise copies_differ([name for name, total in totals if total])
 
     def _ties(self, key: int, low: int, shift: int) -> Tensor:
         bounds = low + (torch.arange(_BINS + 1) << shift)
@@ -341,10 +330,29 @@ class _Selection:
         return bins.index_add_(0, torch.cat(places).to(self.device), counts)
 
 
-def _weight(shard: Shard) -> int:
+def copy_weight(shard: Shard) -> int:
+    """A factor for each of some copies: what is the same on all of them sums up to 0."""
     if 0 in shard.local_shape:
         return 0
     return shard.copies - 1 if shard.first else -1
+
+
+def salted(counts: Tensor) -> Tensor:
+    """A number that says whether histograms are the same."""
+    # Different for each bin, and small enough for the sums to stay in an int64.
+    salt = (torch.arange(1, len(counts) + 1, device=counts.device) * 40503) % 65521
+    return (counts * salt).sum()
+
+
+def not_numbers(name: str) -> ValueError:
+    return ValueError(f"the scores of {name} should be numbers, got NaN")
+
+
+def copies_differ(names: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{', '.join(names)} should be the same on all ranks that have a copy, but is not. A "
+        "parameter of which each rank has a part should be a DTensor"
+    )
 
 
 def _grouped(bins: Tensor) -> Tensor:
@@ -369,10 +377,10 @@ def totals(targets: Sequence[Target], row_sums: Callable[[Target], Tensor]) -> l
         targets: the shards.
         row_sums: float64, one for each row of a target that is not sharded.
     """
-    ranks = _shard(targets[0]).ranks
+    ranks = shard_of(targets[0]).ranks
     sums, odd = [], []
     for target in targets:
-        shard = _shard(target)
+        shard = shard_of(target)
         units, _ = shard.whole_units(target, 0)
         rows = ranks.attempt(
             shard.number, partial(row_sums, units), lambda: torch.zeros(0, dtype=torch.float64)
@@ -384,7 +392,7 @@ def totals(targets: Sequence[Target], row_sums: Callable[[Target], Tensor]) -> l
     digits = [_digits(total) for total in sums]
     low = min((k for own in digits for k in own), default=_MOST_DIGITS)
     high = max((k for own in digits for k in own), default=-1)
-    low, high = (-ranks.most([-low])[0], ranks.most([high])[0])
+    low, high = (-int(ranks.most([-low])), int(ranks.most([high])))
     used = range(low, high + 1)
     added = ranks.sum([*odd, *(own.get(k, 0) for own in digits for k in used)])
     found = []
@@ -434,10 +442,10 @@ def square_sums(
         sums_of: those of a target that is not sharded, and has so many columns or is a part of
             what has.
     """
-    ranks = _shard(targets[0]).ranks
+    ranks = shard_of(targets[0]).ranks
     vectors = []
     for target in targets:
-        shard = _shard(target)
+        shard = shard_of(target)
         for dim in range(min(2, max(1, len(shard.shape)))):
             units, runs = shard.whole_units(target, dim)
             columns = shard.shape[1] if dim == 1 else None
@@ -452,7 +460,7 @@ def square_sums(
     added = iter(ranks.sum_floats(torch.cat(vectors)).split([v.numel() for v in vectors]))
     found = []
     for target in targets:
-        shard = _shard(target)
+        shard = shard_of(target)
         if len(shard.shape) < 2:
             rows = next(added)
             found.append((rows, rows[:0]))

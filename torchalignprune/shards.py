@@ -16,6 +16,7 @@ from torchalignprune.dtensors import is_dtensor
 from torchalignprune.placements import (
     Runs,
     count_below,
+    indices,
     length_of,
     local_runs,
     part_of,
@@ -26,7 +27,7 @@ from torchalignprune.placements import (
 if TYPE_CHECKING:
     from torchalignprune.targets import Target
 
-__all__ = ["Ranks", "Shard"]
+__all__ = ["Ranks", "Shard", "shard_of"]
 
 Result = TypeVar("Result")
 
@@ -109,14 +110,13 @@ class Ranks:
         dist.all_reduce(message, group=self.group)
         return message.to(values.device)
 
-    def most(self, values: Sequence[int]) -> list[int]:
-        """The maximum of what the processes bring, one by one."""
+    def most(self, values: Tensor | Sequence[int]) -> Tensor:
+        """The maximum of what the processes bring, one by one, int64, on ``device``."""
         import torch.distributed as dist
 
-        message = torch.tensor(values, dtype=torch.int64, device=self.device)
+        message = torch.as_tensor(values, dtype=torch.int64).to(self.device, copy=True)
         dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.group)
-        found: list[int] = message.tolist()
-        return found
+        return message
 
     def _raise(self) -> NoReturn:
         import torch.distributed as dist
@@ -293,7 +293,7 @@ class Shard:
         lengths = torch.tensor([n * step for _, n in self.runs[last]] if cut else [step])
         for dim in range(last - 1, -1, -1):
             step *= self.shape[dim + 1]
-            index = torch.cat([torch.arange(first, first + n) for first, n in self.runs[dim]])
+            index = indices(self.runs[dim])
             places = (index[:, None] * step + places).flatten()
             lengths = lengths.repeat(index.numel())
         begins = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -443,6 +443,12 @@ class Shard:
             part = local.narrow(dim, begin, end - begin)
             part.copy_(received[self.ranks.place[rank]].reshape(part.shape))
         return local if len(self.shape) > 1 else local.reshape(-1)
+
+
+def shard_of(target: Target) -> Shard:
+    """What this process has of a target that is sharded."""
+    assert target.shard is not None
+    return target.shard
 
 
 def _check_placements(weight: Any, name: str) -> None:

@@ -40,7 +40,7 @@ from torchalignprune.crosslingual import (
     plot_retention,
 )
 from torchalignprune.crosslingual.bootstrap import quantiles, resampled_sums
-from torchalignprune.crosslingual.evaluation import longest_input
+from torchalignprune.crosslingual.inputs import longest_input
 from torchalignprune.crosslingual.spans import span_counts, spans
 
 LABELS = ("A", "B", "C")

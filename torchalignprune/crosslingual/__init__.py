@@ -5,6 +5,7 @@ Needs ``pip install "torchalignprune[crosslingual]"``.
 
 from torchalignprune.crosslingual.evaluation import evaluate_zero_shot
 from torchalignprune.crosslingual.figures import plot_heat_map, plot_retention
+from torchalignprune.crosslingual.finetuning import FineTuning, finetune
 from torchalignprune.crosslingual.generated import (
     GENERATED_POS,
     GENERATED_TOPICS,
@@ -21,6 +22,7 @@ from torchalignprune.crosslingual.report import (
     LanguageScore,
     ZeroShotReport,
 )
+from torchalignprune.crosslingual.sweep import finetune_and_prune
 from torchalignprune.crosslingual.tasks import TASKS, Task
 from torchalignprune.crosslingual.words import EncodedWords, encode_words
 
@@ -33,6 +35,7 @@ __all__ = [
     "Comparison",
     "EncodedWords",
     "Estimate",
+    "FineTuning",
     "GeneratedCorpus",
     "GeneratedLanguage",
     "Language",
@@ -43,6 +46,8 @@ __all__ = [
     "available_languages",
     "encode_words",
     "evaluate_zero_shot",
+    "finetune",
+    "finetune_and_prune",
     "generate_corpus",
     "load_task",
     "plot_heat_map",

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from torchalignprune.crosslingual.columns import column_names
+from torchalignprune.crosslingual.inputs import (
+    checked_length,
+    checked_rows,
+    encode_texts,
+    label_places,
+    padded,
+)
 from torchalignprune.crosslingual.readers import load_task
 from torchalignprune.crosslingual.report import LanguageScore, ZeroShotReport, check_drawing
 from torchalignprune.crosslingual.spans import span_counts
@@ -23,7 +30,7 @@ from torchalignprune.crosslingual.words import encode_words
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["evaluate_zero_shot", "longest_input"]
+__all__ = ["evaluate_zero_shot"]
 
 # How many sentences are sorted by length and batched at a time.
 _SORTED = 4096
@@ -113,18 +120,13 @@ def evaluate_zero_shot(
     check_drawing(level, resamples, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
-    longest = longest_input(model, tokenizer)
-    if max_length is not None and not 0 < max_length <= longest:
-        raise ValueError(
-            f"max_length should be from 1 to {longest}, which the model and the tokenizer allow, "
-            f"got {max_length}"
-        )
-    places = _label_places(model, task)
+    longest = checked_length(model, tokenizer, max_length)
+    places = label_places(model, task)
     read = {}
     for code in codes:
         splits = languages[code] if isinstance(languages, Mapping) else load_task(task, code, data)
         read[code] = _rows(splits, task, code, split)
-    runner = _Runner(model, tokenizer, task, places, max_length or longest, batch_size)
+    runner = _Runner(model, tokenizer, task, places, longest, batch_size)
     digests = {code: _digests(rows, task) for code, rows in read.items()}
     parallel = task.parallel and len({ids for _, ids in digests.values()}) == 1
     scores = {}
@@ -143,21 +145,6 @@ def evaluate_zero_shot(
         resamples=resamples,
         seed=seed,
     )
-
-
-def longest_input(model: nn.Module, tokenizer: Any) -> int:
-    """How many subwords a model and its tokenizer take, special tokens included.
-
-    The model's limit is that of its position embeddings; in RoBERTa and its kin the first ones, up
-    to the padding token's id, are never used.
-    """
-    limit = int(getattr(tokenizer, "model_max_length", 0) or 512)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            return min(limit, module.num_embeddings - unused)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 512
-    return min(limit, int(positions))
 
 
 def _checked(
@@ -183,46 +170,7 @@ def _rows(splits: Any, task: Task, language: str, split: str) -> Any:
         raise ValueError(
             f"{task.name} in {language} has no split {split!r}, only {', '.join(splits)}"
         )
-    rows = splits[split].with_format(None)
-    missing = [name for name in column_names(task) if name not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{task.name} in {language} should have a column {missing[0]}, got "
-            f"{', '.join(rows.column_names)}"
-        )
-    if not len(rows):
-        raise ValueError(f"{task.name} in {language} has no sentences in {split!r}")
-    feature = rows.features[column_names(task)[-1]]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
-    if names is not None and tuple(names) != task.labels:
-        raise ValueError(
-            f"the labels of {task.name} are {', '.join(task.labels)}, those of {language} "
-            f"{', '.join(names)}"
-        )
-    return rows
-
-
-def _label_places(model: nn.Module, task: Task) -> Tensor:
-    """The place in ``task.labels`` of each of the model's outputs, -1 for a label it lacks."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if not names:
-        return torch.arange(len(task.labels))
-    own = [str(names[i]) for i in range(len(names))]
-    if all(name == f"LABEL_{i}" for i, name in enumerate(own)):
-        if len(own) != len(task.labels):
-            raise ValueError(
-                f"the model should have the {len(task.labels)} labels of {task.name}, got "
-                f"{len(own)} without names"
-            )
-        return torch.arange(len(own))
-    known = {label.casefold(): i for i, label in enumerate(task.labels)}
-    missing = [label for label in task.labels if label.casefold() not in map(str.casefold, own)]
-    if missing:
-        raise ValueError(
-            f"the model should have the labels of {task.name}, {', '.join(task.labels)}, got "
-            f"{', '.join(own)}"
-        )
-    return torch.tensor([known.get(name.casefold(), -1) for name in own])
+    return checked_rows(splits[split], task, language, split)
 
 
 @dataclass
@@ -250,7 +198,7 @@ class _Runner:
                 cut_off += sum(sentence.cut_off for sentence in sentences)
                 unmapped += sum(sentence.unmapped for sentence in sentences)
             else:
-                inputs, cut = self._encode_texts(part)
+                inputs, cut = encode_texts(self.tokenizer, self.task, part, self.max_length)
                 cut_off += cut
             for i, predicted in self._predict(inputs, advance):
                 if self.task.kind == "words":
@@ -260,17 +208,6 @@ class _Runner:
                     counts = int(predicted[0] == labels[i]), 1
                 hits[start + i], out_of[start + i] = counts
         return hits, out_of, cut_off, unmapped
-
-    def _encode_texts(self, part: Mapping[str, Any]) -> tuple[list[dict[str, list[int]]], int]:
-        """What the model is given for each row, and how many did not fit."""
-        texts = [part["text"]] + ([part["text_pair"]] if self.task.kind == "pair" else [])
-        whole = self.tokenizer(*texts, verbose=False)
-        too_long = sum(len(ids) > self.max_length for ids in whole["input_ids"])
-        if too_long:
-            whole = self.tokenizer(
-                *texts, truncation="longest_first", max_length=self.max_length, verbose=False
-            )
-        return [{key: whole[key][i] for key in whole} for i in range(len(texts[0]))], too_long
 
     def _count_words(self, gold: Sequence[int], found: Sequence[int]) -> tuple[int, int]:
         if self.task.metric == "accuracy":
@@ -291,7 +228,7 @@ class _Runner:
         places = self.places.to(device)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self._pad([inputs[i] for i in rows])
+            batch = padded([inputs[i] for i in rows], self.tokenizer.pad_token_id)
             logits = self.model(**{key: value.to(device) for key, value in batch.items()}).logits
             if logits.shape[-1] != len(places) or logits.dim() != 2 + (self.task.kind == "words"):
                 raise ValueError(
@@ -302,18 +239,6 @@ class _Runner:
             predicted = places[logits.argmax(-1)].reshape(len(rows), -1).tolist()
             yield from zip(rows, predicted, strict=True)
             advance(len(rows))
-
-    def _pad(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        # On the right, so that a word's place in its sentence is its place in the batch.
-        length = max(1, *(len(row["input_ids"]) for row in rows))
-        pad = self.tokenizer.pad_token_id
-        fill = {"input_ids": 0 if pad is None else pad, "attention_mask": 0}
-        return {
-            key: torch.tensor(
-                [row[key] + [fill.get(key, 0)] * (length - len(row[key])) for row in rows]
-            )
-            for key in rows[0]
-        }
 
 
 def _digests(rows: Any, task: Task) -> tuple[str, str]:

@@ -38,6 +38,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -271,6 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sizes = replace(sizes, sparsities=tuple(options.sparsities))
     if any(not a < b < 1 for a, b in itertools.pairwise([0.0, *sizes.sparsities])):
         parser.error(f"--sparsities should rise from above 0 to below 1, got {options.sparsities}")
+    if not (math.isfinite(options.strength) and options.strength >= 0):
+        parser.error(f"--strength should be a number from 0 on, got {options.strength:g}")
     if options.seed < 0:
         parser.error(f"--seed should be at least 0, got {options.seed}")
     if options.out.exists() and not options.out.is_dir():

@@ -2,7 +2,8 @@
 # requirements.txt. They need nothing but Python, make and a C++ compiler.
 #
 #   make demo         prune a real pretrained encoder by every method and compare them, then
-#                     prune it once more into a folder, which is loaded again and reported on
+#                     prune it once more into a folder, which is loaded again and reported on;
+#                     then pretrain a tiny cross-lingual one and see what pruning does to languages
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
@@ -10,7 +11,8 @@
 #   make clean        remove everything that these made
 #
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
-# instead of the pinned one, ARGS what to add to the command that a target runs.
+# instead of the pinned one, ARGS what to add to the command that a target runs (the first one of the
+# demo; ZERO_SHOT_ARGS: the last one).
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 
@@ -27,6 +29,7 @@ demo: $(COMPILED)
 	$(BIN)/torchalignprune demo --out build/demo $(ARGS)
 	$(BIN)/torchalignprune prune "$$($(BIN)/python -c 'from torchalignprune.demo import \
 	  encoder_folder; print(encoder_folder())')" --sparsity 0.5 --out build/demo/pruned --overwrite
+	$(BIN)/python examples/zero_shot_pruning.py --out build/demo/zero_shot $(ZERO_SHOT_ARGS)
 
 test: $(COMPILED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -5,7 +5,8 @@ score that goes of each, and which of the entries that have it go. How many entr
 loses follows from how many of its scores are below the one that the parameters share. So the
 processes add up such counts, and halve the range in which that score lies with each, until it is
 known to the bit; then likewise for the parameters that meet one of their bounds, each with a score
-of its own. A message has 8 bytes for each parameter that is not settled yet.
+of its own. A message has 8 bytes for each parameter that is not settled yet; where these are few,
+up to half a KB, and halves the range several times.
 
 Where ``min_unit`` goes with units that are cut by the boundary of a shard, the processes find the
 best entries of each unit one after the other, out of the best that each of them has left. That is

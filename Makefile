@@ -3,7 +3,8 @@
 #
 #   make demo         prune a real pretrained encoder by every method and compare them, then
 #                     prune it once more into a folder, which is loaded again and reported on;
-#                     then pretrain a tiny cross-lingual one and see what pruning does to languages
+#                     then see what pruning does to languages: to made-up ones, with a tiny encoder
+#                     that is pretrained on the spot, and to real ones, with the miniature
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
@@ -12,7 +13,7 @@
 #
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
 # instead of the pinned one, ARGS what to add to the command that a target runs (the first one of the
-# demo; ZERO_SHOT_ARGS: the last one).
+# demo; ZERO_SHOT_ARGS: the one with made-up languages).
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 
@@ -30,6 +31,7 @@ demo: $(COMPILED)
 	$(BIN)/torchalignprune prune "$$($(BIN)/python -c 'from torchalignprune.demo import \
 	  encoder_folder; print(encoder_folder())')" --sparsity 0.5 --out build/demo/pruned --overwrite
 	$(BIN)/python examples/zero_shot_pruning.py --out build/demo/zero_shot $(ZERO_SHOT_ARGS)
+	$(BIN)/python examples/mini_xlmr_pruning.py --out build/demo/mini_xlmr
 
 test: $(COMPILED)
 	$(BIN)/python -m pytest $(ARGS)

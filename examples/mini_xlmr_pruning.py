@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, logging
 
 import torchalignprune as tap
 from torchalignprune.crosslingual import retrieval_hits, sentence_embeddings
@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not 0 < sparsity < 1:
             parser.error(f"--sparsities should be between 0 and 1, got {sparsity}")
 
+    logging.set_verbosity_error()  # The head that predicts masked tokens is left out on purpose.
+    logging.disable_progress_bar()
     topics, sentences = read_sentences(MINIATURE / "sentences.tsv")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dense = AutoModel.from_pretrained(

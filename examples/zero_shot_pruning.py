@@ -202,7 +202,9 @@ def drops_table(sweep: Sweep) -> str:
 
     def row(name: str, before: Any, scores: Sequence[Any], lost: Sequence[Any]) -> list[str]:
         pairs = zip(scores, lost, strict=True)
-        cells = [f"{100 * score.value:.1f} ({-100 * drop.value:+.1f})" for score, drop in pairs]
+        cells = [
+            f"{100 * score.value:.1f} ({0.0 - 100 * drop.value:+.1f})" for score, drop in pairs
+        ]
         return [name, f"{100 * before.value:.1f}", *cells]
 
     rows = [["", "dense", *(f"{level:.0%}" for level in pruned)]]
@@ -238,11 +240,12 @@ def comparison_table(sweeps: Mapping[str, Sweep]) -> str:
 
 
 def points(estimate: Any, sign: int) -> str:
-    return f"{sign * 100 * estimate.value:+.1f}"
+    return f"{0.0 + sign * 100 * estimate.value:+.1f}"
 
 
 def interval(estimate: Any, sign: int) -> str:
-    low, high = sorted((sign * 100 * estimate.low, sign * 100 * estimate.high))
+    # Zeros have no sign.
+    low, high = sorted(0.0 + sign * 100 * bound for bound in (estimate.low, estimate.high))
     return f"{low:.1f} to {high:.1f}"
 
 

@@ -113,6 +113,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer.from_str(_with_fixed_ids(tokenizer.to_str(), len(special)))
     tokenizer.add_special_tokens(["<mask>"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
@@ -130,6 +131,26 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
         mask_token="<mask>",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def _with_fixed_ids(written: str, special: int) -> str:
+    """The tokenizer as JSON, whose pieces have the same scores and ids in every run.
+
+    Characters that are no piece otherwise get the lowest scores from the trainer, 0.0001 apart, in
+    the order of a hash table, which is another one every time. Here that order is by code point.
+    """
+    found = json.loads(written)
+    scores: dict[str, float] = dict(found["model"]["vocab"][special:])
+    characters = [piece for piece in scores if len(piece) == 1]
+    limit = min(scores.values()) + 1e-4 * len(characters)
+    last = sorted(piece for piece in characters if scores[piece] < limit)
+    lowest = sorted((scores[piece] for piece in last), reverse=True)
+    scores |= dict(zip(last, lowest, strict=True))
+    # Sums of many numbers differ in their last digits.
+    rounded = [(piece, round(score, 9)) for piece, score in scores.items()]
+    rounded.sort(key=lambda pair: (-pair[1], pair[0]))
+    found["model"]["vocab"][special:] = rounded
+    return json.dumps(found)
 
 
 @dataclass

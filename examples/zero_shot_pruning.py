@@ -202,9 +202,7 @@ def drops_table(sweep: Sweep) -> str:
 
     def row(name: str, before: Any, scores: Sequence[Any], lost: Sequence[Any]) -> list[str]:
         pairs = zip(scores, lost, strict=True)
-        cells = [
-            f"{100 * score.value:.1f} ({0.0 - 100 * drop.value:+.1f})" for score, drop in pairs
-        ]
+        cells = [f"{100 * score.value:.1f} ({points(drop, -1)})" for score, drop in pairs]
         return [name, f"{100 * before.value:.1f}", *cells]
 
     rows = [["", "dense", *(f"{level:.0%}" for level in pruned)]]
@@ -239,13 +237,17 @@ def comparison_table(sweeps: Mapping[str, Sweep]) -> str:
     return in_columns(rows)
 
 
+def rounded(share: float) -> float:
+    """In points, to one place; zero has no sign."""
+    return round(100 * share, 1) + 0.0
+
+
 def points(estimate: Any, sign: int) -> str:
-    return f"{0.0 + sign * 100 * estimate.value:+.1f}"
+    return f"{rounded(sign * estimate.value):+.1f}"
 
 
 def interval(estimate: Any, sign: int) -> str:
-    # Zeros have no sign.
-    low, high = sorted(0.0 + sign * 100 * bound for bound in (estimate.low, estimate.high))
+    low, high = sorted(rounded(sign * bound) for bound in (estimate.low, estimate.high))
     return f"{low:.1f} to {high:.1f}"
 
 

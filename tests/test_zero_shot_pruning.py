@@ -139,7 +139,7 @@ def test_tables(script: ModuleType) -> None:
     aligned = {0.0: report(10, 8, 6), 0.5: report(10, 8, 6), 0.9: report(8, 6, 3)}
     found = script.comparison_table({"magnitude": magnitude, "aligned": aligned})
     assert found.splitlines() == [
-        "                                     50%                    90%",
+        "                                       50%                     90%",
         "aligned          source  +0.0 (0.0 to 0.0)  -10.0 (-10.0 to -10.0)",
         "         zero-shot mean  +5.0 (5.0 to 5.0)    +10.0 (10.0 to 10.0)",
     ]

@@ -3,9 +3,9 @@
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_pruning.py
 
-Needs no data and no network, and takes about a minute on two cores. It goes on a small scale through
-what a cross-lingual encoder does. **Its sizes are not tuned**: so small a model hardly suffers from
-pruning before 90%, so that its figures do not tell ways of pruning apart.
+Needs no data and no network, and takes about a minute on two cores. It goes, on a small scale,
+through what a cross-lingual encoder does. **Its sizes are not tuned**: so small a model
+hardly suffers from pruning before 90%, so that its figures do not tell ways of pruning apart.
 
 - ``torchalignprune.crosslingual.generate_corpus`` makes up five languages with one grammar: the
   source and four at growing distances from it, ``near``, ``middle``, ``far`` and ``remote``, with

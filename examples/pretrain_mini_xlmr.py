@@ -13,11 +13,12 @@ The last 500 sentences of NTREX are held out: they show what was learned, by the
 often a sentence finds its translation among all 500. The others are trained on.
 
 So little text says little about the words of today. What it does not say comes from an English
-sentence encoder, all-MiniLM-L6-v2, in two ways. Every piece of the vocabulary begins with the
+sentence encoder, all-MiniLM-L6-v2, in three ways. Every piece of the vocabulary begins with the
 vectors of the English words that it is aligned with in the parallel text (IBM Model 1), reduced to
-the width of the model by principal components. And a sentence follows the encoder's embedding of
-its English translation; so do, with ``--wordnet``, the definitions of WordNet 3.0 (``apt-get
-install wordnet-base``), in English.
+the width of the model by principal components. A sentence follows the encoder's embedding of its
+English translation. And an English word, or one that is aligned with it, follows the state of that
+word in the middle layer of the encoder, which knows most about syntax. The definitions of WordNet
+3.0 (``apt-get install wordnet-base``) are, with ``--wordnet``, among the English sentences.
 
 ``OUT/state.safetensors`` has the state of the last steps: the same command goes on from there after
 it was stopped. ``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and
@@ -27,6 +28,7 @@ it was stopped. ``OUT/model`` is the finished checkpoint, in bfloat16, with its 
 from __future__ import annotations
 
 import argparse
+import copy
 import gzip
 import json
 import os
@@ -51,6 +53,7 @@ from transformers import (
 
 from torchalignprune.crosslingual import (
     ParallelText,
+    piece_states,
     piece_vectors,
     pretrain,
     retrieval_hits,
@@ -293,6 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with torch.autocast(device, autocast, enabled=autocast is not None):
             return sentence_embeddings(encoder, encoder_tokenizer, texts, batch_size=256)
 
+    lower = copy.deepcopy(encoder)
+    lower.encoder.layer = lower.encoder.layer[: (len(lower.encoder.layer) + 1) // 2]
+
+    def word_teacher(texts: Sequence[str]) -> list[Tensor]:
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            return piece_states(lower, encoder_tokenizer, texts, tokenizer, batch_size=256)
+
     started = time.perf_counter()
     begin_with(model, tokenizer, [bible, training], encoder, encoder_tokenizer)
     log = pretrain(
@@ -304,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokens=options.tokens,
         learning_rate=options.learning_rate,
         teacher=teacher,
+        word_teacher=word_teacher,
         lexicons=make_lexicons(tokenizer, [bible, training]),
         autocast=autocast,
         seed=options.seed,

@@ -73,6 +73,15 @@ def teacher(texts: Sequence[str]) -> Tensor:
     return torch.stack([pieces[ids].mean(0) for ids in encoded])
 
 
+def word_teacher(texts: Sequence[str]) -> list[Tensor]:
+    """Something that depends on a word and the one before; sentences end one piece too early."""
+    vectors = torch.Generator().manual_seed(1)
+    pieces = torch.randn(len(tokenizer()), 8, generator=vectors)
+    encoded = tokenizer()(list(texts), add_special_tokens=False)["input_ids"]
+    states = [pieces[ids] + 0.5 * pieces[ids].roll(1, 0) for ids in encoded]
+    return [(3 + 2 * own[:-1]).to(torch.bfloat16) for own in states]
+
+
 def test_the_tokenizer_is_as_that_of_xlm_r() -> None:
     tok = tokenizer()
     assert len(tok) == 300
@@ -83,6 +92,25 @@ def test_the_tokenizer_is_as_that_of_xlm_r() -> None:
     assert tok("a", "b")["input_ids"][0] == 0
     pair = tok.convert_ids_to_tokens(tok(text, text)["input_ids"])
     assert pair[0] == "<s>" and pair.count("</s>") == 3
+
+
+def test_frequent_words_are_pieces_and_punctuation_and_digits_are_their_own() -> None:
+    texts = ["This is very good.", "Very, very good!", "It was very bad in 1984.", "very: 1984"] * 9
+    tok = train_tokenizer(texts, 60)
+    assert "▁very" in tok.tokenize("It is very, very good.")
+    assert tok.tokenize("very.")[-1] == "." and tok.tokenize("1984")[-4:] == list("1984")
+    again = train_tokenizer(texts, 60)
+    assert again.backend_tokenizer.to_str() == tok.backend_tokenizer.to_str()
+    assert len(train_tokenizer(texts, 5000)) < 5000
+    # Blanks, compatibility characters and characters that were not there.
+    assert tok("\uff56ery  good")["input_ids"] == tok("very good")["input_ids"]
+    assert tok.tokenize("ж")[-1] != tok.mask_token and tok("ж")["input_ids"][-2] == 3
+
+
+@pytest.mark.parametrize("texts", [[], ["", " "], ["abcdefghijklmnop"]])
+def test_texts_without_pieces(texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="no pieces for a vocabulary of 8: "):
+        train_tokenizer(texts, 8)
 
 
 def test_it_learns_words_and_translations() -> None:
@@ -188,6 +216,48 @@ def test_lexicons_are_learned_from() -> None:
     assert log[-1]["words"] < 0.9 * log[0]["words"]
 
 
+def test_words_that_the_teacher_knows() -> None:
+    texts = [pretraining._Parallel(parallel(), tokenizer(), 60)]
+    plain = {"source": corpus()["source"][250:]}
+    raw = pretraining._Plain(plain, tokenizer(), 60)
+    taught = pretraining._taught([parallel()], texts, plain, raw, "source")
+    assert taught == corpus()["source"]
+    known = {"other": pretraining._Lexicon(lexicon())}
+    draw = pretraining._Sampler(texts, raw, known, "source", 512, 0)
+    of_pivot = [tokenizer()(text, add_special_tokens=False)["input_ids"] for text in taught]
+    states = pretraining._WordStates(word_teacher(taught))
+    flat = torch.cat(word_teacher(taught)).float()
+    expected = (flat - flat.mean(0)) / flat.std(0)
+    starts = torch.tensor([0] + [len(ids) - 1 for ids in of_pivot]).cumsum(0)
+    same = translated = 0
+    for step in range(30):
+        kind, batch = draw(step)
+        assert (kind == "translation") == (not batch.known)
+        places, wanted = states.of(batch.known)
+        kept = [entry for entry in batch.known if entry[3] < len(of_pivot[entry[2]]) - 1]
+        assert 0 < len(kept) < len(batch.known) or kind == "translation"
+        assert places.tolist() == [[row, column] for row, column, _, _ in kept]
+        for (row, column, sentence, place), own in zip(kept, wanted, strict=True):
+            torch.testing.assert_close(
+                own.float(), expected[starts[sentence] + place], atol=2e-2, rtol=2e-2
+            )
+            word, other = batch.rows[row][column], of_pivot[sentence][place]
+            if batch.rows[row][1:-1] == of_pivot[sentence]:
+                assert word == other
+                same += 1
+            else:
+                assert lexicon()[word, other] >= 0.2
+                translated += 1
+    assert same > 100 and translated > 100
+
+
+def test_the_teacher_of_words_is_followed_in_both_languages() -> None:
+    options: dict[str, Any] = {"word_teacher": word_teacher, "learning_rate": 5e-3, "steps": 200}
+    log = run(make_model(), lexicons={"other": lexicon()}, **options)
+    assert log[-1]["word_teacher"] < 0.8 * log[0]["word_teacher"]
+    assert "teacher" not in log[0]
+
+
 def test_what_is_masked() -> None:
     torch.manual_seed(0)
     rows = [[0, *range(4, 40), 2]] * 64
@@ -213,6 +283,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"save_every": 5, "teacher": teacher, "steps": 120}
+    options["word_teacher"] = word_teacher
     whole = make_model(dropout=0.1)
     log = run(whole, **options, folder=tmp_path / "whole")
     save = pretraining._Run.save

@@ -20,6 +20,7 @@ from torchalignprune.crosslingual.lexicon import (
     transferred_vectors,
     translation_table,
 )
+from torchalignprune.crosslingual.piece_states import piece_states
 from torchalignprune.crosslingual.pretraining import ParallelText, pretrain, train_tokenizer
 from torchalignprune.crosslingual.readers import available_languages, load_task
 from torchalignprune.crosslingual.report import (
@@ -58,6 +59,7 @@ __all__ = [
     "finetune_and_prune",
     "generate_corpus",
     "load_task",
+    "piece_states",
     "piece_vectors",
     "plot_heat_map",
     "plot_retention",

@@ -7,11 +7,14 @@ same on a sentence beside its translation, ties words to words. *Translation ran
 those of the batch by the mean of its states, ties sentences to sentences. Where there is a teacher,
 the state of a sentence's first token, through a linear map, also follows the teacher's embedding of
 the sentence in the teacher's language, in whatever language it is (Reimers and Gurevych 2020).
-Where there are word alignments, words are ranked like sentences (after Cao, Kitaev and Klein 2020).
+Where there are word alignments, words are ranked like sentences (after Cao, Kitaev and Klein 2020),
+and the state of a word, through another linear map, follows what a teacher of words makes of it or
+of its translation (the hidden states of Jiao et al. 2020, taken across languages).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 
 from torchalignprune import schedules
 from torchalignprune.crosslingual.inputs import longest_input
@@ -68,7 +71,7 @@ class ParallelText:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrainedTokenizerFast:
-    """A tokenizer as XLM-R has one, of its own pieces: Unigram, spaces written as ``▁``.
+    """A tokenizer as XLM-R has one, of its own pieces: SentencePiece's Unigram (Kudo 2018).
 
     Args:
         texts: what to learn the pieces from.
@@ -78,44 +81,29 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
         The tokenizer, with XLM-R's special tokens under XLM-R's ids (``<mask>`` is the last).
 
     Raises:
-        ImportError: transformers is not installed.
+        ValueError: the texts are empty, or have more characters than there may be pieces.
+        ImportError: transformers or sentencepiece is not installed.
     """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Replace("\u200b", "")]
-    )
-    # As SentencePiece does, let no piece have both letters and punctuation, or digits.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    normalizer = normalizers.Sequence(
         [
-            pre_tokenizers.Metaspace(),
-            pre_tokenizers.Punctuation("isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
+            normalizers.NFKC(),
+            normalizers.Replace("\u200b", ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
         ]
     )
+    # XLM-R's: SentencePiece has no place for <pad> at 1, and <mask> comes last.
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += _unigram_pieces(map(normalizer.normalize_str, texts), vocabulary - 2)
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary - 1,
-        special_tokens=special,
-        unk_token="<unk>",
-        max_piece_length=16,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer.from_str(_with_fixed_ids(tokenizer.to_str(), len(special)))
-    tokenizer.add_special_tokens(["<mask>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> </s> $B </s>",
         special_tokens=[("<s>", 0), ("</s>", 2)],
@@ -133,24 +121,34 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
     )
 
 
-def _with_fixed_ids(written: str, special: int) -> str:
-    """The tokenizer as JSON, whose pieces have the same scores and ids in every run.
-
-    Characters that are no piece otherwise get the lowest scores from the trainer, 0.0001 apart, in
-    the order of a hash table, which is another one every time. Here that order is by code point.
-    """
-    found = json.loads(written)
-    scores: dict[str, float] = dict(found["model"]["vocab"][special:])
-    characters = [piece for piece in scores if len(piece) == 1]
-    limit = min(scores.values()) + 1e-4 * len(characters)
-    last = sorted(piece for piece in characters if scores[piece] < limit)
-    lowest = sorted((scores[piece] for piece in last), reverse=True)
-    scores |= dict(zip(last, lowest, strict=True))
-    # Sums of many numbers differ in their last digits.
-    rounded = [(piece, round(score, 9)) for piece, score in scores.items()]
-    rounded.sort(key=lambda pair: (-pair[1], pair[0]))
-    found["model"]["vocab"][special:] = rounded
-    return json.dumps(found)
+def _unigram_pieces(texts: Iterable[str], count: int) -> list[tuple[str, float]]:
+    """SentencePiece's pieces and their scores, without its three special ones."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            'train_tokenizer needs sentencepiece: pip install "torchalignprune[crosslingual]"'
+        ) from error
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=count,
+            hard_vocab_limit=False,
+            character_coverage=0.9998,
+            split_digits=True,
+            normalization_rule_name="identity",
+            max_sentence_length=1_000_000,
+            # Sums are taken thread by thread: the same number of them gives the same pieces.
+            num_threads=4,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no pieces for a vocabulary of {count + 2}: {error}") from None
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return [(found.id_to_piece(i), found.get_score(i)) for i in range(3, len(found))]
 
 
 @dataclass
@@ -247,6 +245,8 @@ class _Batch:
     targets: list[int] = field(default_factory=list)
     # Of words that translate each other: row and column of the one, row and column of the other.
     links: list[tuple[int, int, int, int]] = field(default_factory=list)
+    # Of words that the teacher of words knows: row, column, its sentence, which of its words.
+    known: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 class _Sampler:
@@ -285,19 +285,28 @@ class _Sampler:
             both = zip(first, second, strict=True)
             return kind, _Batch([[_BEGIN, *a, _END, _END, *b, _END] for a, b in both])
         targets = [text.targets.get(name, -1) for name in names]
-        links = []
-        for row, pair in enumerate(pairs):
+        links: list[tuple[int, int, int, int]] = []
+        known: list[tuple[int, int, int, int]] = []
+        for row, (name, pair) in enumerate(zip(names, pairs, strict=True)):
+            if self.pivot not in text.rows[name]:
+                continue
+            pivot = text.sentences[self.pivot][text.rows[name][self.pivot]]
             for side, other in ((0, 1), (1, 0)):
-                if pair[other] == self.pivot and pair[side] in self.lexicons:
-                    sentences = (first, second)
-                    found = self.lexicons[pair[side]].links(
-                        sentences[side][row], sentences[other][row]
-                    )
-                    mine, its = row + side * len(names), row + other * len(names)
-                    # The first column is that of the token which begins every row.
-                    links += [(mine, i + 1, its, j + 1) for i, j in found]
+                mine, its = row + side * len(names), row + other * len(names)
+                if pair[side] == self.pivot:
+                    found = [(i, i) for i in range(len(pivot))]
+                elif pair[side] in self.lexicons:
+                    found = self.lexicons[pair[side]].links((first, second)[side][row], pivot)
+                    if pair[other] == self.pivot:
+                        # The first column is that of the token which begins every row.
+                        links += [(mine, i + 1, its, j + 1) for i, j in found]
+                else:
+                    continue
+                if targets[row] >= 0:
+                    known += [(mine, i + 1, targets[row], j) for i, j in found]
         links = draw.sample(links, min(len(links), _LINKS))
-        return kind, _Batch([[_BEGIN, *row, _END] for row in first + second], targets * 2, links)
+        rows = [[_BEGIN, *row, _END] for row in first + second]
+        return kind, _Batch(rows, targets * 2, links, known)
 
     def _languages(self, draw: random.Random, there: list[str]) -> tuple[str, str]:
         """Two different ones; the pivot three times as often as any other."""
@@ -316,10 +325,15 @@ class _Sampler:
         (code,) = draw.choices(codes, weights)
         places = _alike(draw, self.plain.lengths[code], self.tokens)
         chosen = [self.plain.order[code][i] for i in places]
-        return _Batch(
-            [[_BEGIN, *self.plain.sentences[code][row], _END] for row in chosen],
-            [self.plain.targets.get((code, row), -1) for row in chosen],
-        )
+        rows = [[_BEGIN, *self.plain.sentences[code][row], _END] for row in chosen]
+        targets = [self.plain.targets.get((code, row), -1) for row in chosen]
+        known = [
+            (row, i + 1, target, i)
+            for row, target in enumerate(targets)
+            if target >= 0
+            for i in range(len(rows[row]) - 2)
+        ]
+        return _Batch(rows, targets, known=known)
 
 
 def _alike(draw: random.Random, lengths: Sequence[int], tokens: int) -> list[int]:
@@ -338,6 +352,7 @@ def pretrain(
     *,
     steps: int,
     teacher: Callable[[Sequence[str]], Tensor] | None = None,
+    word_teacher: Callable[[Sequence[str]], Sequence[Tensor]] | None = None,
     lexicons: Mapping[str, scipy.sparse.csr_matrix] | None = None,
     pivot: str = "en",
     tokens: int = 6144,
@@ -358,7 +373,7 @@ def pretrain(
 
     A step is one of three: 40% rank translations and predict masked tokens (15%) in single
     sentences, 35% predict them (25%) in pairs of a sentence and its translation, 25% predict them
-    (15%) in plain sentences of one language, where there are any. The teacher takes part in the
+    (15%) in plain sentences of one language, where there are any. The teachers take part in the
     first and the last. AdamW, a learning rate that rises, stays and falls linearly to 0, gradients
     clipped to a norm of 1.
 
@@ -375,6 +390,10 @@ def pretrain(
         steps: how many to take.
         teacher: gives the embeddings, shape ``(sentences, width)``, of sentences in the pivot
             language; they are asked for once.
+        word_teacher: gives for each sentence in the pivot language the states, shape ``(pieces,
+            width)``, of its first pieces, such as :func:`torchalignprune.crosslingual.piece_states`
+            does; they are asked for once. Every component is standardised. Words of the other
+            languages follow those of the words that the lexicons say they translate.
         lexicons: for each other language the probabilities that its pieces are translated by those
             of the pivot (:func:`torchalignprune.crosslingual.translation_table`). Where they are
             given, the state of a word should also be nearest to that of its translation among
@@ -389,7 +408,7 @@ def pretrain(
         weight_decay: of AdamW.
         temperature: the cosines of translations are divided by it.
         teacher_weight: of one minus the cosine to the teacher's embedding. That this should be the
-            nearest of those of the batch counts once.
+            nearest of those of the batch counts once. It is the weight of the teacher of words too.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
         seed: of everything drawn, dropout included.
         folder: where the state and ``log.jsonl`` are kept; None: nowhere.
@@ -398,8 +417,8 @@ def pretrain(
 
     Returns:
         The means of the losses over every 100 steps: ``step``, ``tokens`` so far, and
-        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking``, ``words``, ``teacher`` and
-        ``teacher_ranking``, as far as there are such.
+        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking``, ``words``, ``teacher``,
+        ``teacher_ranking`` and ``word_teacher``, as far as there are such.
 
     Raises:
         ValueError: no parallel text, a language alone, a number out of range, more tokens than the
@@ -437,15 +456,19 @@ def pretrain(
     device = next(model.parameters()).device
     texts = [_Parallel(text, tokenizer, longest) for text in parallel]
     raw = _Plain(plain, tokenizer, longest) if plain else None
-    targets = _targets(teacher, parallel, texts, plain or {}, raw, pivot)
+    sentences = _taught(parallel, texts, plain or {}, raw, pivot)
+    targets = teacher(sentences).float() if teacher else None
+    states = _WordStates(word_teacher(sentences)) if word_teacher else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        head = None
+        width = model.config.hidden_size
+        heads = nn.ModuleDict()
         if targets is not None:
-            head = nn.Linear(model.config.hidden_size, targets.shape[1]).to(device)
-        named = dict(model.named_parameters())
-        if head is not None:
-            named |= {f"teacher.{name}": own for name, own in head.named_parameters()}
+            heads["teacher"] = nn.Linear(width, targets.shape[1])
+        if states is not None:
+            heads["word_teacher"] = nn.Linear(width, states.width)
+        heads.to(device)
+        named = {**dict(model.named_parameters()), **dict(heads.named_parameters())}
         optimizer = torch.optim.AdamW(
             named.values(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay,
             fused=True,
@@ -462,10 +485,10 @@ def pretrain(
         for step in _bar(begin, steps, progress):
             torch.manual_seed(seed * 1_000_003 + step)
             losses, count = _losses(
-                model, head, targets, tokenizer, sampler(step), temperature, autocast
+                model, heads, targets, states, tokenizer, sampler(step), temperature, autocast
             )
             loss = sum(
-                (teacher_weight if name == "teacher" else 1.0) * own for name, own in losses.items()
+                (teacher_weight if name in heads else 1.0) * own for name, own in losses.items()
             )
             assert isinstance(loss, Tensor)
             for group in optimizer.param_groups:
@@ -517,8 +540,9 @@ def _check(
 
 def _losses(
     model: Any,
-    head: nn.Module | None,
+    heads: nn.ModuleDict,
     targets: Tensor | None,
+    word_states: _WordStates | None,
     tokenizer: Any,
     drawn: tuple[str, _Batch],
     temperature: float,
@@ -543,17 +567,23 @@ def _losses(
         losses["ranking"] = (cross_entropy(scores, order) + cross_entropy(scores.T, order)) / 2
         if batch.links:
             losses["words"] = _word_ranking(states, ids, torch.tensor(batch.links).to(device))
-    if head is not None and targets is not None and kind != _TRANSLATION:
+    if targets is not None and kind != _TRANSLATION:
         aims = torch.tensor(batch.targets)
         known = aims >= 0
         if known.any():
-            given = head(states[known.to(device), 0].float())
+            given = heads["teacher"](states[known.to(device), 0].float())
             # A sentence and its translation have the same target.
             rows, target = aims[known].unique(return_inverse=True)
             scores = normalize(given, dim=1) @ normalize(targets[rows], dim=1).to(device).T
             target = target.to(device)
             losses["teacher"] = 1 - scores.gather(1, target[:, None]).mean()
             losses["teacher_ranking"] = cross_entropy(scores / temperature, target)
+    if word_states is not None:
+        places, wanted = word_states.of(batch.known)
+        if len(places):
+            row, column = places.to(device).T
+            given = heads["word_teacher"](states[row, column].float())
+            losses["word_teacher"] = 1 - cosine_similarity(given, wanted.to(device).float()).mean()
     return losses, count
 
 
@@ -571,17 +601,14 @@ def _word_ranking(states: Tensor, ids: Tensor, links: Tensor) -> Tensor:
     return (cross_entropy(scores, order) + cross_entropy(scores.T, order)) / 2
 
 
-def _targets(
-    teacher: Callable[[Sequence[str]], Tensor] | None,
+def _taught(
     parallel: Sequence[ParallelText],
     texts: Sequence[_Parallel],
     plain: Mapping[str, Sequence[str]],
     raw: _Plain | None,
     pivot: str,
-) -> Tensor | None:
-    """The teacher's embeddings of what there is in its language; says who has which."""
-    if teacher is None:
-        return None
+) -> list[str]:
+    """What there is in the teachers' language; says which sentence has which of them."""
     sentences: list[str] = []
     for given, own in zip(parallel, texts, strict=True):
         for name, text in given.texts.get(pivot, {}).items():
@@ -591,7 +618,26 @@ def _targets(
         for row, text in enumerate(plain.get(pivot, ())):
             raw.targets[pivot, row] = len(sentences)
             sentences.append(text)
-    return teacher(sentences).float()
+    return sentences
+
+
+class _WordStates:
+    """What the teacher of words makes of every word, standardised, one sentence after the other."""
+
+    def __init__(self, states: Sequence[Tensor]) -> None:
+        self.starts = np.cumsum([0, *map(len, states)])
+        self.states = torch.cat(list(states))
+        self.width = self.states.shape[1]
+        deviation, mean = torch.std_mean(self.states[:: max(1, len(self.states) >> 17)].float(), 0)
+        for part in self.states.split(1 << 16):
+            part.copy_((part.float() - mean) / deviation.clamp(min=1e-6))
+
+    def of(self, known: Sequence[tuple[int, int, int, int]]) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the batch, shape ``(words, 2)``, and what they should follow."""
+        rows = np.array(known, np.int64).reshape(-1, 4)
+        places = self.starts[rows[:, 2]] + rows[:, 3]
+        there = places < self.starts[rows[:, 2] + 1]
+        return torch.from_numpy(rows[there, :2]), self.states[torch.from_numpy(places[there])]
 
 
 class _Run:

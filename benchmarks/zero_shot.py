@@ -19,7 +19,8 @@ The grid can be stopped at any moment and goes on where it was; ``results/zero_s
 a line for each run. The order is such that what is there can be compared early: all methods without
 a regularizer, then ``dense``, ``magnitude`` and ``aligned`` with the regularizers, then the rest;
 each for all tasks.
-Two processes with different ``--tasks`` may write to the same file.
+Two processes with different ``--tasks`` or ``--seeds`` may write to the same file. All is computed in
+float32, on the fast processors as on the others, so that the lines of several machines go together.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from torchalignprune.crosslingual import ZeroShotReport
 from torchalignprune.crosslingual.experiment import DENSE, Experiment, Training
 from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
 from torchalignprune.crosslingual.run_log import RunLog
-from torchalignprune.crosslingual.sweep import SPARSITIES, fast_dtype
+from torchalignprune.crosslingual.sweep import SPARSITIES
 from zero_shot_statistics import Array, Key, pack
 
 MINIATURE = Path(__file__).parents[1] / "examples" / "mini_xlmr"
@@ -113,7 +114,7 @@ class Grid:
             "sentences": {code: len(splits["test"]) for code, splits in experiment.test.items()},
             "sparsities": list(SPARSITIES),
             "model": experiment.digest(),
-            "training": asdict(training) | {"autocast": str(training.autocast)},
+            "training": {key: own for key, own in asdict(training).items() if key != "autocast"},
         }
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         self._settings = settings
@@ -311,7 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             learning_rate=options.learning_rate,
             epochs=options.epochs or plan.training.epochs,
             retraining_epochs=options.retraining_epochs or plan.training.retraining_epochs,
-            autocast=fast_dtype("cpu"),
         )
         try:
             experiment = Experiment.load(

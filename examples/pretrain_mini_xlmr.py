@@ -21,8 +21,9 @@ word in the middle layer of the encoder, which knows most about syntax. The defi
 3.0 (``apt-get install wordnet-base``) are, with ``--wordnet``, among the English sentences.
 
 ``OUT/state.safetensors`` has the state of the last steps: the same command goes on from there after
-it was stopped. ``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and
-``scores.json``; ``OUT/log.jsonl`` has the losses.
+it was stopped. ``OUT/teacher`` and ``OUT/lexicons`` have what takes minutes to make, some 3 GB.
+``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and ``scores.json``;
+``OUT/log.jsonl`` has the losses.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from scipy.sparse import load_npz, save_npz
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import (
@@ -62,6 +65,7 @@ from torchalignprune.crosslingual import (
     transferred_vectors,
     translation_table,
 )
+from torchalignprune.crosslingual.sweep import fast_dtype
 from torchalignprune.demo import encoder_folder
 
 LANGUAGES = ["en", "de", "nl", "fr", "es", "it", "pt", "ru", "pl", "fi", "ar", "zh", "id"]
@@ -145,11 +149,14 @@ def begin_with(
         model.lm_head.bias.copy_(((counts + 0.5) / counts.sum()).log())
 
 
-def make_lexicons(tokenizer: PreTrainedTokenizerFast, parallel: Sequence[Texts]) -> dict[str, Any]:
+def make_lexicons(
+    tokenizer: PreTrainedTokenizerFast, parallel: Sequence[Texts], folder: Path
+) -> dict[str, Any]:
     """For each language the probable English translations of its pieces."""
     found = {}
     for language in parallel[0]:
-        if language != "en":
+        path = folder / f"{language}.npz"
+        if language != "en" and not path.exists():
             source: list[list[int]] = []
             target: list[list[int]] = []
             for text in parallel:
@@ -158,8 +165,49 @@ def make_lexicons(tokenizer: PreTrainedTokenizerFast, parallel: Sequence[Texts])
                 for own, language_of in ((source, language), (target, "en")):
                     texts = [text[language_of][name] for name in names]
                     own += tokenizer(texts, add_special_tokens=False)["input_ids"]
-            found[language] = translation_table(source, target, len(tokenizer))
+            table = translation_table(source, target, len(tokenizer))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_npz(folder / "partial.npz", table)
+            (folder / "partial.npz").rename(path)
+        if language != "en":
+            found[language] = load_npz(path)
     return found
+
+
+def embed(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], path: Path
+) -> Tensor:
+    """The encoder's embeddings of sentences."""
+    if not path.exists():
+        made = sentence_embeddings(encoder, tokenizer, texts, batch_size=256)
+        keep({"embeddings": made}, path)
+    return load_file(path)["embeddings"]
+
+
+def embed_words(
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    pieces: PreTrainedTokenizerFast,
+    path: Path,
+) -> Sequence[Tensor]:
+    """The states of words in the middle layer of the encoder."""
+    if not path.exists():
+        lower = copy.deepcopy(encoder)
+        lower.encoder.layer = lower.encoder.layer[: (len(lower.encoder.layer) + 1) // 2]
+        made = piece_states(lower, tokenizer, texts, pieces, batch_size=256)
+        lengths = torch.tensor([len(own) for own in made])
+        keep({"states": torch.cat(made), "lengths": lengths}, path)
+    found = load_file(path)
+    return found["states"].split(found["lengths"].tolist())
+
+
+def keep(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes what takes minutes to make, so that a run that was stopped need not make it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial)
+    partial.rename(path)
 
 
 @torch.no_grad()
@@ -228,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--teacher", help="a Transformers folder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and the like")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 in the products")
+    parser.add_argument("--float32", action="store_true", help="even where bfloat16 is faster")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if "en" not in options.languages or len(set(options.languages)) < 2:
@@ -280,28 +328,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    # On CPUs the fused attention is slower than plain products for sentences as short as these.
-    attention = "sdpa" if device == "cuda" else "eager"
+    autocast = None if options.float32 else fast_dtype(device)
+    # On CPUs with products in bfloat16 the fused attention is slower for such short sentences.
+    attention = "eager" if device == "cpu" and autocast is not None else "sdpa"
     model = XLMRobertaForMaskedLM._from_config(config, attn_implementation=attention).to(device)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} weights, of them "
         f"{sum(p.numel() for p in model.base_model.encoder.parameters()):,} in the encoder's layers"
     )
-    # On CPUs with such products, in bfloat16 as the training itself.
-    autocast = None if options.float32 else torch.bfloat16
     encoder = AutoModel.from_pretrained(options.teacher, attn_implementation=attention).to(device)
     encoder_tokenizer = AutoTokenizer.from_pretrained(options.teacher)
 
     def teacher(texts: Sequence[str]) -> Tensor:
+        path = options.out / "teacher" / "sentences.safetensors"
         with torch.autocast(device, autocast, enabled=autocast is not None):
-            return sentence_embeddings(encoder, encoder_tokenizer, texts, batch_size=256)
+            return embed(encoder, encoder_tokenizer, texts, path)
 
-    lower = copy.deepcopy(encoder)
-    lower.encoder.layer = lower.encoder.layer[: (len(lower.encoder.layer) + 1) // 2]
-
-    def word_teacher(texts: Sequence[str]) -> list[Tensor]:
+    def word_teacher(texts: Sequence[str]) -> Sequence[Tensor]:
+        path = options.out / "teacher" / "words.safetensors"
         with torch.autocast(device, autocast, enabled=autocast is not None):
-            return piece_states(lower, encoder_tokenizer, texts, tokenizer, batch_size=256)
+            return embed_words(encoder, encoder_tokenizer, texts, tokenizer, path)
 
     started = time.perf_counter()
     begin_with(model, tokenizer, [bible, training], encoder, encoder_tokenizer)
@@ -315,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         teacher=teacher,
         word_teacher=word_teacher,
-        lexicons=make_lexicons(tokenizer, [bible, training]),
+        lexicons=make_lexicons(tokenizer, [bible, training], options.out / "lexicons"),
         autocast=autocast,
         seed=options.seed,
         folder=options.out,

@@ -137,7 +137,6 @@ def made_up(
                 "retraining_epochs": 0.5,
                 "batch_size": 32,
                 "learning_rate": 5e-4,
-                "autocast": "torch.bfloat16",
             },
         },
         "machine": {"cpu": "a CPU", "torch": "2"},

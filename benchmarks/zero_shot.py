@@ -19,8 +19,8 @@ The grid can be stopped at any moment and goes on where it was; ``results/zero_s
 a line for each run. The order is such that what is there can be compared early: all methods without
 a regularizer, then ``dense``, ``magnitude`` and ``aligned`` with the regularizers, then the rest;
 each for all tasks.
-Two processes with different ``--tasks`` or ``--seeds`` may write to the same file. All is computed in
-float32, on the fast processors as on the others, so that the lines of several machines go together.
+Two processes with different ``--tasks`` or ``--seeds`` may write to the same file. All is computed
+in float32, whatever the processor, so that the lines of several machines go together.
 """
 
 from __future__ import annotations

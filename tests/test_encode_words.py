@@ -9,6 +9,7 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tiny_xlmr import SENTENCES, unigram, wordpiece
 from torchalignprune.crosslingual import encode_words
@@ -32,13 +33,30 @@ def test_every_script(tokenizer: Any, language: str) -> None:
     (sentence,) = encode_words(tokenizer, [words], [list(range(10, 10 + len(words)))])
     subwords = [alone(tokenizer, word) for word in words]
     assert sentence.inputs["input_ids"] == [0, *chain(*subwords), 2]
-    expected = [IGNORED]
+    blank = tokenizer.convert_tokens_to_ids("▁")
+    expected, places = [IGNORED], []
     for i, pieces in enumerate(subwords):
-        expected += [10 + i] + [IGNORED] * (len(pieces) - 1)
+        skipped = int(len(pieces) > 1 and pieces[0] == blank != tokenizer.unk_token_id)
+        places.append(len(expected) + skipped)
+        rest = len(pieces) - 1 - skipped
+        expected += [IGNORED] * skipped + [10 + i] + [IGNORED] * rest
     assert sentence.labels == [*expected, IGNORED]
-    places = [1 + sum(map(len, subwords[:i])) for i in range(len(words))]
     assert sentence.first == places
     assert sentence.cut_off == sentence.unmapped == 0
+
+
+def test_a_bare_space_is_no_subword_of_a_word() -> None:
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [("你", -3.0), ("好", -3.0), ("▁a", -3.0)]
+    plain = Tokenizer(models.Unigram(pieces, unk_id=3))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    (sentence,) = encode_words(tokenizer, [["你好", "a", "", "好", "▁"]], [[5, 6, 7, 8, 9]])
+    assert tokenizer.convert_ids_to_tokens(sentence.inputs["input_ids"]) == (
+        ["▁", "你", "好", "▁a", "▁", "好", "▁"]
+    )
+    assert sentence.labels == [-100, 5, -100, 6, -100, 8, 9]
+    assert sentence.first == [1, 3, -1, 5, 6]
 
 
 def test_a_space_within_a_word_does_not_end_it(tokenizer: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 __all__ = ["IGNORED", "EncodedWords", "encode_words"]
 
 IGNORED = -100  # what torch's cross entropy leaves out
+# A space before a word, as SentencePiece and byte-level BPE write it.
+_BLANKS = ["▁", "Ġ"]
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,10 @@ class EncodedWords:
 
     Attributes:
         inputs: ``input_ids`` and whatever else the tokenizer makes for the model, as lists.
-        labels: for each subword a label id: that of its word on the word's first subword,
-            :data:`IGNORED` on the others and on special tokens; all ignored without labels.
-        first: for each word of the sentence where its first subword is, -1 where it has none.
+        labels: for each subword a label id: that of its word on the word's first subword with a
+            character, :data:`IGNORED` on the others and on special tokens; all ignored without
+            labels.
+        first: for each word of the sentence where that subword is, -1 where it has none.
         cut_off: how many words at the end have none because the sentence was too long.
         unmapped: how many have none because the tokenizer makes nothing of them.
     """
@@ -42,8 +45,10 @@ def encode_words(
 
     The words are those of the data, whatever is in them: a space within one (as in Vietnamese) does
     not end it, and writing from right to left changes nothing, since text is stored in the order in
-    which it is read. The first subword is the first that the tokenizer makes: with XLM-R's and a
-    script without spaces it may be a bare ``▁``, whose hidden state sees the rest of the word.
+    which it is read. A bare ``▁`` is passed over, unless the word has nothing else: XLM-R's
+    tokenizer makes one before words of scripts without spaces, and before digits and punctuation in
+    all. XTREME (Hu et al. 2020) labels it like any first subword; a model tuned on English then
+    takes Chinese words, which nearly all begin with it, for punctuation.
 
     A sentence with more subwords than ``max_length`` is cut after the last word that fits in whole,
     on whichever side the tokenizer would cut it.
@@ -90,6 +95,7 @@ def encode_words(
     if not texts:
         return []
     encoded = _tokenize(tokenizer, texts)
+    blanks = {*tokenizer.convert_tokens_to_ids(_BLANKS)} - {tokenizer.unk_token_id, None}
     made = []
     for i, words in enumerate(texts):
         inputs, word_ids = encoded[i]
@@ -105,11 +111,16 @@ def encode_words(
                 )
         first = [-1] * len(words)
         on_subwords = [IGNORED] * len(word_ids)
+        ids = inputs["input_ids"]
         for place, word in enumerate(word_ids):
-            if word is not None and first[word] < 0:
+            if word is None:
+                continue
+            if first[word] < 0 or (ids[first[word]] in blanks and ids[place] not in blanks):
                 first[word] = place
-                if labels is not None:
-                    on_subwords[place] = labels[i][word]
+        if labels is not None:
+            for place, label in zip(first, labels[i], strict=True):
+                if place >= 0:
+                    on_subwords[place] = label
         cut_off = sum(word in present for word in range(kept, len(words)))
         unmapped = len(words) - len(present)
         made.append(EncodedWords(inputs, on_subwords, first, cut_off, unmapped))

@@ -76,7 +76,7 @@ PLANS = {
         "topics",
         ("ar", "de", "es", "fi", "fr", "id", "it", "nl", "pl", "ru", "zh"),
         None,
-        Training(epochs=5, retraining_epochs=1),
+        Training(epochs=6, retraining_epochs=1),
     ),
 }
 
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=list(range(5)))
     add("--minutes", type=float, help="begin no run that would end later")
     add("--threads", type=int, help="of torch")
-    add("--learning-rate", type=float, default=5e-4)
+    add("--learning-rate", type=float, help="of the encoder (default: by task)")
     add("--epochs", type=float, help="of dense training (default: by task)")
     add("--retraining-epochs", type=float, help="after each pruning (default: by task)")
     add("--sentences", type=int, help="to evaluate on in each language (default: by task)")
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = PLANS[task]
         training = replace(
             plan.training,
-            learning_rate=options.learning_rate,
+            learning_rate=options.learning_rate or plan.training.learning_rate,
             epochs=options.epochs or plan.training.epochs,
             retraining_epochs=options.retraining_epochs or plan.training.retraining_epochs,
         )

@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--intermediate", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--tokens", type=int, default=6144, help="of a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--teacher", help="a Transformers folder (default: all-MiniLM-L6-v2)")

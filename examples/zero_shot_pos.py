@@ -2,7 +2,8 @@
 
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_pos.py --out results
-    python examples/zero_shot_pos.py --model FacebookAI/xlm-roberta-base --learning-rate 5e-5 \
+    python examples/zero_shot_pos.py --model FacebookAI/xlm-roberta-base \
+        --learning-rate 5e-5 --head-learning-rate 5e-5 \
         --method magnitude aligned --regularizer none cosine --seeds 3 --out results
 
 It learns the English Web Treebank and is evaluated on PUD, the same 1,000 sentences in every
@@ -29,7 +30,7 @@ from torchalignprune.crosslingual.experiment import Training
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    training = Training(epochs=2, retraining_epochs=0.5)
+    training = Training(epochs=3, retraining_epochs=0.5)
     zero_shot_runs.main(__doc__ or "", "pos", "pud", training, arguments)
 
 

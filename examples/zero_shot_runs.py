@@ -55,8 +55,18 @@ def main(
         help="after each pruning (default: %(default)s)",
     )
     add("--batch-size", type=int, default=training.batch_size)
-    add("--learning-rate", type=float, default=training.learning_rate)
-    add("--head-learning-rate", type=float, help="default: the learning rate")
+    add(
+        "--learning-rate",
+        type=float,
+        default=training.learning_rate,
+        help="of the encoder (default: %(default)s)",
+    )
+    add(
+        "--head-learning-rate",
+        type=float,
+        default=training.head_learning_rate,
+        help="of the classifier (default: %(default)s)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.seeds < 1:

@@ -2,7 +2,8 @@
 
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_topics.py --out results
-    python examples/zero_shot_topics.py --model FacebookAI/xlm-roberta-base --learning-rate 5e-5 \
+    python examples/zero_shot_topics.py --model FacebookAI/xlm-roberta-base \
+        --learning-rate 5e-5 --head-learning-rate 5e-5 \
         --method magnitude aligned --regularizer none cosine --seeds 3 --out results
 
 It learns the 701 English sentences of SIB-200 with their 7 topics, and is evaluated on its 204 test
@@ -28,7 +29,7 @@ from torchalignprune.crosslingual.experiment import Training
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    training = Training(epochs=5, retraining_epochs=2)
+    training = Training(epochs=6, retraining_epochs=2)
     zero_shot_runs.main(__doc__ or "", "topics", "topics", training, arguments)
 
 

@@ -137,6 +137,7 @@ def made_up(
                 "retraining_epochs": 0.5,
                 "batch_size": 32,
                 "learning_rate": 5e-4,
+                "head_learning_rate": 1e-3,
             },
         },
         "machine": {"cpu": "a CPU", "torch": "2"},

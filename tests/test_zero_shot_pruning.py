@@ -46,10 +46,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
     """What three runs printed, and where they wrote; two of them with the same arguments."""
     folder = tmp_path_factory.mktemp("runs")
-    topics = ["--task", "topics", "--seed", 1, "--sparsities", 0.8]
+    tags = ["--task", "pos", "--seed", 1, "--sparsities", 0.8]
     processes = {
         name: start("--quick", "--out", folder / name, *arguments)
-        for name, arguments in (("first", []), ("again", []), ("topics", topics))
+        for name, arguments in (("first", []), ("again", []), ("tags", tags))
     }
     found = {}
     for name, process in processes.items():
@@ -70,10 +70,10 @@ def tables(printed: str) -> str:
 
 @pytest.mark.slow
 def test_what_a_run_leaves(runs: dict[str, tuple[str, Path]]) -> None:
-    for name, levels in (("first", ["0.0", "0.5", "0.9"]), ("topics", ["0.0", "0.8"])):
+    for name, levels in (("first", ["0.0", "0.5", "0.9"]), ("tags", ["0.0", "0.8"])):
         printed, folder = runs[name]
         found = read(folder)
-        assert found["task"] == ("pos" if name == "first" else "topics")
+        assert found["task"] == ("topics" if name == "first" else "pos")
         assert found["seed"] == (0 if name == "first" else 1)
         assert list(found["sweeps"]) == WAYS
         for way, sweep in found["sweeps"].items():

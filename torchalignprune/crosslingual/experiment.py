@@ -55,8 +55,8 @@ class Training:
     epochs: float = 3
     retraining_epochs: float = 1
     batch_size: int = 32
-    learning_rate: float = 5e-4
-    head_learning_rate: float | None = None
+    learning_rate: float = 2e-4
+    head_learning_rate: float | None = 1e-3
     autocast: torch.dtype | None = None
 
 

@@ -126,8 +126,9 @@ def _settings(latest: Mapping[str, Any], results: Results, runs: Lines, versions
 Learned in English, evaluated on {settings["evaluated"]}: {settings["sentences"]["en"]} sentences in
 each of {len(results.languages)} languages ({", ".join(results.languages)}). {training["epochs"]:g}
 epochs of dense training, {training["retraining_epochs"]:g} after each pruning, batches of
-{training["batch_size"]}, learning rate {training["learning_rate"]:g} ({training["head_learning_rate"]:g} for the classifier),
-in float32; model {settings["model"]}. Measured on {machine["cpu"]}, torch {machine["torch"]}."""
+{training["batch_size"]}, learning rate {training["learning_rate"]:g}, that of the classifier
+{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. Measured on
+{machine["cpu"]}, torch {machine["torch"]}."""
     if versions > 1:
         text += f"\nThe file has runs of {versions - 1} other settings of this task, left out here."
     seconds = [run["seconds"] for run in runs]

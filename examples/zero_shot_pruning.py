@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--task", choices=TASKS, default="topics")
     parser.add_argument("--sparsities", nargs="+", type=float, help="rising (default: 0.5 to 0.95)")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the regularizers")
+    parser.add_argument("--strength", type=float, default=10.0, help="of the regularizers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("build/zero_shot_pruning"), help="default: %(default)s"

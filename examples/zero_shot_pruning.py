@@ -3,7 +3,7 @@
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_pruning.py
 
-Needs no data and no network, and takes about two minutes on two cores. It goes, on a small scale,
+Needs no data and no network, and takes a minute and a half on two cores. It goes, on a small scale,
 through what a cross-lingual encoder does.
 
 - ``torchalignprune.crosslingual.generate_corpus`` makes up five languages with one grammar: the

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse import load_npz, save_npz
 from torch import Tensor
@@ -178,10 +180,11 @@ def embed(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], path: Path
 ) -> Tensor:
     """The encoder's embeddings of sentences."""
-    if not path.exists():
-        made = sentence_embeddings(encoder, tokenizer, texts, batch_size=256)
-        keep({"embeddings": made}, path)
-    return load_file(path)["embeddings"]
+    kept = read_kept(path, texts)
+    if kept is None:
+        kept = {"embeddings": sentence_embeddings(encoder, tokenizer, texts, batch_size=256)}
+        keep(kept, path, texts)
+    return kept["embeddings"]
 
 
 def embed_words(
@@ -192,22 +195,37 @@ def embed_words(
     path: Path,
 ) -> Sequence[Tensor]:
     """The states of words in the middle layer of the encoder."""
-    if not path.exists():
+    kept = read_kept(path, texts)
+    if kept is None:
         lower = copy.deepcopy(encoder)
         lower.encoder.layer = lower.encoder.layer[: (len(lower.encoder.layer) + 1) // 2]
         made = piece_states(lower, tokenizer, texts, pieces, batch_size=256)
         lengths = torch.tensor([len(own) for own in made])
-        keep({"states": torch.cat(made), "lengths": lengths}, path)
-    found = load_file(path)
-    return found["states"].split(found["lengths"].tolist())
+        kept = {"states": torch.cat(made), "lengths": lengths}
+        keep(kept, path, texts)
+    return kept["states"].split(kept["lengths"].tolist())
 
 
-def keep(tensors: dict[str, Tensor], path: Path) -> None:
+def keep(tensors: dict[str, Tensor], path: Path, texts: Sequence[str]) -> None:
     """Writes what takes minutes to make, so that a run that was stopped need not make it again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, {"texts": digest(texts)})
     partial.rename(path)
+
+
+def read_kept(path: Path, texts: Sequence[str]) -> dict[str, Tensor] | None:
+    """What was kept, unless it is of other texts."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("texts") != digest(texts):
+            return None
+    return load_file(path)
+
+
+def digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 @torch.no_grad()

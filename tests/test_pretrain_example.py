@@ -76,14 +76,20 @@ def test_it_pretrains_and_goes_on(data: Path, tmp_path: Path) -> None:
     assert set(scores["masked_lm_loss"]) == {"en", "de", "id"}
     assert set(scores["retrieval"]) == {"de", "id"}
 
+    kept = out / "teacher" / "words.safetensors"
+    written = kept.stat().st_mtime_ns
     # It was killed before the model was written, and finds that there is nothing left to do.
     (out / "model" / "model.safetensors").unlink()
     again = launch("pretrain_mini_xlmr.py", *arguments)
     assert again.returncode == 0, again.stderr
     resumed = XLMRobertaForMaskedLM.from_pretrained(out / "model")
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    assert kept.stat().st_mtime_ns == written
 
+    # What the teacher said is made again for other sentences.
+    (data / "wordnet" / "data.verb").write_text("0 03 n 01 more 0 000 | a definition\n" * 2)
     other = launch("pretrain_mini_xlmr.py", *arguments, "--seed", 1)
+    assert kept.stat().st_mtime_ns > written
     assert other.returncode == 1 and "should be of a run with" in other.stderr
 
 

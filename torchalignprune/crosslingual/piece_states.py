@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchalignprune.crosslingual.inputs import longest_input
+from torchalignprune.crosslingual.last_states import visit_last_states
 
 __all__ = ["piece_states"]
 
@@ -33,38 +33,22 @@ def piece_states(
         For each text bfloat16 on the CPU, shape ``(pieces, hidden)``; fewer pieces, from the first
         on, where the model does not take the whole text.
     """
-    encoder = getattr(model, "base_model", model)
-    device = next(encoder.parameters()).device
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     found: list[Tensor] = [torch.empty(0)] * len(texts)
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                own = [texts[i] for i in rows]
-                batch = tokenizer(
-                    own,
-                    padding=True,
-                    truncation=True,
-                    max_length=longest_input(model, tokenizer),
-                    return_offsets_mapping=True,
-                    return_special_tokens_mask=True,
-                    return_tensors="pt",
-                )
-                offsets = batch.pop("offset_mapping").numpy()
-                ordinary = batch.pop("special_tokens_mask").numpy() == 0
-                others = pieces(own, add_special_tokens=False, return_offsets_mapping=True)
-                states = encoder(**batch.to(device)).last_hidden_state.to(torch.bfloat16)
-                for place, row in enumerate(rows):
-                    columns = np.flatnonzero(ordinary[place])
-                    tokens = _tokens_of(
-                        own[place], offsets[place][columns], others["offset_mapping"][place]
-                    )
-                    found[row] = states[place, torch.from_numpy(columns[tokens])].cpu()
-    finally:
-        encoder.train(training)
+
+    def visit(rows: list[int], states: Tensor, places: dict[str, Tensor]) -> None:
+        own = [texts[i] for i in rows]
+        others = pieces(own, add_special_tokens=False, return_offsets_mapping=True)
+        ordinary = places["special_tokens_mask"].numpy() == 0
+        offsets = places["offset_mapping"].numpy()
+        kept = states.to(torch.bfloat16)
+        for place, row in enumerate(rows):
+            columns = np.flatnonzero(ordinary[place])
+            tokens = _tokens_of(
+                own[place], offsets[place][columns], others["offset_mapping"][place]
+            )
+            found[row] = kept[place, torch.from_numpy(columns[tokens])].cpu()
+
+    visit_last_states(model, tokenizer, texts, batch_size, visit, offsets=True)
     return found
 
 

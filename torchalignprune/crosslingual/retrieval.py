@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from torchalignprune.crosslingual.inputs import longest_input
+from torchalignprune.crosslingual.last_states import visit_last_states
 
 __all__ = ["retrieval_hits", "sentence_embeddings", "sentence_means"]
 
@@ -48,28 +48,13 @@ def sentence_embeddings(
         float32 on the CPU, shape ``(sentences, hidden)``.
     """
     encoder = getattr(model, "base_model", model)
-    device = next(encoder.parameters()).device
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     found = torch.empty(len(texts), encoder.config.hidden_size)
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = tokenizer(
-                    [texts[i] for i in rows],
-                    padding=True,
-                    truncation=True,
-                    max_length=longest_input(model, tokenizer),
-                    return_special_tokens_mask=True,
-                    return_tensors="pt",
-                ).to(device)
-                special = batch.pop("special_tokens_mask").bool()
-                states = encoder(**batch).last_hidden_state
-                found[rows] = normalize(sentence_means(states, special), dim=1).cpu()
-    finally:
-        encoder.train(training)
+
+    def visit(rows: list[int], states: Tensor, places: dict[str, Tensor]) -> None:
+        special = places["special_tokens_mask"].bool().to(states.device)
+        found[rows] = normalize(sentence_means(states, special), dim=1).cpu()
+
+    visit_last_states(model, tokenizer, texts, batch_size, visit)
     return found
 
 

@@ -161,6 +161,7 @@ class Grid:
                         for sparsity, report in sweep.items()
                     },
                     "misses": pack(_misses(sweep)),
+                    "cpu": machine()["cpu"],
                     "seconds": seconds,
                 }
             )

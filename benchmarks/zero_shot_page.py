@@ -112,7 +112,8 @@ def _task(task: str, lines: Lines) -> str:
 
 
 def _settings(latest: Mapping[str, Any], results: Results, runs: Lines, versions: int) -> str:
-    settings, machine = latest["settings"], latest["machine"]
+    settings = latest["settings"]
+    processors = dict.fromkeys(run["cpu"] for run in runs)
     training = settings["training"]
     whole = len(METHODS) * len(REGULARIZERS) * SEEDS
     counts = {
@@ -127,8 +128,12 @@ Learned in English, evaluated on {settings["evaluated"]}: {settings["sentences"]
 each of {len(results.languages)} languages ({", ".join(results.languages)}). {training["epochs"]:g}
 epochs of dense training, {training["retraining_epochs"]:g} after each pruning, batches of
 {training["batch_size"]}, learning rate {training["learning_rate"]:g}, that of the classifier
-{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. Measured on
-{machine["cpu"]}, torch {machine["torch"]}."""
+{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. torch
+{latest["machine"]["torch"]}, on {", ".join(processors) or latest["machine"]["cpu"]}."""
+    if len(processors) > 1:
+        text += """
+Runs of one seed on different processors have the same batches, but not the same rounding, which
+training lets grow: they are paired more loosely than runs on one."""
     if versions > 1:
         text += f"\nThe file has runs of {versions - 1} other settings of this task, left out here."
     seconds = [run["seconds"] for run in runs]

@@ -160,6 +160,7 @@ def made_up(
                 "seed": seed,
                 "strength": 0.0,
                 "misses": pack(np.array(wrong)),
+                "cpu": f"processor {seed % 2}",
                 "seconds": 30.0,
             }
 
@@ -184,7 +185,7 @@ def test_the_page_finds_what_is_there() -> None:
         )
     ]
     found = page(lines)
-    assert "**30 of the 280 runs of the grid are in**" in found
+    assert "**30 of the 300 runs of the grid are in**" in found
     first, second, third = (found.split(f"### {i}. ")[1] for i in (1, 2, 3))
     assert "holds: of 4 settings (method and sparsity) 4 are significant for it, 0 against" in first
     assert "is not shown: of 6 settings (method and sparsity) 2 are significant for it, 2" in second
@@ -231,17 +232,21 @@ def test_the_page_of_few_runs() -> None:
     drops = {("magnitude", "none"): languages(0.1, 0.2, 0.2, 0.2)}
     lines = [*made_up(drops, seeds=1)]
     found = page(lines)
-    assert "**1 of the 280 runs of the grid are in**" in found
+    assert "**1 of the 300 runs of the grid are in**" in found
     assert found.count("Not tested yet") == 3 and "No strength of a regularizer" in found
     assert "| magnitude (1) | English |" in found
+    assert "on processor 0.\n" in found
     # One seed of both: intervals over sentences, no test between languages.
     drops |= {("dense", "none"): languages(0, 0, 0, 0)}
     found = page([*made_up(drops, seeds=1)])
     assert "| magnitude | 1 |" in found and found.count("Not tested yet") == 2
+    assert "on processor 0, processor 1.\nRuns of one seed on different" in page(
+        [*made_up(drops, seeds=2)]
+    )
     # Runs of other settings are left out, and said to be.
     other = [line | {"settings_id": "b"} for line in made_up(drops, seeds=3)]
     found = page([*other, *lines])
-    assert "**1 of the 280" in found and "runs of 1 other settings" in found
+    assert "**1 of the 300" in found and "runs of 1 other settings" in found
 
 
 def test_the_page_shows_how_strengths_were_chosen() -> None:
@@ -374,7 +379,7 @@ def test_the_grid_goes_on(
     zero_shot.main(arguments)
     assert not ran
     zero_shot.main(["--report", "--out", str(out)])
-    assert "**4 of the 280 runs" in (out / "README.md").read_text()
+    assert "**4 of the 300 runs" in (out / "README.md").read_text()
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1000"])
     with pytest.raises(SystemExit):

@@ -176,6 +176,10 @@ def test_what_is_read(data: Path) -> None:
     model = experiment.new_model(0)
     with pytest.raises(ValueError, match="Wanda, English inputs needs calibration text"):
         RECIPES["wanda-en"].pruner(tap.prunable_parameters(model), tap.schedules.constant(0.0))
+    with pytest.raises(ValueError, match="aligned with pretrained needs a reference"):
+        RECIPES["aligned-pretrained"].pruner(
+            tap.prunable_parameters(model), tap.schedules.constant(0.0)
+        )
 
 
 def test_methods_differ(data: Path) -> None:
@@ -189,7 +193,12 @@ def test_methods_differ(data: Path) -> None:
             experiment._calibration_batches(model, recipe.calibration) if recipe.calibration else []
         )
         collect = functools.partial(tap.Calibration.collect, model, batches, params)
-        pruner = recipe.pruner(params, tap.schedules.one_shot(0.5, at=2), collect)
+        reference = tap.Reference.capture(params)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for module, _ in params:
+                module.weight.add_(0.5 * module.weight.std() * torch.randn_like(module.weight))
+        pruner = recipe.pruner(params, tap.schedules.one_shot(0.5, at=2), collect, reference)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
         encoded = experiment.tokenizer(["The units"], return_tensors="pt")
         for _ in range(2):

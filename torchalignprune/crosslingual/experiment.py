@@ -25,7 +25,9 @@ from torchalignprune.crosslingual.sweep import SPARSITIES, finetune_and_prune
 from torchalignprune.crosslingual.tasks import Task, get_task
 from torchalignprune.hooks import cached_weights
 from torchalignprune.parameters import prunable_parameters
+from torchalignprune.pruner import Pruner
 from torchalignprune.reference import Reference
+from torchalignprune.schedules import Schedule
 
 if TYPE_CHECKING:
     import datasets
@@ -198,7 +200,8 @@ class Experiment:
             languages, split = {ENGLISH: rows}, "validation"
         model = self.new_model(seed).to(device)
         params = prunable_parameters(model)
-        penalty = make_penalty(regularizer, params, Reference.capture(params))
+        reference = Reference.capture(params)
+        penalty = make_penalty(regularizer, params, reference)
 
         def evaluate() -> ZeroShotReport:
             with self._autocast(model, training), torch.no_grad(), cached_weights():
@@ -220,6 +223,10 @@ class Experiment:
                 with self._autocast(model, training):
                     return Calibration.collect(model, batches, params)
 
+        def make_pruner(schedule: Schedule) -> Pruner:
+            assert recipe is not None
+            return recipe.pruner(params, schedule, collect, reference)
+
         trained = None
         settings = (regularizer, strength, seed, training, validation, str(device))
         if settings in self._dense and (recipe is None or recipe.criterion is None):
@@ -240,7 +247,7 @@ class Experiment:
             self.train,
             evaluate_and_keep,
             trained=trained,
-            pruner=None if recipe is None else lambda s: recipe.pruner(params, s, collect),
+            pruner=None if recipe is None else make_pruner,
             sparsities=sparsities,
             epochs=training.epochs,
             retraining_epochs=training.retraining_epochs,

@@ -66,6 +66,7 @@ class Recipe:
         label: what tables and pictures call it.
         options: of ``AlignedMagnitude`` or ``Magnitude``; the budget among them.
         aligned: it is ``AlignedMagnitude``, otherwise ``Magnitude``.
+        pretrained: it aligns with the pretrained weights, not with those of the moment.
         scores: makes importance scores from the parameters and the calibration, if there is one.
         criterion: watches the gradients.
         calibration: the text whose inputs it looks at, if any.
@@ -74,12 +75,17 @@ class Recipe:
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
     aligned: bool = False
+    pretrained: bool = False
     scores: Callable[[PrunableParameters, Collect | None], Scores] | None = None
     criterion: Callable[[PrunableParameters], GradientCriterion] | None = None
     calibration: Literal["english", "multilingual"] | None = None
 
     def pruner(
-        self, params: PrunableParameters, schedule: Schedule, collect: Collect | None = None
+        self,
+        params: PrunableParameters,
+        schedule: Schedule,
+        collect: Collect | None = None,
+        reference: Reference | None = None,
     ) -> Pruner:
         """A pruner of this kind.
 
@@ -87,12 +93,15 @@ class Recipe:
             params: what to prune.
             schedule: when, and how far.
             collect: collects the calibration of the moment, for those that look at inputs.
+            reference: the pretrained weights, for those that align with them.
 
         Raises:
-            ValueError: ``collect`` is missing.
+            ValueError: ``collect`` or ``reference`` is missing.
         """
         if self.calibration is not None and collect is None:
             raise ValueError(f"{self.label} needs calibration text: collect should not be None")
+        if self.pretrained and reference is None:
+            raise ValueError(f"{self.label} needs a reference: it should not be None")
         method: Callable[..., PruningMethod] = AlignedMagnitude if self.aligned else Magnitude
         options = dict(self.options)
         if self.scores is not None:
@@ -103,6 +112,7 @@ class Recipe:
             params,
             functools.partial(method, **options),
             schedule,
+            reference=reference if self.pretrained else None,
             criterion=None if self.criterion is None else self.criterion(params),
         )
 
@@ -141,6 +151,7 @@ RECIPES: Mapping[str, Recipe] = {
     "lookahead": Recipe("lookahead", scores=_lookahead),
     "aligned": Recipe("aligned", aligned=True),
     "aligned-both": Recipe("aligned, units=both", {"units": "both"}, aligned=True),
+    "aligned-pretrained": Recipe("aligned with pretrained", aligned=True, pretrained=True),
     "aligned-frobenius": Recipe("aligned, frobenius", {"alignment": "frobenius"}, aligned=True),
     **_inputs("en", "english"),
     **_inputs("multi", "multilingual"),

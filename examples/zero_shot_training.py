@@ -43,6 +43,7 @@ from torchalignprune.crosslingual import (
     evaluate_zero_shot,
     load_task,
 )
+from torchalignprune.crosslingual.recipes import make_penalty
 
 TRAINED_ON = "en"
 METHODS: dict[str, Any] = {
@@ -53,12 +54,6 @@ SCHEDULES: dict[str, Any] = {
     "cubic": tap.schedules.cubic,
     "linear": tap.schedules.linear,
     "exponential": tap.schedules.exponential,
-}
-REGULARIZERS: dict[str, list[Any]] = {
-    "none": [],
-    "cosine": [tap.CosineAlignment],
-    "frobenius": [tap.FrobeniusAlignment],
-    "both": [tap.CosineAlignment, tap.FrobeniusAlignment],
 }
 MEASURED = 20  # times that a strength is measured
 
@@ -240,29 +235,6 @@ def load_model(
     return model.to(args.device), tokenizer
 
 
-class Sum(nn.Module):
-    """The sum of regularizers.
-
-    The two of the paper are of one size, so that they need no weights: where all units of a matrix
-    have one norm and only their directions change, 1 - cosine is half the distortion.
-    """
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self) -> Tensor:
-        return torch.stack([part() for part in self.parts]).sum()
-
-    def suggest_strength(self, task_loss: Tensor, share: float) -> float:
-        """At which the gradient of the sum has at most that share of the task's.
-
-        Exactly so where the gradients of the parts have one direction, less where they have not.
-        """
-        strengths = [part.suggest_strength(task_loss, share) for part in self.parts]
-        return 1 / sum(1 / strength for strength in strengths)
-
-
 class MeasuredStrength(TrainerCallback, ExportableState):
     """A strength that gives the penalty's gradient a share of the task's, measured anew at times.
 
@@ -272,7 +244,7 @@ class MeasuredStrength(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, penalty: Sum, share: float, rows: Dataset, collator: Any, batch: int, every: int
+        self, penalty: Any, share: float, rows: Dataset, collator: Any, batch: int, every: int
     ) -> None:
         self.penalty = penalty
         self.share = share
@@ -376,8 +348,7 @@ def prune(
     # resumed; the reference is read from the model here, before any training.
     params = tap.prunable_parameters(model)
     reference = tap.Reference.capture(params)
-    kinds = REGULARIZERS[options.regularizer]
-    penalty = Sum([kind(params, reference) for kind in kinds]) if kinds else None
+    penalty = make_penalty(options.regularizer, params, reference)
     begin = int(options.begin * steps)
     end = max(begin + 1, int(options.end * steps))
     schedule = SCHEDULES[options.schedule](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from torchalignprune.crosslingual import (
     generate_corpus,
 )
 from torchalignprune.crosslingual.experiment import DENSE, Experiment, Training
-from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS, make_penalty
+from torchalignprune.crosslingual.recipes import (
+    RECIPES,
+    REGULARIZERS,
+    SumOfPenalties,
+    make_penalty,
+)
 from torchalignprune.crosslingual.run_log import RunLog
 
 TRAINING = Training(epochs=1, retraining_epochs=0.5, batch_size=4, learning_rate=1e-3)
@@ -224,6 +230,16 @@ def test_penalties() -> None:
     values = {name: penalty().item() for name, penalty in found.items() if penalty is not None}
     assert values["both"] == pytest.approx(values["cosine"] + values["frobenius"])
     assert min(values.values()) > 0
+    both = found["both"]
+    assert isinstance(both, SumOfPenalties)
+    weights = [module.weight for module, _ in params]
+    task_loss = torch.stack([(weight**2).sum() for weight in weights]).sum()
+    norms = {}
+    for what, value in (("task", task_loss), ("penalty", both())):
+        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        norms[what] = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    reached = both.suggest_strength(task_loss, 0.3) * norms["penalty"] / norms["task"]
+    assert 0.2 < reached <= 0.3 * (1 + 1e-5)
 
 
 def test_a_log_that_was_cut_off(tmp_path: Path) -> None:

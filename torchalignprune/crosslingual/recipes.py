@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = ["RECIPES", "REGULARIZERS", "Recipe", "SumOfPenalties", "make_penalty"
 
 Collect = Callable[[], Calibration]
 Scores = Mapping[tuple[nn.Module, str], Tensor]
+_Penalty = CosineAlignment | FrobeniusAlignment
 
 
 class _Scored(Magnitude):
@@ -159,20 +160,37 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 class SumOfPenalties(nn.Module):
-    """Several penalties as one: their sum."""
+    """Several penalties as one: their sum.
 
-    def __init__(self, *penalties: nn.Module) -> None:
+    The two of the paper are of one size, so that they need no weights: where all units of a matrix
+    have one norm and only their directions change, 1 - cosine is half the distortion.
+    """
+
+    def __init__(self, *penalties: _Penalty) -> None:
         super().__init__()
         self.penalties = nn.ModuleList(penalties)
 
     def forward(self) -> Tensor:
         return torch.stack([penalty() for penalty in self.penalties]).sum()
 
+    def suggest_strength(self, task_loss: Tensor, share: float = 0.1) -> float:
+        """As that of each penalty, for the sum: its gradient has at most that share of the task's.
+
+        Exactly so where the gradients of the penalties have one direction, less where they have
+        not.
+        """
+        strengths = [
+            cast(_Penalty, penalty).suggest_strength(task_loss, share) for penalty in self.penalties
+        ]
+        return 1 / sum(1 / strength for strength in strengths)
+
 
 REGULARIZERS = ("none", "cosine", "frobenius", "both")
 
 
-def make_penalty(name: str, params: PrunableParameters, reference: Reference) -> nn.Module | None:
+def make_penalty(
+    name: str, params: PrunableParameters, reference: Reference
+) -> _Penalty | SumOfPenalties | None:
     """The regularizer of that name: ``none``, ``cosine``, ``frobenius``, or ``both``, their sum.
 
     Raises:

@@ -296,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report:
         page = zero_shot_page.page(log.lines())
         (options.out / "README.md").write_text(page)
+        for task, figure in zero_shot_page.figures(log.lines()).items():
+            figure.savefig(options.out / f"{task}.png", dpi=120)
         print(page)
         return
     if options.data is None:

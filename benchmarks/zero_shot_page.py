@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from torchalignprune.crosslingual.experiment import DENSE
 from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
@@ -57,13 +58,32 @@ Table = dict[tuple[str, str], list[Cell]]
 def page(lines: Lines) -> str:
     """The whole page."""
     parts = [_INTRODUCTION]
-    for task in dict.fromkeys(
-        line["settings"]["task"] for line in lines if line.get("kind") == "settings"
-    ):
-        parts.append(_task(task, lines))
+    for task, (settings, own, results) in _by_task(lines).items():
+        parts += [
+            f"## {task}",
+            _settings(settings, results, own),
+            _strengths(own),
+            _scores(task, results),
+            _first_claim(results),
+            _second_claim(results),
+            _third_claim(results),
+            _methods(results),
+        ]
     if len(parts) == 1:
         parts.append("There are no runs yet.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _by_task(lines: Lines) -> dict[str, tuple[Lines, Lines, Results]]:
+    """For each task its settings, of which the last count, and what was done with these."""
+    found: dict[str, tuple[Lines, Lines, Results]] = {}
+    settings = [line for line in lines if line.get("kind") == "settings"]
+    for task in dict.fromkeys(line["settings"]["task"] for line in settings):
+        versions = [line for line in settings if line["settings"]["task"] == task]
+        own = [line for line in lines if line.get("settings_id") == versions[-1]["settings_id"]]
+        runs = [line for line in own if line["kind"] == "run"]
+        found[task] = versions, own, Results(versions[-1], runs)
+    return found
 
 
 _INTRODUCTION = f"""# Pruning while fine-tuning, and what it costs zero-shot languages
@@ -91,27 +111,8 @@ How to read it:
   not shown*."""
 
 
-def _task(task: str, lines: Lines) -> str:
-    settings = [line for line in lines if line.get("kind") == "settings"]
-    settings = [line for line in settings if line["settings"]["task"] == task]
-    latest = settings[-1]
-    own = [line for line in lines if line.get("settings_id") == latest["settings_id"]]
-    runs = [line for line in own if line["kind"] == "run"]
-    results = Results(latest, runs)
-    parts = [
-        f"## {task}",
-        _settings(latest, results, runs, len(settings)),
-        _strengths(own),
-        _scores(results),
-        _first_claim(results),
-        _second_claim(results),
-        _third_claim(results),
-        _methods(results),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _settings(latest: Mapping[str, Any], results: Results, runs: Lines, versions: int) -> str:
+def _settings(versions: Lines, results: Results, lines: Lines) -> str:
+    latest, runs = versions[-1], [line for line in lines if line["kind"] == "run"]
     settings = latest["settings"]
     processors = dict.fromkeys(run["cpu"] for run in runs)
     training = settings["training"]
@@ -128,14 +129,17 @@ Learned in English, evaluated on {settings["evaluated"]}: {settings["sentences"]
 each of {len(results.languages)} languages ({", ".join(results.languages)}). {training["epochs"]:g}
 epochs of dense training, {training["retraining_epochs"]:g} after each pruning, batches of
 {training["batch_size"]}, learning rate {training["learning_rate"]:g}, that of the classifier
-{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. torch
-{latest["machine"]["torch"]}, on {", ".join(processors) or latest["machine"]["cpu"]}."""
+{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. Measured with
+torch {latest["machine"]["torch"]} on {", ".join(processors) or latest["machine"]["cpu"]}."""
     if len(processors) > 1:
         text += """
 Runs of one seed on different processors have the same batches, but not the same rounding, which
 training lets grow: they are paired more loosely than runs on one."""
-    if versions > 1:
-        text += f"\nThe file has runs of {versions - 1} other settings of this task, left out here."
+    if len(versions) > 1:
+        text += (
+            f"\nThe file has runs of {len(versions) - 1} other settings of this task, left out "
+            "here."
+        )
     seconds = [run["seconds"] for run in runs]
     if seconds:
         text += (
@@ -144,6 +148,46 @@ training lets grow: they are paired more loosely than runs on one."""
             "taken over from the run before where both have the seed and the regularizer in common."
         )
     return text
+
+
+def figures(lines: Lines) -> dict[str, Figure]:
+    """For each task the scores of every method without a regularizer, against the sparsity."""
+    return {
+        task: _figure(results)
+        for task, (_, _, results) in _by_task(lines).items()
+        if any(name == "none" for _, name, _ in results.keys)
+    }
+
+
+def _figure(results: Results) -> Figure:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    x = [100 * sparsity for sparsity in results.sparsities]
+    for i, method in enumerate(METHODS):
+        seeds = results.seeds((method, "none"))
+        if not seeds:
+            continue
+        points = np.mean([results.point((method, "none", seed)) for seed in seeds], axis=0)
+        style = {"color": "black"} if method == DENSE else {"color": f"C{i % 10}"}
+        style |= {"linestyle": "-" if i <= 10 else "--", "marker": "o", "markersize": 3}
+        for axes, values in zip(panels, (points[:, 0], results.zero_shot(points)), strict=True):
+            axes.plot(x, 100 * values, label=_label(method), **style)
+    chance = 100 * results.chance
+    for axes, title, level in zip(
+        panels, ("English", "zero-shot mean"), (chance[0], chance[1:].mean()), strict=True
+    ):
+        axes.axhline(level, color="gray", linestyle=":", linewidth=1)
+        axes.set_title(f"{title} (dotted: chance)", fontsize=10)
+        axes.set_xlabel("sparsity (%)")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right center",
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
 
 
 def _strengths(lines: Lines) -> str:
@@ -187,7 +231,7 @@ def _tried(line: Mapping[str, Any]) -> list[float]:
     return [float(strength) for strength in line["means"] if float(strength)]
 
 
-def _scores(results: Results) -> str:
+def _scores(task: str, results: Results) -> str:
     """Zero-shot means and English, without regularizers."""
     rows = [["method", "", *_stages(results, with_dense=True)]]
     for method in METHODS:
@@ -204,7 +248,7 @@ def _scores(results: Results) -> str:
     return (
         "### Scores without regularizers\n\nIn percent, by sparsity; in brackets the number of "
         f"seeds. Chance: English {chance[0]:.1f}, zero-shot mean {chance[1:].mean():.1f}.\n\n"
-        + _markdown(rows)
+        f"{_markdown(rows)}\n\n![scores by sparsity]({task}.png)"
     )
 
 

@@ -379,7 +379,9 @@ def test_the_grid_goes_on(
     zero_shot.main(arguments)
     assert not ran
     zero_shot.main(["--report", "--out", str(out)])
-    assert "**4 of the 300 runs" in (out / "README.md").read_text()
+    text = (out / "README.md").read_text()
+    assert "**4 of the 300 runs" in text and "![scores by sparsity](topics.png)" in text
+    assert (out / "topics.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1000"])
     with pytest.raises(SystemExit):

@@ -69,8 +69,8 @@ PLANS = {
     "pos": Plan(
         "pud",
         ("ar", "de", "es", "fi", "fr", "id", "it", "pl", "ru", "zh"),
-        300,
-        Training(epochs=0.6, retraining_epochs=0.16),
+        100,
+        Training(epochs=0.6, retraining_epochs=0.1),
     ),
     "topics": Plan(
         "topics",

@@ -47,7 +47,7 @@ from torchalignprune.crosslingual.sweep import SPARSITIES
 from zero_shot_statistics import Array, Key, pack
 
 MINIATURE = Path(__file__).parents[1] / "examples" / "mini_xlmr"
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 TUNING_SEEDS = (1000, 1001)
 TUNING_METHOD = "aligned"
 # Gradient criteria come last: they cannot take over the dense training of the run before.

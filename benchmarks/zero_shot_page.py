@@ -25,7 +25,7 @@ from zero_shot_statistics import (
 
 ALPHA = 0.05
 SEEDS = 5
-LANGUAGE_METHODS = ("magnitude", "aligned")
+BASES = ("magnitude", "aligned")
 METHODS = (DENSE, *RECIPES)
 
 Lines = Sequence[Mapping[str, Any]]
@@ -67,7 +67,7 @@ def page(lines: Lines) -> str:
             _first_claim(results),
             _second_claim(results),
             _third_claim(results),
-            _methods(results),
+            *(_methods(results, base) for base in BASES),
         ]
     if len(parts) == 1:
         parts.append("There are no runs yet.")
@@ -402,7 +402,7 @@ def _third_claim(results: Results) -> str:
             parts.append(f"No difference between languages was shown with {names}.")
     else:
         parts.append("Not tested yet: it takes three seeds of `dense` and a method, and languages.")
-    for method in LANGUAGE_METHODS:
+    for method in BASES:
         table = _language_table(results, method)
         if table:
             parts.append(
@@ -435,23 +435,28 @@ def _language_table(results: Results, method: str) -> str:
     return _markdown(rows)
 
 
-def _methods(results: Results) -> str:
-    title = "### Methods against magnitude"
+def _methods(results: Results, base: str) -> str:
+    title = f"### Methods against {_label(base)}"
     found = {
         (method, "none"): results.compare(
-            [("magnitude", "none"), (method, "none")],
-            lambda magnitude, own: results.zero_shot(own) - results.zero_shot(magnitude),
+            [(base, "none"), (method, "none")],
+            lambda before, own: results.zero_shot(own) - results.zero_shot(before),
         )
         for method in RECIPES
-        if method != "magnitude"
+        if method != base
     }
     table = _corrected(found)
     if not table:
         return ""
-    no_better = [s for s, cells in table.items() if not any(cell.sign > 0 for cell in cells)]
-    text = f"Not significantly better at any sparsity: {_named(no_better) or 'none'}."
+    better = [s for s, cells in table.items() if any(cell.sign > 0 for cell in cells)]
+    no_better = [s for s in table if s not in better]
+    worse = [s for s, cells in table.items() if any(cell.sign < 0 for cell in cells)]
+    text = (
+        f"Not significantly better at any sparsity: {_named(no_better) or 'none'}. Significantly "
+        f"worse at some: {_named(worse) or 'none'}."
+    )
     return (
-        f"{title}\n\nGain of the zero-shot mean over global magnitude, without regularizers, in "
+        f"{title}\n\nGain of the zero-shot mean over {_label(base)}, without regularizers, in "
         f"points. {text}\n\n{_cells(results, table)}"
     )
 

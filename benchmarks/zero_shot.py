@@ -2,7 +2,7 @@
 
     python benchmarks/zero_shot.py --data DIR              # go on with the grid
     python benchmarks/zero_shot.py --data DIR --tasks topics --minutes 60
-    python benchmarks/zero_shot.py --report                # the page, from the lines alone
+    python benchmarks/zero_shot.py --report                # page and pictures, from the lines alone
 
 DIR holds ``udpos``, ``pud`` and ``sib200`` (``torchalignprune.crosslingual.load_task`` says how).
 Each run fine-tunes the encoder on English and climbs through the sparsities, trained after each, as

@@ -25,6 +25,7 @@ from zero_shot_statistics import (
 
 ALPHA = 0.05
 SEEDS = 5
+# What the other methods are compared with, and whose languages are shown.
 BASES = ("magnitude", "aligned")
 METHODS = (DENSE, *RECIPES)
 
@@ -168,6 +169,7 @@ def _figure(results: Results) -> Figure:
         if not seeds:
             continue
         points = np.mean([results.point((method, "none", seed)) for seed in seeds], axis=0)
+        # There are ten colors; the methods after them are dashed.
         style = {"color": "black"} if method == DENSE else {"color": f"C{i % 10}"}
         style |= {"linestyle": "-" if i <= 10 else "--", "marker": "o", "markersize": 3}
         for axes, values in zip(panels, (points[:, 0], results.zero_shot(points)), strict=True):

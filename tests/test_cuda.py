@@ -40,6 +40,7 @@ pytestmark = [
 
 
 def needs_memory(size: int) -> None:
+    """Skips what the GPU at hand is too small for: tensors of more than 2^31 entries, say."""
     if torch.cuda.mem_get_info()[0] < size:
         pytest.skip(f"needs {size / GIB:.0f} GiB of free GPU memory")
 

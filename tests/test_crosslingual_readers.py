@@ -418,7 +418,7 @@ def test_tasks_that_make_no_sense(change: dict[str, Any], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def real_data() -> Path:
-    """Downloaded data sets, which are not in the repository: whoever has them names their folder."""
+    """Downloaded data, which is not in the repository: whoever has it names its folder."""
     folder = os.environ.get("TORCHALIGNPRUNE_DATA")
     if not folder:
         pytest.skip("TORCHALIGNPRUNE_DATA names no folder with udpos, pud and sib200")

@@ -12,10 +12,12 @@
 #   make clean        remove everything that these made
 #
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
-# instead of the pinned one, ARGS what to add to the command that a target runs (the first one of the
-# demo; ZERO_SHOT_ARGS: the one with made-up languages).
+# instead of the pinned one, WORKERS how many processes share the tests, ARGS what to add to the
+# command that a target runs (the first one of the demo; ZERO_SHOT_ARGS: the one with made-up
+# languages).
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,8 +35,9 @@ demo: $(COMPILED)
 	$(BIN)/python examples/zero_shot_pruning.py --out build/demo/zero_shot $(ZERO_SHOT_ARGS)
 	$(BIN)/python examples/mini_xlmr_pruning.py --out build/demo/mini_xlmr
 
+# Threads that wait sleep, so that those of one worker do not take the cores from the other's.
 test: $(COMPILED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(COMPILED)
 	$(BIN)/ruff check

@@ -144,9 +144,9 @@ training lets grow: they are paired more loosely than runs on one."""
     seconds = [run["seconds"] for run in runs]
     if seconds:
         text += (
-            f"\nA run takes {statistics.median(seconds):.0f} s (median, {min(seconds):.0f} to "
-            f"{max(seconds):.0f}; {sum(seconds) / 3600:.1f} hours together). Dense training is "
-            "taken over from the run before where both have the seed and the regularizer in common."
+            f"\nA run took {statistics.median(seconds):.0f} s (median, on one core beside another "
+            "run). Dense training is taken over from the run before where both have the seed and "
+            "the regularizer in common."
         )
     return text
 

@@ -17,10 +17,12 @@ dense model, with paired intervals, as does ``drops.png``.
 
 The setting is that of the paper (O'Neill, Dutta and Assem, Findings of ACL 2022): XLM-R base,
 English training data, magnitude pruning in rounds with retraining between them, a regularizer that
-keeps units aligned with those of the unpruned model, zero-shot evaluation. The defaults of the
-fine-tuning are those of XTREME's baseline (Hu et al. 2020, scripts/train_xnli.sh): learning rate
-2e-5, falling to 0, 32 pairs a step, 5 epochs, 128 subwords. The others, those of ``--sparsity``,
-``--rounds``, ``--schedule``, ``--begin``, ``--end`` and ``--share``, are this script's own.
+keeps units aligned with those of the unpruned model, zero-shot evaluation. ``--method`` names other
+ways to prune, as in ``zero_shot_topics.py`` and the results in ``benchmarks``; those that look at
+inputs do so on English training data. The defaults of the fine-tuning are those of XTREME's
+baseline (Hu et al. 2020, scripts/train_xnli.sh): learning rate 2e-5, falling to 0, 32 pairs a step,
+5 epochs, 128 subwords. The others, those of ``--sparsity``, ``--rounds``, ``--schedule``,
+``--begin``, ``--end`` and ``--share``, are this script's own.
 """
 
 from __future__ import annotations

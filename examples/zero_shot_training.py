@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -43,19 +44,18 @@ from torchalignprune.crosslingual import (
     evaluate_zero_shot,
     load_task,
 )
-from torchalignprune.crosslingual.recipes import make_penalty
+from torchalignprune.crosslingual.recipes import RECIPES, make_penalty
 
 TRAINED_ON = "en"
-METHODS: dict[str, Any] = {
-    "magnitude": tap.Magnitude,
-    "aligned-magnitude": tap.AlignedMagnitude,
-}
+# The training data is in one language, and so is what calibration looks at.
+METHODS = [name for name, recipe in RECIPES.items() if recipe.calibration != "multilingual"]
 SCHEDULES: dict[str, Any] = {
     "cubic": tap.schedules.cubic,
     "linear": tap.schedules.linear,
     "exponential": tap.schedules.exponential,
 }
 MEASURED = 20  # times that a strength is measured
+CALIBRATED = 256  # training sentences that calibration looks at
 
 
 @dataclass
@@ -80,11 +80,12 @@ class PruningArguments:
     )
     max_length: int = field(default=128, metadata={"help": "the most subwords that are trained on"})
     sparsity: float = field(default=0.7, metadata={"help": "at the end; 0: the dense baseline"})
-    method: Literal["magnitude", "aligned-magnitude"] = field(
-        default="magnitude", metadata={"help": "what entries are ranked by"}
+    method: str = field(
+        default="magnitude",
+        metadata={"help": "what entries are ranked by", "choices": METHODS},
     )
-    budget: Literal["global", "layer", "unit"] = field(
-        default="global", metadata={"help": "where sparsity is counted"}
+    budget: Literal["global", "layer", "unit"] | None = field(
+        default=None, metadata={"help": "where sparsity is counted, instead of as the method does"}
     )
     schedule: Literal["cubic", "linear", "exponential"] = field(
         default="cubic",
@@ -354,21 +355,29 @@ def prune(
     schedule = SCHEDULES[options.schedule](
         0.0, options.sparsity, begin=begin, end=end, every=math.ceil((end - begin) / options.rounds)
     )
-    pruner = tap.Pruner(
-        params,
-        METHODS[options.method],
-        schedule,
-        reference=reference,
-        penalty=penalty,
-        budget=options.budget,
+    rows = train.shuffle(seed=args.seed).select(range(min(len(train), CALIBRATED)))
+
+    def collect() -> tap.Calibration:
+        # A loader draws from the generator of the training, unless it has its own.
+        batches = DataLoader(
+            rows,
+            batch_size=args.per_device_eval_batch_size,
+            collate_fn=collator,
+            generator=torch.Generator(),
+        )
+        return tap.Calibration.collect(model, batches, params)
+
+    pruner = RECIPES[options.method].pruner(
+        params, schedule, collect, reference, budget=options.budget, penalty=penalty
     )
 
     callbacks: list[TrainerCallback] = [hf.PruningCallback(pruner)]
     strength: Any = options.strength
     if penalty is not None and strength is None:
         every = max(1, steps // MEASURED)
-        batch = args.per_device_train_batch_size
-        strength = MeasuredStrength(penalty, options.share, train, collator, batch, every)
+        strength = MeasuredStrength(
+            penalty, options.share, train, collator, args.per_device_train_batch_size, every
+        )
         callbacks.append(strength)
     common: dict[str, Any] = {
         "model": model,

@@ -127,7 +127,7 @@ def test_pawsx_mbert_against_the_dense_model(tmp_path: Path) -> None:
     assert "penalty_loss" not in process.stdout
     assert report_of(dense)["weights"]["sparsity"] == 0
     assert report_of(dense)["supervised_score"]["value"] > 0.7  # by chance it is a half
-    options = ["--sparsity", 0.9, "--method", "aligned-magnitude", "--budget", "layer"]
+    options = ["--sparsity", 0.9, "--method", "aligned-inputs-en", "--budget", "layer"]
     options += ["--regularizer", "both", "--strength", 3, "--compare", dense / "report.json"]
     process = launch("pawsx_mbert.py", *arguments, "--output_dir", pruned, *options)
     assert process.returncode == 0, process.stderr
@@ -153,6 +153,7 @@ def test_pos_xlmr_on_two_processes(tmp_path: Path) -> None:
     arguments = ["--data", data, "--model", model, *SMALL, "--num_train_epochs", 10]
     out = tmp_path / "out"
     arguments += ["--output_dir", out, "--regularizer", "frobenius", "--save_steps", 10]
+    arguments += ["--method", "taylor"]
     command = torchrun(EXAMPLES / "pos_xlmr.py", *arguments, "--ddp_backend", "gloo")
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

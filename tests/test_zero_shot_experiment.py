@@ -188,6 +188,22 @@ def test_what_is_read(data: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["magnitude", "lamp", "wanda-en", "aligned"])
+def test_another_budget(data: Path, method: str) -> None:
+    experiment = load(data)
+    model = experiment.new_model(0)
+    params = tap.prunable_parameters(model)
+    batches = experiment._calibration_batches(model, "english")
+    collect = functools.partial(tap.Calibration.collect, model, batches, params)
+    penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+    pruner = RECIPES[method].pruner(
+        params, tap.schedules.constant(0.5), collect, budget="layer", penalty=penalty
+    )
+    assert pruner.penalty is penalty
+    for module, _ in params:
+        assert int(module.weight_mask.sum()) == round(0.5 * module.weight.numel())
+
+
 def test_methods_differ(data: Path) -> None:
     """Each name stands for masks of its own on the same weights."""
     masks = {}

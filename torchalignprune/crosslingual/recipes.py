@@ -87,6 +87,9 @@ class Recipe:
         schedule: Schedule,
         collect: Collect | None = None,
         reference: Reference | None = None,
+        *,
+        budget: Budget | None = None,
+        penalty: nn.Module | None = None,
     ) -> Pruner:
         """A pruner of this kind.
 
@@ -95,6 +98,8 @@ class Recipe:
             schedule: when, and how far.
             collect: collects the calibration of the moment, for those that look at inputs.
             reference: the pretrained weights, for those that align with them.
+            budget: where the sparsity is counted. Default: as this recipe has it.
+            penalty: as in :class:`torchalignprune.Pruner`.
 
         Raises:
             ValueError: ``collect`` or ``reference`` is missing.
@@ -114,7 +119,9 @@ class Recipe:
             functools.partial(method, **options),
             schedule,
             reference=reference if self.pretrained else None,
+            penalty=penalty,
             criterion=None if self.criterion is None else self.criterion(params),
+            budget=budget,
         )
 
 

@@ -29,9 +29,8 @@ from typing import Any
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from torchalignprune.crosslingual import encode_words
-from zero_shot_training import load_data, load_model, parse, prune, report
+from zero_shot_training import run
 
-TASK = "pos"
 DEFAULTS = {
     "model": "xlm-roberta-base",
     "learning_rate": 2e-5,
@@ -41,26 +40,22 @@ DEFAULTS = {
 }
 
 
+def encode_tagged(tokenizer: Any, rows: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    sentences = encode_words(tokenizer, rows["tokens"], rows["labels"], max_length=max_length)
+    inputs = {key: [each.inputs[key] for each in sentences] for key in sentences[0].inputs}
+    return {**inputs, "labels": [each.labels for each in sentences]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    options, args = parse(__doc__, DEFAULTS, arguments)
-    data = load_data(TASK, options)
-    model, tokenizer = load_model(AutoModelForTokenClassification, TASK, options, args)
-
-    def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
-        sentences = encode_words(
-            tokenizer, rows["tokens"], rows["labels"], max_length=options.max_length
-        )
-        inputs = {key: [each.inputs[key] for each in sentences] for key in sentences[0].inputs}
-        return {**inputs, "labels": [each.labels for each in sentences]}
-
-    columns = data["en"]["train"].column_names
-    train, validation = (
-        data["en"][split].map(encode, batched=True, remove_columns=columns, desc=split)
-        for split in ("train", "validation")
+    run(
+        "pos",
+        AutoModelForTokenClassification,
+        DataCollatorForTokenClassification,
+        encode_tagged,
+        __doc__,
+        DEFAULTS,
+        arguments,
     )
-    collator = DataCollatorForTokenClassification(tokenizer)
-    figures = prune(model, tokenizer, train, validation, collator, options, args)
-    report(TASK, model, tokenizer, data, figures, options, args)
 
 
 if __name__ == "__main__":

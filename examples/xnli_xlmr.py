@@ -27,14 +27,12 @@ baseline (Hu et al. 2020, scripts/train_xnli.sh): learning rate 2e-5, falling to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from zero_shot_training import load_data, load_model, parse, prune, report
+from zero_shot_training import encode_pairs, run
 
-TASK = "xnli"
 DEFAULTS = {
     "model": "xlm-roberta-base",
     "learning_rate": 2e-5,
@@ -45,24 +43,15 @@ DEFAULTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options, args = parse(__doc__, DEFAULTS, arguments)
-    data = load_data(TASK, options)
-    model, tokenizer = load_model(AutoModelForSequenceClassification, TASK, options, args)
-
-    def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
-        encoded = tokenizer(
-            rows["text"], rows["text_pair"], truncation=True, max_length=options.max_length
-        )
-        return {**encoded, "labels": rows["label"]}
-
-    columns = data["en"]["train"].column_names
-    train, validation = (
-        data["en"][split].map(encode, batched=True, remove_columns=columns, desc=split)
-        for split in ("train", "validation")
+    run(
+        "xnli",
+        AutoModelForSequenceClassification,
+        DataCollatorWithPadding,
+        encode_pairs,
+        __doc__,
+        DEFAULTS,
+        arguments,
     )
-    collator = DataCollatorWithPadding(tokenizer)
-    figures = prune(model, tokenizer, train, validation, collator, options, args)
-    report(TASK, model, tokenizer, data, figures, options, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What xnli_xlmr.py, pawsx_mbert.py and pos_xlmr.py have in common.
 
 Arguments, data and model, training with pruning, and the report at the end; the scripts say what is
-trained on what. Each of these functions is a few calls of the library.
+trained on what. ``run`` is the whole of it; each function is a few calls of the library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -190,6 +190,47 @@ def parse(
         if not args.output_dir:
             raise ValueError("--output_dir is needed: the folder for checkpoints and results")
     return options, args
+
+
+def run(
+    task: str,
+    kind: Any,
+    collator: Callable[[Any], Any],
+    encode: Callable[..., dict[str, Any]],
+    description: str | None,
+    defaults: Mapping[str, Any],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Fine-tunes on English, prunes on the way, and evaluates in every language.
+
+    Args:
+        task: of :data:`torchalignprune.crosslingual.TASKS`.
+        kind: the class of the model.
+        collator: makes what puts rows into batches, from the tokenizer.
+        encode: inputs and labels of some rows, from the tokenizer, the rows, and the most subwords
+            of a sentence or pair.
+        description, defaults, arguments: as in :func:`parse`.
+    """
+    options, args = parse(description, defaults, arguments)
+    data = load_data(task, options)
+    model, tokenizer = load_model(kind, task, options, args)
+
+    def encode_rows(rows: Mapping[str, Any]) -> dict[str, Any]:
+        return encode(tokenizer, rows, options.max_length)
+
+    splits = data[TRAINED_ON]
+    columns = splits["train"].column_names
+    train, validation = (
+        splits[split].map(encode_rows, batched=True, remove_columns=columns, desc=split)
+        for split in ("train", "validation")
+    )
+    figures = prune(model, tokenizer, train, validation, collator(tokenizer), options, args)
+    report(task, model, tokenizer, data, figures, options, args)
+
+
+def encode_pairs(tokenizer: Any, rows: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    encoded = tokenizer(rows["text"], rows["text_pair"], truncation=True, max_length=max_length)
+    return {**encoded, "labels": rows["label"]}
 
 
 def load_data(task: str, options: PruningArguments) -> dict[str, DatasetDict]:

@@ -12,11 +12,11 @@ from here, and everything else from the assumptions that it names.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -234,7 +234,9 @@ def write(measured: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    if "--tables" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", action="store_true", help="of what was measured before")
+    if parser.parse_args().tables:
         measured = json.loads((RESULTS / "distributed.json").read_text())
     else:
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -7,6 +7,7 @@ Each in a process of its own, in turns. Writes results/import_time.json.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ def once(statement: str) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     times: dict[str, list[float]] = {"torch": [], "torchalignprune": []}
     for name in times:
         once(f"import {name}")

@@ -10,6 +10,7 @@ lapx torch-linear-assignment). Prints tables and writes results/matching.json.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.metadata
 from collections.abc import Callable
@@ -146,6 +147,7 @@ def from_weights(kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     solvers, versions, missing = peers()
     print(f"{UNITS} x {UNITS} units of {LENGTH}, float32, {torch.get_num_threads()} threads")
     for name in missing:

@@ -9,6 +9,7 @@ before anything is timed.
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
@@ -107,6 +108,7 @@ def pruning_step(name: str, state: bool, repeats: int = 15) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     idle = idle_step()
     print(f"a step that prunes nothing: {idle['step_us']:.2f} microseconds")
     rows = []

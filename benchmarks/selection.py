@@ -9,9 +9,9 @@ results/selection.json. The masks are checked for equality first.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-import sys
 import time
 
 import numpy
@@ -75,6 +75,11 @@ def by_topk(weights: list[Tensor], count: int) -> list[Tensor]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().memory:
+        memory()
+        return
     weights = Encoder(embeddings=True).weights()
     n = size(weights)
     count = int(AMOUNT * n)
@@ -145,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    memory() if "--memory" in sys.argv else main()
+    main()

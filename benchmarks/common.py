@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -120,6 +121,16 @@ def save(name: str, result: dict[str, Any]) -> None:
     result = {"command": command, "machine": machine(), **result}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def write_tables(document: Path, tables: Mapping[str, str]) -> None:
+    """The tables into the document, between their marks."""
+    text = document.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text, times = re.subn(marks, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+        assert times == 1, f"{document} has no place for {name}"
+    document.write_text(text, encoding="utf-8")
 
 
 def fresh_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import torchalignprune as tap
-from common import LAYER, RESULTS, Encoder, median, save, seconds
+from common import LAYER, RESULTS, Encoder, median, save, seconds, write_tables
 from torchalignprune import ops
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -223,16 +222,6 @@ def tables(measured: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def write(measured: dict[str, Any]) -> None:
-    """The tables into the document, between their marks."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in tables(measured).items():
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, times = re.subn(marks, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
-        assert times == 1, f"{DOCUMENT} has no place for {name}"
-    DOCUMENT.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true", help="of what was measured before")
@@ -244,7 +233,7 @@ def main() -> None:
         save("distributed", {**measured, "assumed": ASSUMED})
     for name, table in tables(measured).items():
         print(f"\n{name}\n{table}")
-    write(measured)
+    write_tables(DOCUMENT, tables(measured))
 
 
 if __name__ == "__main__":

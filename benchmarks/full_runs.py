@@ -24,7 +24,6 @@ import argparse
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,15 @@ from transformers import (
 )
 
 import torchalignprune as tap
-from common import RESULTS, fresh_process, median, peak_memory, save, start_memory
+from common import (
+    RESULTS,
+    fresh_process,
+    median,
+    peak_memory,
+    save,
+    start_memory,
+    write_tables,
+)
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "full_runs.md"
 BATCH = 32
@@ -219,16 +226,6 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     return made
 
 
-def write(found: dict[str, Any]) -> None:
-    """The tables into the document, between their marks."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in tables(found).items():
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, times = re.subn(marks, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
-        assert times == 1, f"{DOCUMENT} has no place for {name}"
-    DOCUMENT.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true")
@@ -246,7 +243,7 @@ def main() -> None:
             "full_runs",
             {"threads": 1, "load_average": os.getloadavg(), "assumed": ASSUMED, "models": found},
         )
-    write(found)
+    write_tables(DOCUMENT, tables(found))
     for name, table in tables(found).items():
         print(f"\n{name}\n{table}")
 

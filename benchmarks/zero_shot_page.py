@@ -102,7 +102,8 @@ How to read it:
   the test sentences (both variances are added, degrees of freedom by Welch and Satterthwaite,
   Student's t); the languages are these ones. Everything is paired: by seed, and by sentence, of
   which the same are drawn for all models and languages ({RESAMPLES:,} resamples).
-- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table.
+- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table; nothing
+  is that has run with a single seed.
 - *Above chance*: above the score of the most frequent label of the language. Zero-shot scores begin
   lower and have less to lose, so drops are given as shares of what the dense model has above chance
   too; the share of the zero-shot mean, not the mean of shares, and of

@@ -71,7 +71,7 @@ def difference(values: Sequence[float], draws: Array, sentences: int) -> Differe
     The variance of the mean is the sum of the one over seeds and of the one over resampled
     sentences, and has the degrees of freedom of Welch and Satterthwaite. What seeds and sentences
     have in common is in both, so that intervals are rather too wide. Of a single seed the interval
-    is over sentences alone.
+    is over sentences alone, which shows nothing of the method: its p-value is 1.
 
     Args:
         values: one for each seed, over the sentences as they are.
@@ -91,7 +91,8 @@ def difference(values: Sequence[float], draws: Array, sentences: int) -> Differe
     freedom = whole**2 / freedom
     error = math.sqrt(whole)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    return Difference(mean, half, float(2 * stats.t.sf(abs(mean) / error, freedom)), count)
+    p = float(2 * stats.t.sf(abs(mean) / error, freedom)) if count > 1 else 1.0
+    return Difference(mean, half, p, count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -58,6 +58,7 @@ def test_a_difference_over_sentences_and_both() -> None:
     draws = np.random.default_rng(0).normal(0.02, 0.01, (1, 20000))
     alone = difference([0.02], draws, sentences=10001)
     assert alone.half == pytest.approx(1.96 * 0.01, rel=0.02) and alone.seeds == 1
+    assert alone.p == 1.0
     # Two variances: of five seeds (0.00025 / 5 = 0.00005), and of the sentences (0.0001).
     values = [0.01, 0.03, 0.02, 0.05, 0.04]
     both = difference(values, np.repeat(draws, 5, axis=0), sentences=10001)

@@ -354,6 +354,33 @@ def test_log() -> None:
     assert log["pruning/penalty"] == pytest.approx(penalty().item())
 
 
+def test_a_reference_for_the_log_alone() -> None:
+    """A method that was given a reference of its own, or none, keeps to that."""
+    masks, logs = [], []
+    for method, with_reference in (
+        (tap.AlignedMagnitude, False),
+        (functools.partial(tap.AlignedMagnitude, reference=None), True),
+        (tap.AlignedMagnitude, True),
+    ):
+        torch.manual_seed(0)
+        model = mlp()
+        params = tap.prunable_parameters(model)
+        reference = tap.Reference.capture(params)
+        with torch.no_grad():
+            for module, _ in params:
+                module.weight.add_(torch.randn_like(module.weight))
+        pruner = tap.Pruner(
+            params,
+            method,
+            schedules.constant(0.5),
+            reference=reference if with_reference else None,
+        )
+        masks.append(torch.cat([module.weight_mask.flatten() for module, _ in params]))
+        logs.append(pruner.log())
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert "pruning/alignment" not in logs[0] and 0 < logs[1]["pruning/alignment"] < 1
+
+
 def test_bad_input() -> None:
     params = tap.prunable_parameters(mlp())
     half = schedules.constant(0.5)

@@ -139,6 +139,9 @@ def test_pawsx_mbert_against_the_dense_model(tmp_path: Path) -> None:
     assert "excess over supervised" in process.stdout
     assert (pruned / "drops.png").stat().st_size > 0
     assert {row["penalty_strength"] for row in history(pruned) if "penalty_strength" in row} == {3}
+    # The method has no reference; what is logged has.
+    alignments = [row["pruning/alignment"] for row in history(pruned) if "loss" in row]
+    assert alignments[0] > 0.99 and 0 < alignments[-1] < alignments[0]
     found = AutoModelForSequenceClassification.from_pretrained(pruned / "model")
     assert found.config.id2label == {0: "0", 1: "1"}
     for module, name in prunable_parameters(found):

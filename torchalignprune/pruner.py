@@ -63,8 +63,8 @@ class Pruner:
         schedule: the sparsity, in [0, 1], after so many calls of :meth:`step`
             (:mod:`torchalignprune.schedules`). What it asks for at 0 is pruned at once. Where it
             falls, nothing is pruned.
-        reference: the unpruned weights. Goes to the method, if that takes one, and :meth:`log`
-            reports the alignment with it.
+        reference: the unpruned weights. Goes to the method, if that takes one and is not given
+            one of its own, and :meth:`log` reports the alignment with it.
         penalty: a regularizer; :meth:`log` reports it, and :meth:`state_dict` keeps its state.
         criterion: ranks the entries in the place of the method; a criterion that watches the
             training, such as ``criteria.Movement(params)``, with the same ``params``.
@@ -584,8 +584,9 @@ def _made(
             f"{kind.__name__} has no amount that could follow a schedule: prune with it once, and "
             "keep its masks with Pruner.freeze(params)"
         )
+    given = method.keywords if isinstance(method, functools.partial) else {}
     options: dict[str, Any] = {}
-    if reference is not None and "reference" in takes:
+    if reference is not None and "reference" in takes and "reference" not in given:
         options["reference"] = reference
     if budget is not None:
         options["budget"] = budget

@@ -97,7 +97,8 @@ class Recipe:
             params: what to prune.
             schedule: when, and how far.
             collect: collects the calibration of the moment, for those that look at inputs.
-            reference: the pretrained weights, for those that align with them.
+            reference: the pretrained weights, for those that align with them; the pruner's log
+                reports the alignment with them, whatever the method.
             budget: where the sparsity is counted. Default: as this recipe has it.
             penalty: as in :class:`torchalignprune.Pruner`.
 
@@ -114,11 +115,13 @@ class Recipe:
             method, options["scores"] = _Scored, functools.partial(self.scores, params, collect)
         elif self.calibration is not None:
             method, options["collect"] = _Calibrated, collect
+        if self.aligned and not self.pretrained:
+            options["reference"] = None
         return Pruner(
             params,
             functools.partial(method, **options),
             schedule,
-            reference=reference if self.pretrained else None,
+            reference=reference,
             penalty=penalty,
             criterion=None if self.criterion is None else self.criterion(params),
             budget=budget,

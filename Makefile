@@ -25,6 +25,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(subst /,_,$(TORCH))
 COMPILED := $(VENV)/compiled
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+TEST_SOURCES := $(wildcard tests/*.cpp) $(shell find tests/cuda_headers -type f)
 
 .PHONY: demo test lint cuda-syntax bench clean
 
@@ -43,7 +44,7 @@ lint: $(COMPILED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 
 bench: $(COMPILED)
 	set -e; for script in $(filter-out %/common.py %/gpu.py %/sentences.py %/zero_shot%,$(wildcard benchmarks/*.py)); do \

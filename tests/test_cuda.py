@@ -424,14 +424,11 @@ def test_select_rows_of_more_than_two_to_the_31_entries(columns: int) -> None:
 UNITS = [1, 7, 32, 33, 512, 513, 768, 1024, 1025, 2048, 2049, 3072, 4096, 4097, 11_008, 70_001]
 
 
-@pytest.mark.parametrize("size", UNITS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_cosine_gains_equal_the_cpu(size: int, dtype: torch.dtype, with_reference: bool) -> None:
+def check_cosine_gains(size: int, dtype: torch.dtype, with_reference: bool, entries: int) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for seed in range(6):
         draw = Draw(seed)
-        rows = 1 + draw.index(max(2, 40_000 // size))
+        rows = 1 + draw.index(max(2, entries // size))
         weight = draw.tensor((rows, size), dtype)
         options: dict[str, Any] = {
             "mask": draw.mask((rows, size)) if seed % 2 else None,
@@ -443,6 +440,13 @@ def test_cosine_gains_equal_the_cpu(size: int, dtype: torch.dtype, with_referenc
             options["reference"] = draw.one([other, near, weight])
         expected = ops.cosine_gains(weight, **options)
         assert_same(ops.cosine_gains(on_gpu(weight), **on_gpu(options)), expected)
+
+
+@pytest.mark.parametrize("size", UNITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_cosine_gains_equal_the_cpu(size: int, dtype: torch.dtype, with_reference: bool) -> None:
+    check_cosine_gains(size, dtype, with_reference, entries=40_000)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -810,16 +814,16 @@ def test_zero_pruned_of_more_than_two_to_the_31_entries() -> None:
 # apply_mask and masked_weight
 
 
+@pytest.mark.parametrize("operator", [ops.apply_mask, ops.masked_weight])
 @pytest.mark.parametrize("seed", range(60))
-def test_apply_mask_equals_the_cpu(seed: int) -> None:
+def test_apply_mask_equals_the_cpu(seed: int, operator: Callable[[Tensor, Tensor], Tensor]) -> None:
     draw = Draw(seed)
     weight = draw.tensor(draw.shape(), draw.one(DTYPES))
     mask = draw.mask(tuple(weight.shape))
     expected = ops.apply_mask(weight, mask)
-    for operator in (ops.apply_mask, ops.masked_weight):
-        found = operator(on_gpu(weight), on_gpu(mask))
-        assert_same(found, expected)
-        assert torch.equal(found.signbit().cpu(), expected.signbit())
+    found = operator(on_gpu(weight), on_gpu(mask))
+    assert_same(found, expected)
+    assert torch.equal(found.signbit().cpu(), expected.signbit())
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
@@ -1145,6 +1149,8 @@ def similarity_of(kind: str, *shape: int) -> Tensor:
     if kind == "forbidden-and-infinite":
         values = values.where(torch.rand(shape) < 0.99, INF)
         return values.where(torch.rand(shape) < 0.5, -INF)
+    if kind == "forbidden-rows":
+        return values.where(torch.rand(*shape[:-1], 1) < 0.6, -INF)
     if kind == "zero-rows":
         return values * (torch.rand(*shape[:-1], 1) < 0.7)
     return values
@@ -1157,6 +1163,7 @@ SIMILARITIES = [
     "rank-one",
     "permuted",
     "forbidden-and-infinite",
+    "forbidden-rows",
     "zero-rows",
 ]
 # On both sides of the columns that a warp takes by itself.

@@ -92,6 +92,8 @@ def _serve(pipe: Any) -> None:
             torch.manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
+                # torch.compile's, of that one release.
+                warnings.filterwarnings("ignore", message="Guards may run slower on Python 3.13.0")
                 pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

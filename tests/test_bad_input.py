@@ -624,7 +624,7 @@ def test_tied_weights_of_which_one_place_is_pruned() -> None:
 
 
 def test_a_scripted_module_takes_no_hook() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):
         scripted = torch.jit.script(nn.Linear(4, 4))
     before = sorted(scripted.state_dict())
     with pytest.raises(TypeError, match=r"parameters\[0\].*ScriptModule"):

@@ -173,6 +173,8 @@ def test_gradient_goes_to_those_that_ask_for_it() -> None:
     assert v.grad is None
 
 
+# torch's own, in newer releases: opcheck asks every input for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_are_well_behaved() -> None:
     mask = torch.rand(3, 4) > 0.5
     index = torch.tensor([2, 0, 1])

@@ -78,7 +78,8 @@ else
 cuda-syntax: $(patsubst csrc/cuda/%,$(VENV)/cuda/%.o,$(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp))
 endif
 
-NVCC := nvcc -c -O3 --fmad=false -std=c++20 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Werror
+# As C++17, which torch 2.11 compiles extensions as.
+NVCC := nvcc -c -O3 --fmad=false -std=c++17 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Werror
 
 $(VENV)/cuda/%.cu.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
 	@mkdir -p $(@D)

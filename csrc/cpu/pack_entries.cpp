@@ -7,7 +7,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <bit>
 #include <tuple>
 #include <vector>
 
@@ -34,6 +33,10 @@ uint64_t load_bits(const uint8_t* bits, int64_t begin, int64_t end) {
 
 // The lowest n bits of 64.
 uint64_t bits_below(int64_t n) { return n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0}; }
+
+// Torch 2.11 compiles extensions as C++17, which has no <bit>.
+int count_ones(uint64_t bits) { return __builtin_popcountll(bits); }
+int first_one(uint64_t bits) { return __builtin_ctzll(bits); }
 
 bool bit_at(const uint8_t* bits, int64_t i) { return (bits[i / 8] >> (i % 8) & 1) != 0; }
 
@@ -77,9 +80,9 @@ Counts write_bits(
     const Eight eight =
         end - i >= 8 ? Eight(words + i, own_mask, 8) : Eight(words + i, own_mask, end - i);
     bits[i / 8] = static_cast<uint8_t>(eight.kept);
-    counts.kept += std::popcount(eight.kept);
-    counts.lost += std::popcount(eight.nonzero & ~eight.kept);
-    counts.negative += std::popcount(eight.negative & ~eight.nonzero & ~eight.kept);
+    counts.kept += count_ones(eight.kept);
+    counts.lost += count_ones(eight.nonzero & ~eight.kept);
+    counts.negative += count_ones(eight.negative & ~eight.nonzero & ~eight.kept);
   }
   return counts;
 }
@@ -119,7 +122,7 @@ void pack_as(
       for (int64_t i = block * block_size; i < end; i += 64) {
         for (uint64_t left = load_bits(packed, i, std::min(end, i + 64)); left != 0;
              left &= left - 1) {
-          *out++ = words[i + std::countr_zero(left)];
+          *out++ = words[i + first_one(left)];
         }
       }
     }
@@ -139,7 +142,7 @@ void pack_as(
         const int64_t last = std::min(end, i + 64);
         const uint64_t kept = load_bits(packed, i, last);
         for (uint64_t left = bits_below(last - i) & ~kept; left != 0; left &= left - 1) {
-          byte |= unsigned{words[i + std::countr_zero(left)] != 0} << (zero % 8);
+          byte |= unsigned{words[i + first_one(left)] != 0} << (zero % 8);
           if (++zero % 8 != 0) continue;
           if (zero / 8 - 1 == first_byte) {
             edges[2 * block] = {first_byte, static_cast<uint8_t>(byte)};
@@ -201,7 +204,7 @@ std::vector<int64_t> count_blocks(const uint8_t* bits, int64_t n) {
       const int64_t end = std::min(n, (block + 1) * block_size);
       int64_t count = 0;
       for (int64_t i = block * block_size; i < end; i += 64) {
-        count += std::popcount(load_bits(bits, i, std::min(end, i + 64)));
+        count += count_ones(load_bits(bits, i, std::min(end, i + 64)));
       }
       first[block + 1] = count;
     }
@@ -236,12 +239,12 @@ void unpack_as(
         const int64_t last = std::min(end, i + 64);
         const uint64_t kept = load_bits(bits, i, last);
         for (uint64_t left = kept; left != 0; left &= left - 1) {
-          to[i + std::countr_zero(left)] = *value++;
+          to[i + first_one(left)] = *value++;
         }
         if (signs == nullptr) continue;
         for (uint64_t left = bits_below(last - i) & ~kept; left != 0; left &= left - 1) {
           const Bits sign = bit_at(signs, zero++) ? 1 : 0;
-          to[i + std::countr_zero(left)] = static_cast<Bits>(sign << (8 * sizeof(Bits) - 1));
+          to[i + first_one(left)] = static_cast<Bits>(sign << (8 * sizeof(Bits) - 1));
         }
       }
     }

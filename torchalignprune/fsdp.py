@@ -181,9 +181,12 @@ def _groups() -> Iterator[Any]:
     for reference in list(_module_state_mapping.values()):
         state = reference()
         if isinstance(state, state_type):
-            if not hasattr(state, "_fsdp_param_groups"):
+            if hasattr(state, "_fsdp_param_groups"):
+                yield from state._fsdp_param_groups
+            elif hasattr(state, "_fsdp_param_group"):  # torch 2.11 has one, or None
+                yield from filter(None, [state._fsdp_param_group])
+            else:
                 raise _unknown("FSDPState._fsdp_param_groups")
-            yield from state._fsdp_param_groups
 
 
 def _check(param: Any, group: Any) -> None:

@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the CPU, for tests on machines without a GPU: one block after the other, the
 // threads of a block as coroutines. Which thread goes on is drawn whenever one has to wait, so that
 // a result that depends on the order, for want of a barrier, shows. What a GPU would not forgive is
-// an error: vectors that are not aligned, barriers that not all of the threads reach.
+// an error: reads by __ldg that are not aligned, barriers that not all of the threads reach.
 //
-// What does not show: how threads meet between barriers, the order in which their writes are seen,
-// and everything about time and the size of memory.
+// What does not show: other vectors that are not aligned, how threads meet between barriers, the
+// order in which their writes are seen, and everything about time and the size of memory.
 #pragma once
 
 #include <setjmp.h>

@@ -1,7 +1,9 @@
 // Every operator's schema, and the pybind11 module; nothing else.
-#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "cpu/apply_mask.h"
 #include "cpu/kernels.h"
 
 TORCH_LIBRARY(torchalignprune, m) {
@@ -41,6 +43,36 @@ TORCH_LIBRARY(torchalignprune, m) {
       "Tensor?[] indices, Tensor coefficients, int[] dims, str[] names) -> Tensor[]");
 }
 
+namespace {
+
+// The tensor among a module's attributes, if nobody else refers to it in Python.
+const at::Tensor* own_tensor(const pybind11::dict& attributes, const std::string& name) {
+#ifdef Py_GIL_DISABLED  // Then other threads may come to refer to it meanwhile.
+  return nullptr;
+#else
+  PyObject* found = PyDict_GetItemString(attributes.ptr(), name.c_str());
+  if (found == nullptr || Py_REFCNT(found) != 1 || !THPVariable_CheckExact(found)) return nullptr;
+  return &THPVariable_Unpack(found);
+#endif
+}
+
+bool may_overwrite(
+    const pybind11::dict& attributes, const std::string& name, const at::Tensor& weight,
+    const at::Tensor& mask) {
+  const at::Tensor* product = own_tensor(attributes, name);
+  return product != nullptr && torchalignprune::may_overwrite(*product, weight, mask);
+}
+
+// None if the former product may not be overwritten.
+std::optional<at::Tensor> masked_weight_over(
+    const pybind11::dict& attributes, const std::string& name, const at::Tensor& weight,
+    const at::Tensor& mask) {
+  if (!may_overwrite(attributes, name, weight, mask)) return std::nullopt;
+  return torchalignprune::masked_weight_over(*own_tensor(attributes, name), weight, mask);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators of torchalignprune, registered as torch.ops.torchalignprune.*";
   m.def("simd_level", [] { return torchalignprune::kernels().level; });
@@ -51,4 +83,6 @@ PYBIND11_MODULE(_C, m) {
     return 0;
 #endif
   });
+  m.def("may_overwrite", &may_overwrite);
+  m.def("masked_weight_over", &masked_weight_over);
 }

@@ -185,6 +185,109 @@ def test_compiled_training_is_the_same(zeroed: bool) -> None:
         torch.testing.assert_close(compiled(inputs()), model(inputs()))
 
 
+# The memory of the former product
+
+
+def place(layer: nn.Module) -> int:
+    return layer.weight.data_ptr()
+
+
+def test_the_next_product_takes_the_memory_of_the_former() -> None:
+    model = pruned(0.2)
+    layer = model[0]
+    memory = place(layer)
+    for amount in (0.25, 0.5):
+        tap.global_unstructured(pairs(model), tap.Magnitude, amount=amount)
+        assert place(layer) == memory
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with torch.no_grad():
+            layer.weight_orig.mul_(2)
+        with context():
+            out = model(inputs())
+        assert place(layer) == memory
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask)
+        assert layer.weight.requires_grad == (context is torch.enable_grad)
+        if out.requires_grad:
+            out.square().mean().backward()
+    twin = by_torch(model)
+    for one in (model, twin):
+        one.zero_grad()
+        one(inputs()).square().mean().backward()
+    assert place(layer) == memory
+    assert torch.equal(layer.weight_orig.grad, twin[0].weight_orig.grad)
+
+
+HOLDERS: dict[str, Callable[[nn.Module], object]] = {
+    "the tensor": lambda layer: layer.weight,
+    "a view": lambda layer: layer.weight[:],
+    "a detached one": lambda layer: layer.weight.detach(),
+    "its storage": lambda layer: layer.weight.untyped_storage(),
+    "numpy": lambda layer: layer.weight.detach().numpy(),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("by", ["a forward", "pruning"])
+def test_a_product_that_somebody_has_stays_as_it_is(holder: str, by: str) -> None:
+    model = pruned(0.2)
+    layer = model[0]
+    memory, before = place(layer), layer.weight.detach().clone()
+    held = HOLDERS[holder](layer)
+    with torch.no_grad():
+        layer.weight_orig.mul_(2)
+    if by == "pruning":
+        tap.global_unstructured(pairs(model), tap.Magnitude, amount=0.5)
+    else:
+        model(inputs())
+    assert place(layer) != memory
+    if holder != "its storage":
+        assert torch.equal(torch.as_tensor(held), before)
+
+
+def test_a_product_that_a_graph_has_stays_as_it_is() -> None:
+    model = pruned(0.2)
+    x = inputs().requires_grad_()
+    out = model[0](x)
+    (expected,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    memory = place(model[0])
+    with torch.no_grad():
+        model[0].weight_orig.mul_(2)
+    tap.global_unstructured(pairs(model), tap.Magnitude, amount=0.5)
+    model(inputs())
+    assert place(model[0]) != memory
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_a_product_that_does_not_fit_is_left_alone() -> None:
+    changes: dict[str, Callable[[nn.Module], object]] = {
+        "dtype": lambda layer: layer.double(),
+        "strides": lambda layer: setattr(
+            layer, "weight_orig", nn.Parameter(layer.weight_orig.detach().t().contiguous().t())
+        ),
+        "offset": lambda layer: setattr(
+            layer,
+            "weight",
+            torch.zeros(layer.weight.numel() + 4)[4:].view_as(layer.weight),
+        ),
+        "shared memory": lambda layer: setattr(
+            layer, "weight", layer.weight.detach().clone().share_memory_()
+        ),
+        "numpy's memory": lambda layer: setattr(
+            layer, "weight", torch.from_numpy(layer.weight.detach().numpy().copy())
+        ),
+        "a buffer": lambda layer: delattr(layer, "weight"),
+    }
+    for what, change in changes.items():
+        layer = pruned()[0]
+        change(layer)
+        memory = vars(layer)["weight"].data_ptr() if "weight" in vars(layer) else 0
+        layer(inputs().to(layer.weight_orig.dtype))
+        assert place(layer) != memory, what
+        assert torch.equal(layer.weight, layer.weight_orig * layer.weight_mask), what
+
+
 # cached_weights
 
 
@@ -199,6 +302,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return product(original, mask)
 
     monkeypatch.setattr(hooks, "_product", counted)
+    monkeypatch.setattr(hooks, "_next_product", lambda module, name, *tensors: counted(*tensors))
     return made
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchalignprune import ops
+from torchalignprune import _C, ops
 from torchalignprune.ddp import keep_mask
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
@@ -62,7 +62,7 @@ class MaskHook(prune.BasePruningMethod):
         if self.straight_through and differentiable:
             return masked_straight_through(original, mask)
         if _cache is None or differentiable or torch.compiler.is_compiling():
-            return _product(original, mask)
+            return _next_product(module, self._tensor_name, original, mask)
         made = _cache.get(self)
         if made is None or not made.is_of(original, mask):
             made = _cache[self] = _Made(original, mask)
@@ -180,10 +180,28 @@ def put_masks(
             from torchalignprune import sharded_hooks
 
             ready.append(sharded_hooks.prepare(module, name, mask, original, parts))
+        elif zeroed:
+            shown = original.detach()
+            ready.append(functools.partial(put_mask, module, name, mask, original, shown))
+        elif _C.may_overwrite(vars(module), name, original, mask):
+            ready.append(functools.partial(_put_over, module, name, mask, original))
         else:
-            pruned = original.detach() if zeroed else _product(original, mask)
-            ready.append(functools.partial(put_mask, module, name, mask, original, pruned))
+            shown = _product(original, mask)
+            ready.append(functools.partial(put_mask, module, name, mask, original, shown))
     return [put() for put in ready]
+
+
+def _put_over(module: nn.Module, name: str, mask: Tensor, original: Tensor) -> MaskHook:
+    shown = _next_product(module, name, original, mask)
+    return put_mask(module, name, mask, original, shown)
+
+
+def _next_product(module: nn.Module, name: str, original: Tensor, mask: Tensor) -> Tensor:
+    """The product, in the memory of the one that the module has, if nobody else has that."""
+    over = None
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+        over = _C.masked_weight_over(vars(module), name, original, mask)
+    return _product(original, mask) if over is None else over
 
 
 def _product(original: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchalignprune import ops
 from torchalignprune.parameters import matches
-from torchalignprune.targets import Target
+from torchalignprune.targets import Target, count_true
 
 __all__ = ["LayerShare", "Limits"]
 
@@ -112,12 +112,12 @@ class Limits:
         least, most = self.bounds(
             names,
             [mask.numel() for mask in kept],
-            [int(mask.sum()) for mask in kept],
-            [int(mask.sum()) for mask in free],
+            [count_true(mask) for mask in kept],
+            [count_true(mask) for mask in free],
             count,
         )
         candidates = [
-            mask if int(mask.sum()) == n else _lowest(score, mask, n, name)
+            mask if count_true(mask) == n else _lowest(score, mask, n, name)
             for score, mask, n, name in zip(scores, free, most, names, strict=True)
         ]
         first = [

@@ -27,7 +27,7 @@ from torchalignprune.limits import Limits, as_rows, best_of_rows, from_rows
 from torchalignprune.placements import indices
 from torchalignprune.sharding import copies_differ, copy_weight, not_numbers, salted
 from torchalignprune.shards import Shard, shard_of
-from torchalignprune.targets import Target
+from torchalignprune.targets import Target, count_true
 
 if TYPE_CHECKING:
     from torchalignprune.ranking import Ranking
@@ -110,7 +110,7 @@ class _Bounded:
         count = count_of(sum(alive))
         if self.limits.min_unit:
             self.free = self._without_the_best()
-        free = self._totals([int(mask.sum()) for mask in self.free])
+        free = self._totals([count_true(mask) for mask in self.free])
         least, most = self.limits.bounds(self.names, sizes, alive, free, count)
         last, bounded = self._common(free, least, most, count)
         sought = {i: _Last(0, n, free[i]) for i, n in bounded.items() if 0 < n < free[i]}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PerParameter",
     "Target",
+    "count_true",
     "parameters_of_caller",
     "targets_from_history",
     "targets_of",
@@ -93,15 +95,24 @@ class Target:
         """How many entries are not pruned yet; those of all ranks, which are to call together."""
         if self.mask is None:
             return self.weight.numel()
-        count = local(self.mask).sum()
-        if is_dtensor(self.mask):
-            dims = [i for i, _ in shard_dims(self.mask)]
-            count = add_up(count, self.mask.device_mesh, dims)
-        return int(count)
+        if not is_dtensor(self.mask):
+            return count_true(self.mask)
+        own = local(self.mask)
+        count = torch.tensor(count_true(own), device=own.device)
+        dims = [i for i, _ in shard_dims(self.mask)]
+        return int(add_up(count, self.mask.device_mesh, dims))
 
     def entries(self) -> Tensor:
         """The entries that are not pruned yet, by flat index."""
         return self.weight.flatten() if self.mask is None else self.weight[self.mask]
+
+
+def count_true(mask: Tensor) -> int:
+    """How many entries of a bool mask are True."""
+    if mask.device.type == "cpu" and type(mask) is Tensor:
+        # torch would make a copy of eight bytes an entry first.
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.sum())
 
 
 def targets_of(parameters: Parameters) -> list[Target]:

@@ -1,11 +1,15 @@
 // The weights where a mask is true, and +0 elsewhere, in one pass; and the gradient of that.
+#include "apply_mask.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/alias.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/where.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -31,11 +35,7 @@ at::Tensor laid_as(const at::Tensor& tensor, const at::Tensor& out) {
   return copy.copy_(tensor);
 }
 
-at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
-  check_weight(weight, "weight");
-  check_mask(weight, mask, "weight");
-  at::Tensor out = at::empty_like(weight);
-  advise_huge_pages(out);
+void write_product(const at::Tensor& weight, const at::Tensor& mask, const at::Tensor& out) {
   const at::Tensor own_weight = laid_as(weight, out);
   const at::Tensor own_mask = laid_as(mask, out);
   const auto kernel = kernels().apply_mask[kernel_for(weight)];
@@ -46,6 +46,25 @@ at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   at::parallel_for(0, weight.numel(), grain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * bytes, kept + begin, end - begin, to + begin * bytes);
   });
+}
+
+at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
+  check_weight(weight, "weight");
+  check_mask(weight, mask, "weight");
+  const at::Tensor out = at::empty_like(weight);
+  advise_huge_pages(out);
+  write_product(weight, mask, out);
+  return out;
+}
+
+// The product in memory of a former one, as a tensor of its own: the former may have a history, or
+// be one of inference mode.
+at::Tensor apply_mask_in(
+    const c10::Storage& memory, const at::Tensor& weight, const at::Tensor& mask) {
+  const at::Tensor out = at::empty({0}, weight.options());
+  out.unsafeGetTensorImpl()->set_storage_keep_dtype(memory);
+  out.unsafeGetTensorImpl()->set_sizes_and_strides(weight.sizes(), weight.strides());
+  write_product(weight, mask, out);
   return out;
 }
 
@@ -116,12 +135,12 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
 
   static at::Tensor forward(
       torch::autograd::AutogradContext* context, const at::Tensor& weight, const at::Tensor& mask,
-      bool may_alias) {
+      bool may_alias, const c10::Storage& memory) {
     context->save_for_backward({mask});
     context->set_materialize_grads(false);
     const at::AutoDispatchBelowADInplaceOrView guard;
     if (may_alias && is_masked(weight, mask)) return alias_of(weight);
-    return call_apply_mask(weight, mask);
+    return memory ? apply_mask_in(memory, weight, mask) : call_apply_mask(weight, mask);
   }
 
   // Takes the gradients by reference, so as not to be an owner of them itself.
@@ -136,7 +155,7 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
         grad = call_apply_mask(grad, mask);
       }
     }
-    return {std::move(grad), at::Tensor(), at::Tensor()};
+    return {std::move(grad), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -154,7 +173,7 @@ at::Tensor apply_mask_by_where(const at::Tensor& weight, const at::Tensor& mask)
 
 at::Tensor apply_mask_with_gradient(const at::Tensor& weight, const at::Tensor& mask) {
   if (has_transforms(weight)) return apply_mask_by_where(weight, mask);
-  return MaskedWeight::apply(weight, mask, false);
+  return MaskedWeight::apply(weight, mask, false, c10::Storage());
 }
 
 // Where there is no kernel for the device.
@@ -170,7 +189,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
 
 at::Tensor masked_weight_with_gradient(const at::Tensor& weight, const at::Tensor& mask) {
   if (has_transforms(weight)) return apply_mask_by_where(weight, mask);
-  return MaskedWeight::apply(weight, mask, true);
+  return MaskedWeight::apply(weight, mask, true, c10::Storage());
 }
 
 TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("apply_mask", &apply_mask); }
@@ -188,4 +207,30 @@ TORCH_LIBRARY_IMPL(torchalignprune, FuncTorchBatched, m) {
 }
 
 }  // namespace
+
+bool may_overwrite(const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask) {
+  for (const at::Tensor* tensor : {&product, &weight, &mask}) {
+    if (at::isTensorSubclassLike(*tensor) || !tensor->is_cpu()) return false;
+  }
+  if (has_transforms(weight) || product.use_count() != 1) return false;
+  const bool alike = mask.scalar_type() == at::kBool && mask.sizes() == weight.sizes() &&
+                     lie_alike(weight, mask) && product.scalar_type() == weight.scalar_type() &&
+                     product.sizes() == weight.sizes() && product.strides() == weight.strides();
+  if (!alike) return false;
+  // The memory of a product, and not one that NumPy, a file or another process has a part in.
+  const c10::Storage& memory = product.storage();
+  return memory.use_count() == 1 && product.storage_offset() == 0 &&
+         memory.nbytes() == weight.nbytes() &&
+         memory.data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
+at::Tensor masked_weight_over(
+    const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask) {
+  const c10::Storage memory = product.storage();
+  if (at::GradMode::is_enabled() && weight.requires_grad()) {
+    return MaskedWeight::apply(weight, mask, true, memory);
+  }
+  return is_masked(weight, mask) ? alias_of(weight) : apply_mask_in(memory, weight, mask);
+}
+
 }  // namespace torchalignprune

@@ -341,6 +341,7 @@ inline std::vector<UnitArguments> check_unit_arguments(
   check_length(indices.size(), "indices");
   check_length(dims.size(), "dims");
   check_length(names.size(), "names");
+  TORCH_CHECK_VALUE(!weights.empty(), "weights should have at least one tensor, got none");
   std::vector<UnitArguments> calls;
   int64_t first = 0;
   for (size_t i = 0; i < weights.size(); ++i) {

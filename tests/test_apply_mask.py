@@ -118,6 +118,9 @@ def test_transforms(operator: Operator, device: str) -> None:
     ]
     for transform in transforms:
         torch.testing.assert_close(transform(loss), transform(plain))
+    torch.testing.assert_close(
+        torch.func.functionalize(loss)(weight, batch[0]), plain(weight, batch[0])
+    )
     masks = torch.stack([mask, ~mask])
     assert torch.equal(
         torch.func.vmap(operator, (None, 0))(weight, masks), torch.where(masks, weight, 0)
@@ -144,7 +147,7 @@ def test_a_fresh_gradient_is_masked_where_it_is(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(300, 500, requires_grad=True)
     x, mask = torch.randn(2, 7, 500), half(300, 500)
     for bias in (None, torch.randn(300)):
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             linear(x, ops.apply_mask(weight, mask), bias).sum().backward()
         weight.grad = None
         events = [event.name for event in profile.events()]

@@ -332,6 +332,11 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         r"importance_scores of parameters\[1\].*tensor, got list",
     ),
+    "scores of other parameters": (
+        with_scores(lambda ps: {"1.weight": torch.ones(8, 16)}),
+        ValueError,
+        "none of its 1 keys is one of theirs",
+    ),
     "scores with NaN": (
         with_scores(lambda ps: {ps[1]: torch.full((8, 16), NAN)}),
         ValueError,
@@ -635,6 +640,7 @@ def test_a_scripted_module_takes_no_hook() -> None:
 def test_running_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products with the masks are made for all parameters before the first is pruned."""
     model = pruned_by_us()
+    held = [getattr(*pair) for pair in pairs(model)]  # so that their memory is not taken over
     record = Record(model)
     product = hooks._product
     calls = 0
@@ -651,6 +657,7 @@ def test_running_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
         tap.global_unstructured(pairs(model), tap.Magnitude, amount=0.5)
     assert calls == 2
     record.assert_untouched()
+    assert all(a is getattr(*pair) for a, pair in zip(held, pairs(model), strict=True))
 
 
 @pytest.mark.cuda

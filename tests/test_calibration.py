@@ -130,6 +130,42 @@ def test_padding_does_not_count(device: str) -> None:
     assert not torch.allclose(counted[params[0]], padded[params[0]])
 
 
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> None:
+        self.encoder(x)
+        self.decoder(decoder_input_ids[..., None].float().expand(-1, -1, 3))
+
+
+def test_padding_of_encoder_and_decoder() -> None:
+    model = EncoderDecoder()
+    pairs = [(model.encoder, "weight"), (model.decoder, "weight")]
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    batch = {"x": torch.randn(2, 4, 3), "attention_mask": mask}
+    short = torch.arange(6).view(2, 3)
+    found = Calibration.collect(model, [{**batch, "decoder_input_ids": short}], pairs)
+    assert [found[pair].count for pair in pairs] == [5, 6]
+    own = {"decoder_input_ids": short, "decoder_attention_mask": torch.tensor([[1, 0, 0]] * 2)}
+    found = Calibration.collect(model, [{**batch, **own}], pairs)
+    assert [found[pair].count for pair in pairs] == [5, 2]
+    long = {"decoder_input_ids": torch.arange(8).view(2, 4)}
+    same = {**long, "decoder_attention_mask": mask}
+    found = Calibration.collect(model, [{**batch, **same}], pairs)
+    assert [found[pair].count for pair in pairs] == [5, 5]
+    for bad in (long, {**long, "decoder_attention_mask": mask.flip(0)}):
+        with pytest.raises(ValueError, match=r"padded to different lengths .* got \(2, 4\)"):
+            Calibration.collect(model, [{**batch, **bad}], pairs)
+
+
 def test_padding_does_not_count_in_flattened_inputs() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -49,7 +49,8 @@ def test_the_kernels_are_those_of_the_cuda_sources() -> None:
     weight = torch.randn(50, 60)
     expected = ops.select_global([weight], 1000)[0]
     moved = emulated_cuda.on_gpu(weight)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         (found,) = ops.select_global([moved], 1000)
     own = f"{emulated_cuda.NAMESPACE}::select_global"
     assert own in {event.name for event in profile.events()}

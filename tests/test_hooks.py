@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -388,6 +390,61 @@ def test_what_is_made_in_inference_mode_stays_there() -> None:
         x = inputs().requires_grad_()
         model(x).sum().backward()
     assert x.grad is not None
+
+
+def test_scopes_may_overlap() -> None:
+    first, second = tap.cached_weights(), tap.cached_weights()
+    model = pruned()
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        kept = model(inputs())
+        first.__exit__(None, None, None)
+        model[0].weight_orig.data.zero_()  # which torch does not count
+        assert torch.equal(model(inputs()), kept)
+        second.__exit__(None, None, None)
+        assert hooks._cache is None
+        assert not torch.equal(model(inputs()), kept)
+
+
+def test_a_scope_that_ends_in_another_thread() -> None:
+    model = pruned()
+    over = threading.Event()
+
+    def scopes() -> None:
+        while not over.is_set():
+            with tap.cached_weights():
+                pass
+
+    thread = threading.Thread(target=scopes)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        with torch.no_grad():
+            expected = model(inputs())
+            for _ in range(300):
+                assert torch.equal(model(inputs()), expected)
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
+def test_transforms_within_a_scope() -> None:
+    model = pruned().requires_grad_(False)
+    weights = dict(model.named_parameters())
+    stacked = {name: torch.stack([value, 2 * value]) for name, value in weights.items()}
+
+    x = inputs()
+
+    def run(values: dict[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, values, (x,))
+        return out
+
+    expected = [run({name: value[i] for name, value in stacked.items()}) for i in range(2)]
+    with tap.cached_weights(), torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(run)(stacked), torch.stack(expected))
 
 
 def test_an_error_ends_the_scope() -> None:

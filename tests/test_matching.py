@@ -396,6 +396,15 @@ def test_input_norms_are_in_the_matching() -> None:
     assert target.reference.tolist() == [[1.0, 5.0], [-1.0, 5.0]]
 
 
+def test_the_reference_may_stay_on_the_cpu(device: str) -> None:
+    here = layers_of()
+    there = [layer.to(device) for layer in layers_of()]
+    reference = [layer.weight.detach().flip(0) for layer in here]
+    expected = masks_of(here, reference=reference, matching="greedy")
+    found = masks_of(there, reference=reference, matching="greedy")
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
+
+
 def test_through_torch() -> None:
     layers = layers_of()
     params = [(layer, "weight") for layer in layers]

@@ -557,3 +557,12 @@ def test_random_functional_form() -> None:
     layer = nn.Linear(4, 4)
     assert tap.random(layer, "weight", amount=0.5) is layer
     assert int(layer.weight_mask.sum()) == 8
+
+
+def test_grouped_convolutions_take_no_input_norms() -> None:
+    conv = nn.Conv2d(8, 16, 3, groups=4)
+    calibration = tap.Calibration.collect(conv, [torch.randn(2, 8, 5, 5)], [(conv, "weight")])
+    with pytest.raises(ValueError, match=r"should have shape \(2,\).*grouped convolution"):
+        tap.aligned_magnitude(conv, "weight", 0.5, input_norms=calibration)
+    with pytest.raises(TypeError, match=r"input_norms of .* should be real numbers, got .*complex"):
+        tap.aligned_magnitude(conv, "weight", 0.5, input_norms=torch.ones(2, dtype=torch.cfloat))

@@ -370,6 +370,14 @@ def test_an_unpruned_parameter_that_is_called_orig() -> None:
     assert prunable_parameters(model).left_out["scale_orig"] == "not a weight"
 
 
+def test_a_module_with_a_mask_of_its_own_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].register_buffer("weight_mask", torch.ones(2, 2))
+    found = prunable_parameters(model)
+    assert found.left_out["0.weight"] == "Linear has an attribute 'weight_mask' of its own"
+    assert "weight_mask" in repr(found)
+
+
 def test_names_survive_copies() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     params = prunable_parameters(model)

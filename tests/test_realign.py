@@ -198,6 +198,17 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
     assert result.after < 0.9 * result.before
 
 
+def test_a_reference_may_stay_on_the_cpu(device: str) -> None:
+    layer = nn.Linear(24, 8).to(device)
+    x = inputs(400, 24).to(device)
+    pair = (layer, "weight")
+    calibration = covariances(layer, x, [pair])
+    reference = layer.weight.detach().cpu().clone()
+    tap.Pruner([pair], tap.Magnitude, lambda step: 0.5)
+    (result,) = tap.realign([pair], calibration, reference=[reference])
+    assert result.after < 0.9 * result.before
+
+
 def test_units_that_rounding_makes_worse_stay() -> None:
     """Hardly anything is pruned: what there is to win is less than a rounding to bfloat16."""
     layer = nn.Linear(64, 32)
@@ -451,6 +462,11 @@ def test_a_failed_call_changes_nothing() -> None:
         calibration,
         reference=bad,
     )
+    zeros = nn.Sequential(nn.Linear(6, 6))
+    pruner = tap.Pruner(tap.prunable_parameters(zeros), tap.Magnitude, lambda step: 0.5)
+    of_zeros = covariances(zeros, x, pruner.params)
+    record = Record(zeros)
+    refused(ValueError, r"0\.weight and of all others are zero under", pruner.params, of_zeros)
     nan_weight(model[2])
     record = Record(model)
     refused(ValueError, r"the weights of 2\.weight should be finite", params, calibration)

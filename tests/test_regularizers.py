@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -437,6 +438,17 @@ def test_a_coarse_reference_does_not_look_like_movement() -> None:
         penalty.suggest_strength(model(torch.randn(6, 12)))
 
 
+def test_a_pickle_goes_on_counting() -> None:
+    model = mlp()
+    params = pairs(model)
+    reference = references_near(params)
+    penalty = tap.CosineAlignment(params, reference, matching="greedy", match_every=2)
+    penalty()
+    twin = pickle.loads(pickle.dumps(penalty))
+    assert torch.equal(twin(), penalty())
+    assert twin.matching_state()["calls"] == penalty.matching_state()["calls"] == 2
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, where the graph breaks
 def test_matching_compiles() -> None:
     params = pairs(mlp())
@@ -487,7 +499,22 @@ R = [module.weight.detach().clone() for module, _ in P]
         (
             lambda: tap.CosineAlignment(P, R, matching="greedy", match_every=0),
             ValueError,
-            "match_every should be at least 1, got 0",
+            "match_every should be a number of calls, got 0",
+        ),
+        (
+            lambda: tap.CosineAlignment(P, R, weights=2.0),
+            TypeError,
+            "weights should be numbers, one for each parameter, got float",
+        ),
+        (
+            lambda: tap.CosineAlignment(P, P[0][0]),
+            TypeError,
+            "reference should be tensors, one for each parameter, got Linear",
+        ),
+        (
+            lambda: tap.FrobeniusAlignment(P, [r.long() for r in R]),
+            TypeError,
+            r"the reference of .* should have real numbers, got torch.int64",
         ),
         (
             lambda: tap.CosineAlignment(P, R, weights=[1]),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import reference as plain
 from conftest import DTYPES
@@ -221,6 +222,23 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: s
         ops.unit_products(**arguments)
     with pytest.raises(error, match=message):
         ops.unit_combination(coefficients=torch.ones(2, 2, dtype=torch.float64), **arguments)
+
+
+def test_forward_mode_is_refused() -> None:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(W, torch.ones_like(W))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            ops.unit_products([dual])
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            ops.unit_combination([dual], torch.ones(2, 2, dtype=torch.float64))
+        assert torch.equal(ops.unit_products([W]), ops.unit_products([W.clone()]))
+
+
+def test_the_operator_itself_refuses_an_empty_list() -> None:
+    nothing: list[Any] = [[], [], [], []]
+    coefficients = torch.zeros(2, 0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="at least one tensor"):
+        torch.ops.torchalignprune.unit_combination(*nothing, coefficients, [], [])
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,9 @@ class Calibration(Mapping[Pair, InputStatistics]):
         The model runs on each batch without gradients and in evaluation mode; the batches are
         taken one at a time, and sums are kept in float64. Where a batch has an ``attention_mask``
         of shape ``(batch, tokens)``, tokens whose mask is 0 do not count in inputs of shape
-        ``(batch, tokens, features)`` or ``(batch * tokens, features)``. The model is left as it
-        was: no hooks, the same training flags, also after an error.
+        ``(batch, tokens, features)`` or ``(batch * tokens, features)``; likewise for a
+        ``decoder_attention_mask``, if the decoder's inputs have another shape. The model is left
+        as it was: no hooks, the same training flags, also after an error.
 
         Covariances are summed on the device of their parameter, 8 bytes for every pair of
         features, and moved to the CPU, with half of that, at the end.
@@ -436,15 +437,14 @@ def _run(
         for batch in batches:
             ran = True
             if isinstance(batch, Tensor):
-                observer.mask = None
+                observer.masks = []
                 model(batch.to(device))
             elif isinstance(batch, Mapping):
                 there = {
                     key: value.to(device) if isinstance(value, Tensor) else value
                     for key, value in batch.items()
                 }
-                mask = there.get("attention_mask")
-                observer.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+                observer.masks = _token_masks(model, there)
                 model(**there)
             else:
                 raise TypeError(
@@ -458,6 +458,24 @@ def _run(
     idle = [meter.name for meter in meters if meter.group is None]
     if idle:
         raise ValueError(f"the calibration batches never reached {_some(idle)}")
+
+
+def _token_masks(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Which tokens count, of the inputs of the encoder and of those of a decoder."""
+    found = {key: batch.get(key) for key in ("attention_mask", "decoder_attention_mask")}
+    masks = [m for m in found.values() if isinstance(m, Tensor) and m.dim() == 2]
+    decoder = batch.get("decoder_input_ids")
+    if decoder is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoder = batch.get("labels")
+    if isinstance(decoder, Tensor) and found["decoder_attention_mask"] is None:
+        masks.append(torch.ones_like(decoder))
+    if len(masks) == 2 and masks[0].shape == masks[1].shape and not torch.equal(*masks):
+        raise ValueError(
+            "the inputs of the encoder and of the decoder should be padded to different lengths "
+            f"where they have different masks, since their shape tells them apart, got "
+            f"{tuple(masks[0].shape)} for both"
+        )
+    return masks
 
 
 def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
@@ -521,16 +539,17 @@ class _Input:
         """How often the tensor was changed in place."""
         return None if self.tensor.is_inference() else self.tensor._version
 
-    def rows(self, mask: Tensor | None) -> Tensor:
-        """Shape (tokens that count, features)."""
+    def rows(self, masks: Iterable[Tensor]) -> Tensor:
+        """Shape (tokens that count, features), by the first mask that fits."""
         tensor = self.tensor.detach()
         if self.batch is None:
             return tensor.movedim(self.features, -1).reshape(-1, tensor.shape[self.features])
         if self.batch:
             tensor = tensor.transpose(0, self.batch)
         rows = tensor.reshape(-1, tensor.shape[-1])
-        if mask is not None and tensor.shape[:-1] in (mask.shape, (mask.numel(),)):
-            rows = rows[mask.reshape(-1) != 0]
+        for mask in masks:
+            if tensor.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return rows[mask.reshape(-1) != 0]
         return rows
 
 
@@ -620,7 +639,7 @@ class _Observer:
     """
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self.masks: list[Tensor] = []
         # The groups that had one input so far, and what that was.
         self.begun: list[tuple[_Group, weakref.ref[Tensor], object]] = []
 
@@ -664,7 +683,7 @@ class _Observer:
 
     def _add(self, group: _Group, given: _Input) -> None:
         self.begun = [entry for entry in self.begun if entry[0] is not group]
-        rows = given.rows(self.mask)
+        rows = given.rows(self.masks)
         features, name = group.sums.features, group.members[0].name
         if rows.shape[1] != features:
             raise ValueError(

@@ -8,6 +8,7 @@ forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.i
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,11 +62,12 @@ class MaskHook(prune.BasePruningMethod):
         differentiable = torch.is_grad_enabled() and original.requires_grad
         if self.straight_through and differentiable:
             return masked_straight_through(original, mask)
-        if _cache is None or differentiable or torch.compiler.is_compiling():
+        cache = _cache  # Another thread may end the scope.
+        if cache is None or differentiable or not _is_plain(original):
             return _next_product(module, self._tensor_name, original, mask)
-        made = _cache.get(self)
+        made = cache.get(self)
         if made is None or not made.is_of(original, mask):
-            made = _cache[self] = _Made(original, mask)
+            made = cache[self] = _Made(original, mask)
         return made.product
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
@@ -119,8 +121,15 @@ class _Made:
         return [torch.is_inference_mode_enabled(), *versions, *places]
 
 
-# By hook, within cached_weights().
+# By hook, while there are scopes of cached_weights(), of whatever thread.
 _cache: dict[MaskHook, _Made] | None = None
+_scopes = 0
+_lock = threading.Lock()
+
+
+def _is_plain(original: Tensor) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(original)
+    return not wrapped and not torch.compiler.is_compiling()
 
 
 @contextmanager
@@ -130,7 +139,8 @@ def cached_weights() -> Iterator[None]:
     For an evaluation under ``torch.no_grad()`` or ``torch.inference_mode()``: the first forward
     makes the masked weights, the others take them as they are, as
     ``torch.nn.utils.parametrize.cached()`` does for parametrizations. Where a gradient is needed,
-    nothing is kept. Scopes can be nested; what they kept is freed when the outermost ends.
+    nothing is kept. Scopes can be nested, and threads share them; what they kept is freed when the
+    last one ends.
 
     The weights are not to be changed within it. Changes of weights and masks that torch counts
     (optimizers, ``load_state_dict``, in-place operators) and new tensors in their place are
@@ -146,14 +156,18 @@ def cached_weights() -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
-    global _cache
-    outer = _cache
-    if outer is None:
-        _cache = {}
+    global _cache, _scopes
+    with _lock:
+        _scopes += 1
+        if _cache is None:
+            _cache = {}
     try:
         yield
     finally:
-        _cache = outer
+        with _lock:
+            _scopes -= 1
+            if _scopes == 0:
+                _cache = None
 
 
 def put_masks(
@@ -279,7 +293,8 @@ def load_state_dict(
     Raises:
         ValueError: a mask without its parameter in the model.
         RuntimeError: keys or shapes that do not fit, as from ``torch.nn.Module.load_state_dict``,
-            but before anything has changed.
+            but before anything has changed. Keys are compared as they are, before a module's own
+            hooks could rename them.
 
     Example:
         >>> import torch, torchalignprune as tap

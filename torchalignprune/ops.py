@@ -3,7 +3,7 @@
 They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so that they work under
 ``torch.compile``. Those that choose masks have no gradient; :func:`apply_mask`, and
 :func:`unit_products` and :func:`unit_combination`, which the regularizers are made of, can be
-differentiated any number of times.
+differentiated any number of times, the latter two backwards alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchalignprune import _C  # noqa: F401  (loading it registers the operators)
 
@@ -770,6 +771,7 @@ def unit_products(
     Raises:
         ValueError: a shape, device or dim that does not fit; an index out of range; no weights.
         TypeError: a dtype that does not fit.
+        NotImplementedError: forward-mode derivatives.
 
     Example:
         >>> import torch
@@ -779,6 +781,7 @@ def unit_products(
                 [25.,  4.],
                 [25.,  5.]], dtype=torch.float64)
     """
+    _refuse_tangents(weights)
     *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
     products: Tensor = torch.ops.torchalignprune.unit_products(*lists, dims, names)
     return products
@@ -814,6 +817,7 @@ def unit_combination(
     Raises:
         ValueError: a shape, device or dim that does not fit; an index out of range; no weights.
         TypeError: a dtype that does not fit.
+        NotImplementedError: forward-mode derivatives.
 
     Example:
         >>> import torch
@@ -823,8 +827,19 @@ def unit_combination(
         [tensor([[6., 8.],
                 [0., 4.]])]
     """
+    _refuse_tangents([*weights, coefficients])
     *lists, dims, names = _unit_arguments(weights, masks, references, indices, dims, names)
     return list(torch.ops.torchalignprune.unit_combination(*lists, coefficients, dims, names))
+
+
+def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "the products and combinations of units have no forward-mode derivatives: use "
+            "torch.autograd.grad or backward()"
+        )
 
 
 def _unit_arguments(

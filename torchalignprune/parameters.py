@@ -400,6 +400,10 @@ def _barred(
         return "not initialized yet"
     if parameter.dtype not in DTYPES:
         return f"{str(parameter.dtype).removeprefix('torch.')} is not a supported dtype"
+    if attribute in module._parameters:
+        for taken in (f"{attribute}_orig", f"{attribute}_mask"):
+            if hasattr(module, taken):
+                return f"{type(module).__name__} has an attribute {taken!r} of its own"
     if out_projection and attribute == "weight":
         return "MultiheadAttention.out_proj (it is not called, so that its hooks would not run)"
     return None

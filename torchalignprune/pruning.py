@@ -377,6 +377,12 @@ def _prune(
 def _scores(
     importance_scores: Mapping[Pair, Tensor], targets: Sequence[Target]
 ) -> list[Tensor | None]:
+    places = {place for target in targets for place in target.places}
+    if places.isdisjoint(importance_scores):
+        raise ValueError(
+            "importance_scores should be keyed by the (module, name) pairs of the parameters, and "
+            f"none of its {len(importance_scores)} keys is one of theirs"
+        )
     scores: list[Tensor | None] = []
     for target in targets:
         given = [importance_scores[place] for place in target.places if place in importance_scores]

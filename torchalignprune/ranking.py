@@ -70,7 +70,7 @@ def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method
         ValueError: NaN or infinity in the weight or the reference.
         ImportError: ``method="hungarian"`` without scipy.
     """
-    w, reference = target.weight, target.reference
+    w, reference = target.weight, target.reference_here()
     assert reference is not None
     if w.dim() < 2:
         return target

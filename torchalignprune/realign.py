@@ -82,10 +82,10 @@ def realign(
 
     After further pruning it may be called again: what an earlier call added to a bias is taken off
     first, and once weights were moved, a reference from before has to be given. Both are remembered
-    as long as the parameters live, not in their state dict; a bias that changed in between, by
-    training or loading, is refused. A report without a reference compares with
-    the moved weights then. It takes as much memory as the parameters, so that a call that fails
-    changes nothing.
+    as long as the parameters live, not in their state dict, nor by copies and pickles of the model;
+    a bias that changed in between, by training or loading, is refused. A report without a reference
+    compares with the moved weights then. It takes as much memory as the parameters, so that a call
+    that fails changes nothing.
 
     Statistics of few tokens say little: with fewer tokens than a layer has inputs there is a
     warning, because the outputs on other text may well become worse.
@@ -105,7 +105,8 @@ def realign(
             ``"bias"`` are left alone; the result says which these are.
         reference: the weights to come back to, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the weights under the
-            masks, ``name_orig``: right as long as nothing has trained or moved them since.
+            masks, ``name_orig``: right as long as nothing has trained or moved them since. A
+            ``Pruner`` sets them to zero there, so after one a reference is needed.
         ridge: :math:`\lambda`, as a share of the mean variance of the inputs' features. It keeps
             weights whose inputs hardly vary in the calibration text where they are.
 
@@ -116,9 +117,9 @@ def realign(
         ValueError: a parameter that is not pruned, or sharded (``DTensor``), or of a convolution;
             one without an entry in the calibration, or without a covariance for ``"weights"``;
             ``"bias"`` where no layer has one; two layers with one bias; a reference of the wrong
-            shape; NaN or infinity in the weights; weights that were moved before, without a
-            reference; a bias that was moved and has changed since; a negative ridge. The error
-            names the parameter.
+            shape; NaN or infinity in the weights; weights that were moved before, or that are all
+            zero under the masks, without a reference; a bias that was moved and has changed since;
+            a negative ridge. The error names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
 
     Example:
@@ -149,6 +150,8 @@ def realign(
                 f"{target.name} was realigned before, so that its weights are not those to come "
                 "back to: give a reference from before that"
             )
+    if reference is None:
+        _check_weights_under_masks(targets)
     _warn_of_few_tokens(layers)
     with torch.no_grad():
         moves = [layer.solve(ridge) for layer in layers]
@@ -224,6 +227,15 @@ def _check_whole(tensor: Tensor, name: str) -> None:
             f"{name} is sharded (a DTensor), but realign solves for whole layers: realign the "
             "model before it is sharded, or an unsharded one with its full state "
             "(get_model_state_dict with full_state_dict=True)"
+        )
+
+
+def _check_weights_under_masks(targets: Sequence[Target]) -> None:
+    masked = [(t.weight, t.mask) for t in targets if t.mask is not None and not bool(t.mask.all())]
+    if masked and not any(bool(w.masked_fill(mask, 0).any()) for w, mask in masked):
+        raise ValueError(
+            f"the weights of {targets[0].name} and of all others are zero under the masks, as a "
+            "Pruner leaves them, so that there is nothing to come back to: give a reference"
         )
 
 
@@ -303,7 +315,8 @@ class _Layer:
         assert target.mask is not None
         wide = target.dtype
         mask = self._rows(target.mask)
-        w = self._rows(target.weight if target.reference is None else target.reference).to(wide)
+        reference = target.reference_here()
+        w = self._rows(target.weight if reference is None else reference).to(wide)
         p = self._rows(target.weight).to(wide) * mask
         places = [
             _Place(statistics, bias, count / sum(self._counts()), w)

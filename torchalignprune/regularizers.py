@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -349,16 +349,13 @@ class CosineAlignment(_Penalty):
                 raise ValueError(_NO_MATCHING.format(target.name))
         if matching is not None and units == "both":
             raise ValueError("matching goes with units='out' or 'in', not with 'both'")
-        if match_every < 1:
-            raise ValueError(f"match_every should be at least 1, got {match_every}")
+        if not isinstance(match_every, int) or match_every < 1:
+            raise ValueError(f"match_every should be a number of calls, got {match_every!r}")
         self.units = units
         self.matching = matching
         self.match_every = match_every
         self._calls = 0
-        # The count would make torch.compile compile anew at each step. The decorator imports much,
-        # so it is not applied to the class.
-        disable = torch.compiler.disable
-        self._count = None if matching is None else disable(CosineAlignment._count_call)  # type: ignore[no-untyped-call]
+        self._count = self._counter()
 
     def _sides(self, target: Target) -> tuple[int, ...]:
         if target.weight.dim() < 2:
@@ -384,6 +381,22 @@ class CosineAlignment(_Penalty):
         if self._count is not None:
             self._count(self)
         return super()._contributions()
+
+    def _counter(self) -> Callable[[CosineAlignment], None] | None:
+        # The count would make torch.compile compile anew at each step. The decorator imports much,
+        # so it is not applied to the class.
+        if self.matching is None:
+            return None
+        counter: Callable[[CosineAlignment], None]
+        counter = torch.compiler.disable(CosineAlignment._count_call)
+        return counter
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_count": None}  # what disable() returns cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._count = self._counter()
 
     def _count_call(self) -> None:
         assert self.matching is not None
@@ -575,6 +588,10 @@ def _weights(targets: Sequence[Target], weights: Weights | None) -> list[float]:
             if not own:
                 raise ValueError(f"weights has no entry for {target.name}")
             given.append(own[0])
+    elif not isinstance(weights, Iterable):
+        raise TypeError(
+            f"weights should be numbers, one for each parameter, got {type(weights).__name__}"
+        )
     else:
         given = list(weights)
     if len(given) != len(targets):

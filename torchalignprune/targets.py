@@ -8,7 +8,7 @@ where they belong is read off the vector's autograd history, or asked of the cal
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +207,10 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
     """
     results = []
     for target, own in _per_target(targets, reference, "reference"):
+        if own is not None and not own.is_floating_point():
+            raise TypeError(
+                f"the reference of {target.name} should have real numbers, got {own.dtype}"
+            )
         if own is not None and own.shape != target.weight.shape:
             raise ValueError(
                 f"the reference of {target.name} should have shape {tuple(target.weight.shape)}, "
@@ -237,13 +241,24 @@ def with_input_norms(
         if own.shape != (length,):
             raise ValueError(
                 f"the input_norms of {target.name} should have shape ({length},), one for each "
-                f"input, got {tuple(own.shape)}"
+                f"input, got {tuple(own.shape)}{_grouped(target, len(own))}"
+            )
+        if not own.is_floating_point():
+            raise TypeError(
+                f"the input_norms of {target.name} should be real numbers, got {own.dtype}"
             )
         if not bool((own.isfinite() & (own >= 0)).all()):
             raise ValueError(f"the input_norms of {target.name} should be finite and not negative")
         own = own.to(target.weight.device, target.dtype)
         results.append(replace(target, input_norms=own))
     return results
+
+
+def _grouped(target: Target, inputs: int) -> str:
+    groups = {getattr(module, "groups", 1) for module, _ in target.places}
+    if groups == {1} or inputs not in (g * target.weight.size(target.in_dim) for g in groups):
+        return ""
+    return ": a grouped convolution has other inputs for each group, so leave it out"
 
 
 def _per_target(
@@ -255,6 +270,10 @@ def _per_target(
     if isinstance(given, Tensor):
         found = [given]
     elif not isinstance(given, Mapping):
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"{what} should be tensors, one for each parameter, got {type(given).__name__}"
+            )
         found = list(given)
     else:
         for key in given:

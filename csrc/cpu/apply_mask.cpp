@@ -201,6 +201,9 @@ TORCH_LIBRARY_IMPL(torchalignprune, Autograd, m) {
   m.impl("apply_mask", &apply_mask_with_gradient);
   m.impl("masked_weight", &masked_weight_with_gradient);
 }
+TORCH_LIBRARY_IMPL(torchalignprune, Functionalize, m) {
+  m.impl("masked_weight", &apply_mask_by_where);
+}
 TORCH_LIBRARY_IMPL(torchalignprune, FuncTorchBatched, m) {
   m.impl("apply_mask", &apply_mask_by_where);
   m.impl("masked_weight", &apply_mask_by_where);

@@ -44,7 +44,7 @@ from torchalignprune.crosslingual.experiment import DENSE, Experiment, Training
 from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
 from torchalignprune.crosslingual.run_log import RunLog
 from torchalignprune.crosslingual.sweep import SPARSITIES
-from zero_shot_statistics import Array, Key, pack
+from zero_shot_statistics import Array, Key, distinct, pack
 
 MINIATURE = Path(__file__).parents[1] / "examples" / "mini_xlmr"
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -120,12 +120,14 @@ class Grid:
         self._settings = settings
         self._longest = 0.0
 
-    def lines(self, kind: str) -> list[dict[str, Any]]:
-        return [
-            line
-            for line in self.log.lines()
-            if line.get("kind") == kind and line["settings_id"] == self.id
-        ]
+    def lines(self, kind: str) -> list[Mapping[str, Any]]:
+        return distinct(
+            [
+                line
+                for line in self.log.lines()
+                if line.get("kind") == kind and line["settings_id"] == self.id
+            ]
+        )
 
     def complete(self, keys: Sequence[Key]) -> bool:
         """Runs what is not there yet; whether time sufficed."""
@@ -210,6 +212,7 @@ class Grid:
                         "regularizer": name,
                         "strength": strength,
                         "seed": seed,
+                        "sentences": len(self.experiment.validation or ()),
                         "validation": {
                             str(sparsity): round(report.scores["en"].value, 5)
                             for sparsity, report in sweep.items()

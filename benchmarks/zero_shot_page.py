@@ -13,14 +13,17 @@ from matplotlib.figure import Figure
 from torchalignprune.crosslingual.experiment import DENSE
 from torchalignprune.crosslingual.recipes import RECIPES, REGULARIZERS
 from zero_shot_statistics import (
+    FLIPS,
     LEAST_ABOVE_CHANCE,
     LEVEL,
     RESAMPLES,
     Array,
     Difference,
     Results,
+    distinct,
     friedman,
     holm,
+    sentence_test,
 )
 
 ALPHA = 0.05
@@ -28,16 +31,23 @@ SEEDS = 5
 # What the other methods are compared with, and whose languages are shown.
 BASES = ("magnitude", "aligned")
 METHODS = (DENSE, *RECIPES)
+# How many English sentences strengths were chosen on, where the lines of the runs do not say it.
+VALIDATION = {"pos": 100, "topics": 99}
 
 Lines = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A difference in one setting at one sparsity, and its p-value among all of its table."""
+    """A difference in one setting at one sparsity, and its p-value among all of its family."""
 
     difference: Difference
     p: float
+
+    @property
+    def tested(self) -> bool:
+        """Of a single seed it is not."""
+        return self.difference.seeds > 1
 
     @property
     def sign(self) -> int:
@@ -63,7 +73,7 @@ def page(lines: Lines) -> str:
         parts += [
             f"## {task}",
             _settings(settings, results, own),
-            _strengths(own),
+            _strengths(task, own),
             _scores(task, results),
             _first_claim(results),
             _second_claim(results),
@@ -78,6 +88,7 @@ def page(lines: Lines) -> str:
 def _by_task(lines: Lines) -> dict[str, tuple[Lines, Lines, Results]]:
     """For each task its settings, of which the last count, and what was done with these."""
     found: dict[str, tuple[Lines, Lines, Results]] = {}
+    lines = distinct(lines)
     settings = [line for line in lines if line.get("kind") == "settings"]
     for task in dict.fromkeys(line["settings"]["task"] for line in settings):
         versions = [line for line in settings if line["settings"]["task"] == task]
@@ -102,8 +113,9 @@ How to read it:
   the test sentences (both variances are added, degrees of freedom by Welch and Satterthwaite,
   Student's t); the languages are these ones. Everything is paired: by seed, and by sentence, of
   which the same are drawn for all models and languages ({RESAMPLES:,} resamples).
-- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table; nothing
-  is that has run with a single seed.
+- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table. What has
+  run with a single seed is not tested, and not counted among them. Rows of `dense` are corrected on
+  their own: what a regularizer does to a model that is not pruned is no answer to a claim.
 - *Above chance*: above the score of the most frequent label of the language. Zero-shot scores begin
   lower and have less to lose, so drops are given as shares of what the dense model has above chance
   too; the share of the zero-shot mean, not the mean of shares, and of
@@ -193,7 +205,7 @@ def _figure(results: Results) -> Figure:
     return figure
 
 
-def _strengths(lines: Lines) -> str:
+def _strengths(task: str, lines: Lines) -> str:
     chosen = [line for line in lines if line["kind"] == "strength"]
     if not chosen:
         return "No strength of a regularizer has been chosen yet."
@@ -209,9 +221,12 @@ def _strengths(lines: Lines) -> str:
     tuning = [line for line in lines if line["kind"] == "tuning"]
     methods = _listed(dict.fromkeys(line["method"] for line in tuning))
     seeds = _listed(dict.fromkeys(str(line["seed"]) for line in tuning))
+    counts = dict.fromkeys(line.get("sentences", VALIDATION.get(task)) for line in tuning)
+    sentences = _listed(str(count) for count in counts if count is not None) or "some"
     text = (
-        f"Strengths, chosen by the mean accuracy in English validation data over the sparsities "
-        f"(method {methods}, seeds {seeds}, which are not those of the grid):\n\n{_markdown(rows)}"
+        f"Strengths, chosen by the mean accuracy in {sentences} sentences of English validation "
+        f"data over the sparsities (method {methods}, seeds {seeds}, which are not those of the "
+        f"grid):\n\n{_markdown(rows)}"
     )
     useless = [
         line["regularizer"]
@@ -256,14 +271,23 @@ def _scores(task: str, results: Results) -> str:
 
 
 def _corrected(found: Mapping[tuple[str, str], list[Difference] | None]) -> Table:
-    """The settings that there are, at the sparsities above 0."""
+    """The settings that there are, at the sparsities above 0.
+
+    Those of the dense model are a family of their own.
+    """
     there = {setting: stages[1:] for setting, stages in found.items() if stages is not None}
-    flat = holm([stage.p for stages in there.values() for stage in stages])
-    p_values = iter(flat)
-    return {
-        setting: [Cell(stage, next(p_values)) for stage in stages]
-        for setting, stages in there.items()
-    }
+    table = {setting: [Cell(stage, 1.0) for stage in stages] for setting, stages in there.items()}
+    for dense in (False, True):
+        places = [
+            (setting, i)
+            for setting, cells in table.items()
+            for i, cell in enumerate(cells)
+            if cell.tested and (setting[0] == DENSE) == dense
+        ]
+        p_values = holm([there[setting][i].p for setting, i in places])
+        for (setting, i), p in zip(places, p_values, strict=True):
+            table[setting][i] = Cell(there[setting][i], p)
+    return table
 
 
 def _verdict(signs: Iterable[int]) -> str:
@@ -340,13 +364,17 @@ def _second_claim(results: Results) -> str:
     pruned = {setting: cells for setting, cells in zero_shot.items() if setting[0] != DENSE}
     helped = {s for s, cells in pruned.items() if any(cell.sign > 0 for cell in cells)}
     hurt = {s for s, cells in pruned.items() if any(cell.sign < 0 for cell in cells)}
+    tested = [s for s, cells in pruned.items() if cells[0].tested]
     lines = [
         f"For the zero-shot mean the claim **{_verdict(_signs(pruned))}**.",
         f"Helped significantly at some sparsity: {_named(sorted(helped)) or 'none'}.",
         f"Hurt significantly at some sparsity: {_named(sorted(hurt)) or 'none'}.",
         "Did not help significantly at any sparsity: "
-        f"{_named([s for s in pruned if s not in helped]) or 'none'}.",
+        f"{_named([s for s in tested if s not in helped]) or 'none'}.",
     ]
+    if len(tested) < len(pruned):
+        single = _named(s for s in pruned if s not in tested)
+        lines.append(f"Has run with one seed, and is not tested: {single}.")
     closer = _corrected(
         {
             (method, name): results.compare(
@@ -376,25 +404,28 @@ def _third_claim(results: Results) -> str:
     tests: dict[tuple[str, int], float] = {}
     for method in RECIPES:
         seeds = results.seeds((DENSE, "none"), (method, "none"))
-        if not seeds:
-            continue
-        drops = np.array(
-            [
-                results.point((DENSE, "none", seed)) - results.point((method, "none", seed))
-                for seed in seeds
-            ]
-        )
+        lost = [
+            results.hits((DENSE, "none", seed)) - results.hits((method, "none", seed))
+            for seed in seeds
+        ]
         for stage in range(1, len(results.sparsities)):
-            p = friedman(drops[:, stage, 1:])
-            if p is not None:
-                tests[method, stage] = p
+            own, out_of = [run[stage, 1:] for run in lost], results.out_of[1:]
+            drops = np.array([run.sum(axis=1) / out_of.sum(axis=1) for run in own])
+            over_seeds = friedman(drops) if seeds else None
+            if over_seeds is not None:
+                over_sentences = sentence_test(np.mean(own, axis=0), out_of)
+                tests[method, stage] = max(over_seeds, over_sentences)
     parts = [title]
     if tests:
         corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
         verdict = _verdict(int(p < ALPHA) for p in corrected.values())
         parts.append(
-            f"The claim **{verdict}** (Friedman's test that the zero-shot languages drop alike, in "
-            "points; the unit is the seed)."
+            f"The claim **{verdict}**. What is tested is that the zero-shot languages drop alike, "
+            "in points, and it is tested twice: over seeds (Friedman's test of the drops with each "
+            "seed) and over sentences (a randomisation test of the variance of the mean drops: "
+            f"the signs of each sentence's differences between languages are drawn {FLIPS:,} "
+            "times). The larger of the two p-values counts: all seeds are scored on the same "
+            "sentences, which seeds alone would take for the languages."
         )
         alike: dict[str, list[str]] = {}
         for (method, stage), p in corrected.items():
@@ -465,7 +496,8 @@ def _methods(results: Results, base: str) -> str:
 
 
 def _signs(table: Table) -> list[int]:
-    return [cell.sign for cells in table.values() for cell in cells]
+    """Of all that is tested."""
+    return [cell.sign for cells in table.values() for cell in cells if cell.tested]
 
 
 def _cells(results: Results, table: Table) -> str:

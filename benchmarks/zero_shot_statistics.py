@@ -19,11 +19,33 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+# Holm's correction for 84 tests needs p-values of 0.05 / 84 and less; the least is 1 in so many.
+FLIPS = 10_000
 # A share of fewer points above chance than these says nothing.
 LEAST_ABOVE_CHANCE = 0.05
 
 # A setting of the grid: a method, a regularizer and a seed.
 Key = tuple[str, str, int]
+
+# What lines of one kind and one ``settings_id`` differ in.
+_KEYS = {
+    "settings": (),
+    "strength": ("regularizer",),
+    "tuning": ("method", "regularizer", "strength", "seed"),
+    "run": ("method", "regularizer", "seed"),
+}
+
+
+def distinct(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines without those that say again what one before them says.
+
+    Two processes that work on one task may both write a line.
+    """
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for line in lines:
+        own = tuple(line[name] for name in _KEYS[line["kind"]])
+        found.setdefault((line["kind"], line["settings_id"], *own), line)
+    return list(found.values())
 
 
 def pack(misses: Array) -> str:
@@ -112,14 +134,57 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def friedman(blocks: Array) -> float | None:
     """The p-value of Friedman's test that all columns are alike, over the rows; None if too few.
 
+    All seeds are scored on the same sentences, so this alone does not tell languages apart: what
+    these sentences happen to cost a language is in every row. :func:`sentence_test` asks the
+    other half.
+
     Args:
-        blocks: shape ``(seeds, languages)``.
+        blocks: drops, shape ``(seeds, languages)``.
     """
     if blocks.shape[0] < 3 or blocks.shape[1] < 3:
         return None
+    # Equal drops may differ by the rounding of their last digits, which would rank them.
+    blocks = np.round(blocks, 9)
     if np.ptp(blocks, axis=1).max() == 0:
         return 1.0
     return float(stats.friedmanchisquare(*blocks.T).pvalue)
+
+
+def sentence_test(lost: Array, out_of: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
+    """The p-value of a randomisation test that all languages drop alike, over the sentences.
+
+    The sentences are the same in all languages. What one adds to a language's drop is, in points,
+    ``(lost - common * out_of) / (all words of the language)``, where ``common`` is the mean of the
+    languages' drops: what it lost more than its words would have at that drop. Summed over the
+    sentences that is the language's drop minus the common one, whatever the lengths are in each
+    language, and it is 0 on average in every language if all drop alike. The statistic is the
+    variance of the languages' drops, compared with what it is where the signs of each sentence's
+    differences between languages are drawn at random, the same for all languages.
+
+    Languages need not be exchangeable for that: kin stay as alike, and languages with few words as
+    noisy, as they are. Permuting the languages within each sentence would take all for alike in
+    that too, which makes p-values somewhat too small.
+
+    Args:
+        lost: hits of the dense model minus those of the pruned one, means over seeds; shape
+            ``(languages, sentences)``.
+        out_of: how many words, or 1 for a text; the same shape.
+        flips: how many times signs are drawn.
+        seed: which are drawn.
+
+    Returns:
+        At least ``1 / (flips + 1)``.
+    """
+    words = out_of.sum(axis=1, keepdims=True)
+    common = (lost.sum(axis=1, keepdims=True) / words).mean()
+    parts = (lost - common * out_of) / words
+    parts = parts - parts.mean(axis=0)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(flips, lost.shape[1]))
+    flipped = np.square(signs @ parts.T).sum(axis=1)
+    own = np.square(parts.sum(axis=1)).sum()
+    # What is equal may differ in its last digits.
+    as_large = int((flipped >= own * (1 - 1e-9) - 1e-15).sum())
+    return (1 + as_large) / (flips + 1)
 
 
 class Results:
@@ -158,6 +223,17 @@ class Results:
     def _drawn_out_of(self) -> Array:
         return resampled_sums(self._out_of.T, RESAMPLES, seed=0)
 
+    @property
+    def out_of(self) -> Array:
+        """How many words each sentence has; shape ``(languages, sentences)``."""
+        return self._out_of
+
+    def hits(self, key: Key) -> Array:
+        """How many of them a run got right; shape ``(stages, languages, sentences)``."""
+        shape = (len(self.sparsities), *self._out_of.shape)
+        hits: Array = self._out_of - unpack(self._runs[key]["misses"], shape)
+        return hits
+
     def point(self, key: Key) -> Array:
         """The scores of a run; shape ``(stages, languages)``."""
         self._read(key)
@@ -171,12 +247,11 @@ class Results:
     def _read(self, key: Key) -> None:
         if key in self._points:
             return
-        shape = (len(self.sparsities), *self._out_of.shape)
-        hits = self._out_of - unpack(self._runs[key]["misses"], shape)
+        hits = self.hits(key)
         self._points[key] = hits.sum(axis=2) / self._out_of.sum(axis=1)
         columns = hits.transpose(2, 0, 1).reshape(self.sentences, -1)
         # The same sentences are drawn in every run, and for all languages.
-        sums = resampled_sums(columns, RESAMPLES, seed=0).reshape(RESAMPLES, *shape[:2])
+        sums = resampled_sums(columns, RESAMPLES, seed=0).reshape(RESAMPLES, *hits.shape[:2])
         self._draws[key] = (sums / self._drawn_out_of[:, None]).astype(np.float32)
 
     def seeds(self, *settings: tuple[str, str]) -> list[int]:

@@ -7,9 +7,9 @@
 
 Model and data are those of the hub, or of a folder: ``--model``, ``--data`` (the files of
 ``commul/universal_dependencies``, such as ``en_ewt/train-00000-of-00001.parquet``, or plain
-``train.en.tsv.gz``). The English training data is EWT; a word is labelled at its first subword.
-What else there is to say about arguments, going on after a stop and what is written is said in
-``xnli_xlmr.py``.
+``train.en.tsv.gz``). The English training data is EWT; a word is labelled at its first subword
+with a character. What else there is to say about arguments, going on after a stop and what is
+written is said in ``xnli_xlmr.py``.
 
 The setting is that of the paper (O'Neill, Dutta and Assem, Findings of ACL 2022): XLM-R base,
 English training data, magnitude pruning in rounds with retraining between them, a regularizer that

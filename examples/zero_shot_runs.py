@@ -17,6 +17,7 @@ import torch
 from torchalignprune.crosslingual import (
     LanguageScore,
     ZeroShotReport,
+    available_languages,
     plot_heat_map,
     plot_retention,
 )
@@ -45,7 +46,12 @@ def main(
     add("--strength", type=float, default=10.0, help="of the regularizer (default: %(default)s)")
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     add("--seeds", type=int, default=1, help="how many runs, of the seeds 0, 1, ...")
-    add("--languages", nargs="+", metavar="CODE", help="besides English (default: all)")
+    add(
+        "--languages",
+        nargs="+",
+        metavar="CODE",
+        help="besides English (default: all; with the miniature those that it was pretrained on)",
+    )
     add("--sentences", type=int, help="evaluate on so many of each language (default: all)")
     add("--epochs", type=float, default=training.epochs, help="dense (default: %(default)s)")
     add(
@@ -86,12 +92,16 @@ def main(
     )
     looks = {RECIPES[method].calibration for method in options.method if method != DENSE}
     try:
+        languages = options.languages
+        if languages is None and Path(options.model).resolve() == MINIATURE.resolve():
+            there = available_languages(evaluated, options.data)
+            languages = [code for code in miniature_languages() if code in there]
         experiment = Experiment.load(
             options.model,
             task,
             evaluated,
             options.data,
-            languages=options.languages,
+            languages=languages,
             sentences=options.sentences,
             multilingual="multilingual" in looks,
         )
@@ -147,15 +157,23 @@ def main(
     show(runs, options.out)
 
 
+def miniature_languages() -> list[str]:
+    """What the miniature was pretrained on: the columns of its sentences."""
+    with (MINIATURE / "sentences.tsv").open(encoding="utf-8") as file:
+        return next(file).rstrip("\n").split("\t")[2:]
+
+
 def show(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Tables of all runs that there are, pictures and JSON."""
-    sweeps: dict[str, list[Sweep]] = {}
+    # By seed: two processes in one folder may have made the same run.
+    by_seed: dict[str, dict[int, Sweep]] = {}
     for run in runs:
         reports = {
             float(sparsity): ZeroShotReport.from_json(json.dumps(report))
             for sparsity, report in run["reports"].items()
         }
-        sweeps.setdefault(_label(run), []).append(reports)
+        by_seed.setdefault(_label(run), {}).setdefault(run["seed"], reports)
+    sweeps = {label: list(found.values()) for label, found in by_seed.items()}
     pooled = {label: pool(found) for label, found in sweeps.items()}
     for label, found in sweeps.items():
         print(f"\n{label}, {len(found)} seed{'s' * (len(found) > 1)}: score (drop), in points\n")

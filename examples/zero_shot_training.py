@@ -239,12 +239,8 @@ def load_data(task: str, options: PruningArguments) -> dict[str, DatasetDict]:
     with input_errors():
         codes = options.languages or available_languages(task, options.data)
         for code in dict.fromkeys([TRAINED_ON, *codes]):
-            splits = load_task(task, code, options.data)
-            needed = ("train", "validation", "test") if code == TRAINED_ON else ("test",)
-            for split in needed:
-                if split not in splits:
-                    raise ValueError(f"the data of {task} in {code!r} has no split {split!r}")
-            data[code] = DatasetDict({split: splits[split] for split in needed})
+            needed = ["train", "validation", "test"] if code == TRAINED_ON else ["test"]
+            data[code] = load_task(task, code, options.data, splits=needed)
     return data
 
 
@@ -255,7 +251,11 @@ def load_model(
     labels = TASKS[task].labels
     with input_errors():
         own = list((AutoConfig.from_pretrained(options.model).id2label or {}).values())
-        if set(own) == set(labels) and own != list(labels):
+        # CONTRADICTION is contradiction, as in an evaluation: a head that was fine-tuned with the
+        # labels in another order would be taken for one with ours.
+        names = [str(label).casefold() for label in own]
+        ordered = [label.casefold() for label in labels]
+        if set(names) == set(ordered) and names != ordered:
             raise ValueError(
                 f"--model {options.model} should have its labels in the order {', '.join(labels)}, "
                 f"got {', '.join(own)}"

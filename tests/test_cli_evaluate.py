@@ -15,7 +15,13 @@ from test_cli import make_bert, run, tree
 from test_crosslingual_readers import jsonl, tagged, write
 from tiny_xlmr import SENTENCES, wordpiece, xlmr
 from torchalignprune import prunable_parameters
-from torchalignprune.crosslingual import TASKS, ZeroShotReport, evaluate_zero_shot
+from torchalignprune.crosslingual import (
+    TASKS,
+    ZeroShotReport,
+    encode_words,
+    evaluate_zero_shot,
+    evaluation,
+)
 
 LANGUAGES = ("ar", "en", "vi", "zh")
 TAGS = ("PROPN", "VERB", "ADP", "PUNCT", "X", "NOUN")
@@ -98,6 +104,22 @@ def test_options(dense: Path, data: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["languages"]["ar"]["cut_off"] > 0
     found = found_in(capsys, dense, "--task", "pos", "--data", data, "--supervised", "none")
     assert found["supervised"] is None and found["gap"] is None
+
+
+def test_bare_pieces(
+    dense: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(*arguments: Any, bare_pieces: str, **options: Any) -> Any:
+        asked.append(bare_pieces)
+        return encode_words(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "encode_words", watched)
+    task = ["--task", "pos", "--data", data, "--languages", "en"]
+    found_in(capsys, dense, *task)
+    found_in(capsys, dense, *task, "--bare-pieces", "label")
+    assert asked == ["skip", "label"]
 
 
 def test_compare(

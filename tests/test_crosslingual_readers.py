@@ -102,12 +102,21 @@ def test_plain_texts(tmp_path: Path) -> None:
         ("pos", "a\tNN\n", r"the labels of pos are ADJ, .*, got 'NN'"),
         ("topics", "a\thealth\n", r"test\.en\.tsv:1 should be ID TAB LABEL TAB TEXT"),
         ("topics", "1\tlaw\tx\n", r"the labels of topics are entertainment, .*, got 'law'"),
+        ("topics", "", r"test\.en\.tsv should have a sentence at least, got an empty file"),
+        ("pos", "", r"test\.en\.tsv should have a sentence at least, got an empty file"),
+        ("pos", "\n\n", r"test\.en\.tsv should have a sentence at least, got an empty file"),
     ],
 )
 def test_plain_files_that_are_wrong(task: str, text: str, message: str, tmp_path: Path) -> None:
     write(tmp_path / "test.en.tsv", text)
     with pytest.raises(ValueError, match=message):
         load_task(task, "en", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_token(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / f"test.en{suffix}", "\ufeffYes\tINTJ\n")
+    assert load_task("pos", "en", tmp_path)["test"][0]["tokens"] == ["Yes"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -195,6 +204,27 @@ def test_topics_as_on_the_hub(tmp_path: Path) -> None:
     row = {"id": "431", "text": 'محاطة "محاطة"\tكتب', "label": 1}
     assert found["test"][0] == row
     assert load_task("topics", "arb_Arab", tmp_path / "sib200")["train"][0] == row
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ('1\thealth\t"a\n2\thealth\tb\n3\thealth\tc"\n4\thealth\td\n', "text of row 0"),
+        ('1\thealth\ta\n2\thealth\t"b\n3\thealth\tc\n', "text of row 1"),
+    ],
+)
+def test_a_quote_that_nothing_closes_swallows_no_rows(rows: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path / "eng_Latn" / "test.tsv", f"index_id\tcategory\ttext\n{rows}")
+    with pytest.raises(ValueError, match=rf"test\.tsv: {name} should be on one line, got several"):
+        load_task("topics", "en", tmp_path)
+
+
+def test_quotes_in_the_files_of_paws_x_are_characters(tmp_path: Path) -> None:
+    rows = '1\t"Ja" , sagte er\tEr sagte : " Ja\t1\n2\t"a\tb"\t0\n'
+    write(tmp_path / "de" / "dev_2k.tsv", f"id\tsentence1\tsentence2\tlabel\n{rows}")
+    found = load_task("pawsx", "de", tmp_path)["validation"]
+    assert found["text"] == ['"Ja" , sagte er', '"a']
+    assert found["text_pair"] == ['Er sagte : " Ja', 'b"'] and found["label"] == [1, 0]
 
 
 PAIRS = {
@@ -300,6 +330,45 @@ def test_rows_that_are_wrong(task: str, row: Any, message: str, tmp_path: Path) 
     assert "test.jsonl" in str(caught.value)
 
 
+def test_what_else_lies_in_a_folder_is_no_language(tmp_path: Path) -> None:
+    """Other treebanks, and XNLI in all languages at once, are read where they are named."""
+    row = {"tokens": ["a"], "upos": ["X"]}
+    for config in ("en_ewt", "en_gum", "en_pud", "de_gsd", "de_hdt", "de_pud", "zh_pud", "xx_yy"):
+        jsonl(tmp_path / "ud" / config / "test.jsonl", [row])
+    assert available_languages("pos", tmp_path / "ud") == ["de", "en"]
+    assert available_languages("pud", tmp_path / "ud") == ["de", "en", "zh-hant"]
+    whole = available_languages("pos", tmp_path / "ud", others=True)
+    assert whole == ["de", "de_hdt", "de_pud", "en", "en_gum", "en_pud", "xx_yy", "zh_pud"]
+    assert len(load_task("pos", "de_hdt", tmp_path / "ud")["test"]) == 1
+    with pytest.raises(ValueError, match="no pos data in 'fr', only in de, de_hdt"):
+        load_task("pos", "fr", tmp_path / "ud")
+    pair = {"premise": {"en": "a", "de": "b"}, "hypothesis": "c", "label": 0}
+    jsonl(tmp_path / "xnli" / "all_languages" / "test.jsonl", [pair])
+    jsonl(tmp_path / "xnli" / "de" / "test.jsonl", [pair | {"premise": "b"}])
+    assert available_languages("xnli", tmp_path) == ["de"]
+    with pytest.raises(ValueError, match="should be text, got struct"):
+        load_task("xnli", "all_languages", tmp_path)
+    # Plain files name their language themselves, and where no language is known all are listed.
+    write(tmp_path / "ud" / "test.gsw.tsv", "a\tX\n")
+    assert available_languages("pos", tmp_path / "ud") == ["de", "en", "gsw"]
+    jsonl(tmp_path / "own" / "gsw_uzh" / "test.jsonl", [row])
+    assert available_languages("pos", tmp_path / "own") == ["gsw_uzh"]
+
+
+def test_some_of_the_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.en.tsv", "not read, and not right\n")
+    write(tmp_path / "dev.en.tsv", "a\tX\n")
+    write(tmp_path / "test.en.tsv", "b\tX\n")
+    assert list(load_task("pos", "en", tmp_path, splits=["test", "validation"])) == (
+        ["validation", "test"]
+    )
+    (tmp_path / "train.en.tsv").unlink()
+    with pytest.raises(ValueError, match="no split 'train', only validation, test"):
+        load_task("pos", "en", tmp_path, splits=["train", "test"])
+    with pytest.raises(TypeError, match="splits should be a list of names, got 'test'"):
+        load_task("pos", "en", tmp_path, splits="test")
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no files of xnli: expected CONFIGURATION/SPLIT with"):
         load_task("xnli", "en", tmp_path)
@@ -338,9 +407,11 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(found) == ["validation", "test"] and list(found["test"]["id"]) == ["a"]
     assert names("pud", found["test"]) == [["NOUN"]]
     load_task("pos", "en")
-    load_task("pos", "de_hdt")
+    assert list(load_task("pos", "de_hdt", splits=["test"])) == ["test"]
     repository = "commul/universal_dependencies"
     assert asked == [(repository, config) for config in ("zh_pud", "en_ewt", "de_hdt")]
+    with pytest.raises(ValueError, match=r"en_ewt, has no split 'train', only validation, test"):
+        load_task("pos", "en", splits=["train"])
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ def test_a_bare_space_is_no_subword_of_a_word() -> None:
     )
     assert sentence.labels == [-100, 5, -100, 6, -100, 8, 9]
     assert sentence.first == [1, 3, -1, 5, 6]
+    # By the other convention a bare space is a word's first subword.
+    (sentence,) = encode_words(
+        tokenizer, [["你好", "a", "", "好", "▁"]], [[5, 6, 7, 8, 9]], bare_pieces="label"
+    )
+    assert sentence.labels == [5, -100, -100, 6, 8, -100, 9]
+    assert sentence.first == [0, 3, -1, 4, 6]
 
 
 def test_a_space_within_a_word_does_not_end_it(tokenizer: Any) -> None:
@@ -159,6 +165,10 @@ def test_bad_input() -> None:
         encode_words(unigram(), [["a"], ["b"]], [[1]])
     with pytest.raises(ValueError, match="max_length should be at least 2, the special tokens"):
         encode_words(unigram(), [["Thanh"]], max_length=1)
+    with pytest.raises(ValueError, match="max_length should be at least 2, the special tokens"):
+        encode_words(unigram(), [[]], max_length=1)
+    with pytest.raises(ValueError, match="bare_pieces should be 'skip' or 'label', got 'first'"):
+        encode_words(unigram(), [["a"]], bare_pieces="first")  # type: ignore[arg-type]
 
 
 def test_slow_tokenizers_are_refused() -> None:

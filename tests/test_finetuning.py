@@ -187,7 +187,8 @@ def test_the_penalty_keeps_the_weights_near_the_reference(kind: Callable[..., An
     assert topics(topics_model()).penalty is None
 
 
-def test_only_first_subwords_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bare", ["skip", "label"])
+def test_only_first_subwords_are_learned(bare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The labels of a batch against those of the words, and all rows once in an epoch."""
     model = xlmr(GENERATED_POS.labels)
     gold: list[list[int]] = []
@@ -199,12 +200,21 @@ def test_only_first_subwords_are_learned(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(module, "_loss", watched)
     rows = corpus().pos["source"]["train"]
-    finetune(model, unigram(), GENERATED_POS, rows, epochs=1, batch_size=10)
-    expected = encode_words(unigram(), rows["tokens"], rows["labels"], max_length=48)
-    learned = [[label for label in sentence if label != IGNORED] for sentence in gold]
-    assert sorted(learned) == sorted(
-        [label for label in sentence.labels if label != IGNORED] for sentence in expected
+    finetune(model, unigram(), GENERATED_POS, rows, epochs=1, batch_size=10, bare_pieces=bare)
+
+    def places(labels: list[int]) -> list[tuple[int, int]]:
+        return [(i, label) for i, label in enumerate(labels) if label != IGNORED]
+
+    expected, other = (
+        sorted(
+            places(sentence.labels)
+            for sentence in encode_words(
+                unigram(), rows["tokens"], rows["labels"], max_length=48, bare_pieces=kind
+            )
+        )
+        for kind in (bare, "label" if bare == "skip" else "skip")
     )
+    assert sorted(map(places, gold)) == expected != other
 
 
 def test_batches_of_like_length() -> None:

@@ -38,6 +38,14 @@ def test_embeddings_are_means_without_special_tokens_and_padding() -> None:
         torch.testing.assert_close(found.double(), mean / mean.norm(), atol=1e-5, rtol=0)
 
 
+def test_every_part_is_in_its_own_mode_afterwards() -> None:
+    model = XLMRobertaForMaskedLM(make_config()).train()
+    model.roberta.embeddings.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    sentence_embeddings(model, unigram(), TEXTS)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_heads_do_not_matter() -> None:
     torch.manual_seed(0)
     model = XLMRobertaForMaskedLM(make_config()).eval()

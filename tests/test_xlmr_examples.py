@@ -227,14 +227,15 @@ def test_another_run_in_the_folder(
         main([*xnli, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize("case", [str, str.upper, str.title])
 def test_labels_in_another_order(
-    xnli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Any, xnli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     main = importlib.import_module("xnli_xlmr").main
     folder = write_model(tmp_path / "model", "XLMRoberta")
     config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = dict(enumerate(["contradiction", "neutral", "entailment"]))
+    config["id2label"] = dict(enumerate(map(case, ["contradiction", "neutral", "entailment"])))
     config["label2id"] = {label: i for i, label in config["id2label"].items()}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="labels in the order entailment, neutral, contradiction"):

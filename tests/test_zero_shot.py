@@ -185,8 +185,10 @@ def test_it_is_parallel_only_with_the_same_ids() -> None:
     assert not evaluate_zero_shot(lookup(TEXTS), wordpiece(), TEXTS, data).parallel
 
 
-@pytest.mark.parametrize("make", [unigram, wordpiece])
-def test_every_script_by_a_model_of_transformers(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize(
+    ("make", "bare"), [(unigram, "skip"), (unigram, "label"), (wordpiece, "skip")]
+)
+def test_every_script_by_a_model_of_transformers(make: Callable[[], Any], bare: Any) -> None:
     """The batched, padded run gives what one sentence at a time gives, word by word."""
     tokenizer = make()
     model = xlmr(LABELS)
@@ -204,7 +206,9 @@ def test_every_script_by_a_model_of_transformers(make: Callable[[], Any]) -> Non
             places = [
                 [at for at, word in enumerate(ids) if word == i] for i in range(len(sentence))
             ]
-            firsts = [own[pieces[own[0]] == "▁" and len(own) > 1] for own in places]
+            firsts = [
+                own[bare == "skip" and pieces[own[0]] == "▁" and len(own) > 1] for own in places
+            ]
             found.append([LABELS[logits[at].argmax()] for at in firsts])
         # Every second word is labelled with what the model does not say.
         labels = [
@@ -213,7 +217,9 @@ def test_every_script_by_a_model_of_transformers(make: Callable[[], Any]) -> Non
         ]
         expected[language] = [len(row) // 2 for row in labels]
         data[language] = dataset(WORDS, {"tokens": sentences, "labels": labels})
-    report = evaluate_zero_shot(model, tokenizer, WORDS, data, supervised=None, batch_size=2)
+    report = evaluate_zero_shot(
+        model, tokenizer, WORDS, data, supervised=None, batch_size=2, bare_pieces=bare
+    )
     for language, score in report.languages.items():
         assert score.hits.tolist() == expected[language]
     assert report.zero_shot == list(SENTENCES) and report.supervised_score is None
@@ -279,6 +285,7 @@ def test_bad_input() -> None:
     refused(ValueError, "languages should have the supervised one, 'fr', got en", supervised="fr")
     refused(ValueError, "batch_size should be at least 1, got 0", batch_size=0)
     refused(ValueError, "max_length should be from 1 to 48, .* got 49", max_length=49)
+    refused(ValueError, "bare_pieces should be 'skip' or 'label', got 'x'", bare_pieces="x")
     refused(ValueError, "own in en has no split 'dev', only test", split="dev")
     refused(ValueError, "data goes with the codes of languages", data="/")
     refused(ValueError, "should be different codes", model, tokenizer, WORDS, [])

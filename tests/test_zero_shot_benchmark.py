@@ -80,6 +80,87 @@ def test_friedman() -> None:
     assert friedman(blocks[:2]) is None and friedman(blocks[:, :2]) is None
 
 
+def test_friedman_takes_rounded_off_digits_for_ties() -> None:
+    from zero_shot_statistics import friedman
+
+    # 0.1 + 0.2 is 0.30000000000000004: a tie that the last digit would break, the same way always.
+    blocks = np.array([[0.3, 0.1 + 0.2, 0.5], [0.5, 0.3, 0.3], [0.3, 0.1 + 0.2, 0.4]])
+    tied = np.array([[0.3, 0.3, 0.5], [0.5, 0.3, 0.3], [0.3, 0.3, 0.4]])
+    assert friedman(blocks) == friedman(tied)
+    assert friedman(np.array([[0.3, 0.1 + 0.2, 0.3]] * 4)) == 1.0
+
+
+def tags_lost(seed: int) -> tuple[Any, Any]:
+    """Hits lost, the mean of five seeds, by sentences that differ much and languages that do not.
+
+    Languages differ in how many words they take, and two of them are kin: what one loses in a
+    sentence the other mostly loses too.
+    """
+    generator = np.random.default_rng(seed)
+    out_of = generator.integers(5, 30, 100) * np.array([[0.8], [1.0], [1.2], [1.0]])
+    out_of = np.maximum(1, out_of.round()).astype(np.int64)
+    hard = generator.gamma(0.5, 0.2, (4, 100)).clip(max=1)
+    hard[1] = np.where(generator.random(100) < 0.7, hard[0], hard[1])
+    # Seeds have all of the sentences' differences in common.
+    lost = generator.binomial(out_of, hard, (5, 4, 100))
+    return lost, out_of
+
+
+def test_sentences_alone_make_no_difference_between_languages() -> None:
+    from zero_shot_statistics import friedman, sentence_test
+
+    of_sentences, of_seeds = [], []
+    for draw in range(200):
+        lost, out_of = tags_lost(draw)
+        of_sentences.append(sentence_test(lost.mean(axis=0), out_of, flips=199))
+        of_seeds.append(friedman(lost.sum(axis=2) / out_of.sum(axis=1)))
+    assert 0.02 <= np.mean(np.array(of_sentences) <= 0.05) <= 0.09
+    assert 0.3 <= np.mean(np.array(of_sentences) <= 0.5) <= 0.7
+    # Why it takes the test over sentences: that over seeds finds a difference nearly always.
+    assert np.mean(np.array(of_seeds) < 0.05) > 0.5
+
+
+def test_permuted_languages_make_no_difference() -> None:
+    """Texts, of which each language gets some wrong; which language is which is drawn."""
+    from zero_shot_statistics import sentence_test
+
+    generator = np.random.default_rng(0)
+    lost = generator.choice([-0.4, 0.0, 0.0, 0.2, 1.0], (6, 200)) * (generator.random(200) < 0.5)
+    found = []
+    for _ in range(300):
+        permuted = generator.permuted(lost, axis=0)
+        found.append(sentence_test(permuted, np.ones((6, 200), np.int64), flips=199))
+    assert 0.02 <= np.mean(np.array(found) <= 0.05) <= 0.09
+
+
+def test_a_language_that_loses_more_is_found() -> None:
+    from zero_shot_statistics import sentence_test
+
+    lost, out_of = tags_lost(0)
+    more = lost.mean(axis=0)
+    more[2] += 0.15 * out_of[2]
+    assert sentence_test(more, out_of) == 1 / 10001
+    assert sentence_test(more, out_of, flips=99) == 1 / 100
+    # Drops that are equal in points, of whatever lengths, are no difference at all.
+    assert sentence_test(0.2 * out_of, out_of) == 1.0
+    assert sentence_test(np.zeros((4, 100)), out_of) == 1.0
+
+
+def test_lines_that_say_the_same() -> None:
+    from zero_shot_statistics import distinct
+
+    strength = {"kind": "strength", "settings_id": "a", "regularizer": "cosine", "strength": 1.0}
+    tuning = {"kind": "tuning", "settings_id": "a", "method": "aligned", "regularizer": "cosine"}
+    tuning |= {"strength": 1.0, "seed": 1000}
+    run = {"kind": "run", "settings_id": "a", "method": "aligned", "regularizer": "none", "seed": 0}
+    settings = {"kind": "settings", "settings_id": "a"}
+    lines = [settings, strength, tuning, run]
+    again = [line | {"seconds": 1.0} for line in lines] + [strength | {"strength": 10.0}]
+    other = [line | {"settings_id": "b"} for line in lines]
+    other += [tuning | {"strength": 10.0}, tuning | {"seed": 1001}, run | {"seed": 1}]
+    assert distinct([*lines, *again, *other]) == [*lines, *other]
+
+
 def test_packed_counts_come_back() -> None:
     from zero_shot_statistics import pack, unpack
 
@@ -203,6 +284,67 @@ def test_the_page_finds_what_is_there() -> None:
     assert "Not significantly better at any sparsity: none." in found
 
 
+def test_what_is_corrected_together() -> None:
+    """Neither rows of the dense model nor those of a single seed make others harder to show."""
+    from zero_shot_page import Cell, _corrected
+    from zero_shot_statistics import Difference
+
+    def stages(p: float, seeds: int = 5) -> list[Difference]:
+        return [Difference(0.0, 0.0, 1.0, seeds), Difference(0.1, 0.1, p, seeds)]
+
+    pruned, dense = ("magnitude", "cosine"), ("dense", "cosine")
+    found = _corrected(
+        {
+            dense: stages(0.03),
+            pruned: stages(0.02),
+            ("lamp", "cosine"): stages(0.02),
+            ("taylor", "cosine"): stages(1.0, seeds=1),
+            ("movement", "cosine"): None,
+        }
+    )
+    assert list(found) == [dense, pruned, ("lamp", "cosine"), ("taylor", "cosine")]
+    assert [cells[0].p for cells in found.values()] == pytest.approx([0.03, 0.04, 0.04, 1.0])
+    assert [cells[0].sign for cells in found.values()] == [1, 1, 1, 0]
+    assert not Cell(stages(0.0, seeds=1)[1], 0.0).tested
+
+
+def test_a_single_seed_is_no_setting_of_a_claim() -> None:
+    from zero_shot_page import page
+
+    drops = {
+        ("dense", "none"): languages(0, 0, 0, 0),
+        ("magnitude", "none"): languages(0.1, 0.2, 0.4, 0.6),
+        ("magnitude", "cosine"): languages(0.1, 0.1, 0.2, 0.3),
+        ("dense", "cosine"): languages(0, 0.1, 0.1, 0.1),
+    }
+    more = [*made_up({("lamp", "none"): languages(0.1, 0.1, 0.1, 0.1)}, seeds=1)][1:]
+    more += [*made_up({("lamp", "cosine"): languages(0.1, 0.5, 0.5, 0.5)}, seeds=1)][1:]
+    found = page([*made_up(drops), *more])
+    first, second, _ = (found.split(f"### {i}. ")[1] for i in (1, 2, 3))
+    assert "holds: of 2 settings (method and sparsity) 2 are significant for it, 0" in first
+    assert "holds: of 2 settings (method and sparsity) 2 are significant for it, 0" in second
+    assert "Has run with one seed, and is not tested: LAMP + cosine." in second
+    assert "| LAMP + cosine | 1 |" in second and "| dense + cosine | 5 | **-5." in second
+
+
+def test_languages_that_drop_alike_but_for_these_sentences() -> None:
+    """Every seed has the same sentences wrong, which are others in each language."""
+    from zero_shot_page import page
+    from zero_shot_statistics import pack, unpack
+
+    lines = [*made_up({("dense", "none"): languages(0, 0, 0, 0)})]
+    generator = np.random.default_rng(1)
+    wrong = 5 * (generator.random((4, SENTENCES_EACH)) < [[0.3], [0.28], [0.3], [0.32]])
+    for line in lines[1:]:
+        misses = unpack(line["misses"], (3, 4, SENTENCES_EACH)) // 2
+        line["misses"] = pack(misses)
+        misses[1:] += wrong
+        lines.append(line | {"method": "magnitude", "misses": pack(misses)})
+    third = page(lines).split("### 3. ")[1]
+    assert "is not shown: of 2 settings (method and sparsity) 0 are significant" in third
+    assert "No difference between languages was shown with magnitude (50%, 90%)." in third
+
+
 def languages_rows() -> set[str]:
     return {f"| {code}" for code in LANGUAGES}
 
@@ -282,6 +424,13 @@ def test_the_page_shows_how_strengths_were_chosen() -> None:
     assert "| cosine | 95.50 | 75.50 | **85.50** | 85.50 |" in found
     assert "No strength of cosine was better there than no regularizer." in found
     assert "seeds 1000, 1001" in found and "is the lowest or highest" not in found
+    assert "in 100 sentences of English validation data" in found
+    # A second process that chose too changes nothing.
+    again = [line | {"validation": {"0.0": 1.0, "0.5": 1.0}} for line in tuning]
+    dense = [*made_up({("dense", "none"): languages(0, 0, 0, 0)})]
+    assert page([*dense, *tuning, chosen, *again, chosen, dense[0]]) == found
+    told = [line | {"sentences": 40} for line in tuning]
+    assert "in 40 sentences of English" in page([*dense, *told, chosen])
     edge = chosen | {"strength": 100.0}
     found = page([*made_up({("dense", "none"): languages(0, 0, 0, 0)}), *tuning, edge])
     assert "That of cosine is the lowest or highest that was tried." in found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from test_crosslingual_readers import write
 from test_examples import EXAMPLES, launch
 from tiny_xlmr import SENTENCES, wordpiece, xlmr
+from torchalignprune.crosslingual.experiment import Experiment
 
 LANGUAGES = ("en", "vi", "ar")
 
@@ -96,6 +98,13 @@ def test_several_seeds_and_bad_options(
     summed = [str(sum(map(int, pair))) for pair in zip(*hits, strict=True)]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["aligned"]["0.5"]["languages"]["ar"]["hits"].split() == summed
+    # A run that two processes made is one seed.
+    with (out / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(runs[1] | {"seconds": 0.1}) + "\n")
+    main([*given, "--seeds", "2"])
+    assert "aligned, 2 seeds: score (drop), in points" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["aligned"]["0.5"]["languages"]["ar"]["hits"].split() == summed
     for bad, message in (
         (["--languages", "xx"], "languages should be among those of topics, ar, en, vi"),
         (["--seeds", "0"], "--seeds should be at least 1, got 0"),
@@ -105,6 +114,26 @@ def test_several_seeds_and_bad_options(
         with pytest.raises(SystemExit):
             main([*given, *bad])
         assert message in capsys.readouterr().err
+
+
+def test_the_miniature_is_evaluated_in_its_own_languages(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    main = importlib.import_module("zero_shot_topics").main
+    asked: list[Any] = []
+
+    def load(*arguments: Any, languages: Any, **options: Any) -> None:
+        asked.append(languages)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(Experiment, "load", load)
+    given = ["--data", str(data), "--out", str(tmp_path / "out")]
+    for more in ([], ["--languages", "vi"], ["--model", str(data / "model")]):
+        with pytest.raises(SystemExit):
+            main([*given, *more])
+    # There is Vietnamese too, which it has never seen.
+    assert asked == [["en", "ar"], ["vi"], None]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import torchalignprune as tap
-from test_crosslingual_readers import write
+from test_crosslingual_readers import jsonl, write
 from tiny_xlmr import wordpiece, xlmr
 from torchalignprune.crosslingual import (
     GENERATED_TOPICS,
@@ -186,6 +187,38 @@ def test_what_is_read(data: Path) -> None:
         RECIPES["aligned-pretrained"].pruner(
             tap.prunable_parameters(model), tap.schedules.constant(0.0)
         )
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("train.en", "topics in en should have a split 'train' to learn from, got only validation"),
+        ("test.ru", r"topics in ru, .*, has no split 'test', only train, validation"),
+        ("train.ar", r"topics in ar, .*, has no split 'train', only validation, test"),
+    ],
+)
+def test_splits_that_are_missing(missing: str, message: str, data: Path, tmp_path: Path) -> None:
+    for file in (data / "sib200").iterdir():
+        if not file.name.startswith(missing):
+            write(tmp_path / file.name, gzip.decompress(file.read_bytes()).decode())
+    with pytest.raises(ValueError, match=message):
+        Experiment.load(data / "model", "topics", "topics", tmp_path)
+
+
+def test_a_treebank_that_is_no_language_is_read_if_it_is_named(data: Path, tmp_path: Path) -> None:
+    for config in ("en_ewt", "de_gsd", "de_hdt"):
+        for split in ("train", "test"):
+            row = {"tokens": ["The", "units"], "upos": ["DET", "NOUN"]}
+            jsonl(tmp_path / "udpos" / config / f"{split}.jsonl", [row])
+
+    def load(**options: Any) -> list[str]:
+        experiment = Experiment.load(
+            data / "model", "pos", "pos", tmp_path, multilingual=False, **options
+        )
+        return list(experiment.test)
+
+    assert load() == ["en", "de"]
+    assert load(languages=["de_hdt"]) == ["en", "de_hdt"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "lamp", "wanda-en", "aligned"])

@@ -235,6 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Score a fine-tuned Transformers checkpoint folder in the language it was trained on\n"
             "and in others, with bootstrap intervals, and compare it with the dense model.\n"
+            "Words are scored at their first subword with a character. A model that run_ner.py or\n"
+            "XTREME's scripts fine-tuned labels a bare space before a word, and takes\n"
+            "--bare-pieces label.\n"
             'Needs pip install "torchalignprune[crosslingual]".'
         ),
         **shared,
@@ -252,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "--languages",
         nargs="+",
         metavar="CODE",
-        help="default: all that are in --data, which is then needed",
+        help="default: all of the task's that are in --data, which is then needed",
     )
     evaluate.add_argument(
         "--supervised",
@@ -284,6 +287,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="most subwords of a sentence (default: what the model allows)",
+    )
+    evaluate.add_argument(
+        "--bare-pieces",
+        choices=["skip", "label"],
+        default="skip",
+        help="whether words are scored at a bare space before them (default: skip)",
     )
     evaluate.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
@@ -523,7 +532,9 @@ def _evaluate(options: argparse.Namespace) -> None:
                 models.append(options.compare)
             for folder in models:
                 _check_model(folder, task)
-            data = {code: load_task(task, code, options.data) for code in codes}
+            data = {
+                code: load_task(task, code, options.data, splits=[options.split]) for code in codes
+            }
         reports = [
             _evaluation(folder, task, data, supervised, device, options) for folder in models
         ]
@@ -597,6 +608,7 @@ def _evaluation(
                 supervised=supervised,
                 batch_size=options.batch_size,
                 max_length=options.max_length,
+                bare_pieces=options.bare_pieces,
                 seed=options.seed,
                 progress=sys.stderr.isatty(),
             )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from torchalignprune.crosslingual.columns import column_names
@@ -18,6 +17,7 @@ from torchalignprune.crosslingual.inputs import (
     checked_length,
     checked_rows,
     encode_texts,
+    evaluating,
     label_places,
     padded,
 )
@@ -25,7 +25,7 @@ from torchalignprune.crosslingual.readers import load_task
 from torchalignprune.crosslingual.report import LanguageScore, ZeroShotReport, check_drawing
 from torchalignprune.crosslingual.spans import span_counts
 from torchalignprune.crosslingual.tasks import Task, get_task
-from torchalignprune.crosslingual.words import encode_words
+from torchalignprune.crosslingual.words import BarePieces, check_bare_pieces, encode_words
 
 if TYPE_CHECKING:
     import datasets
@@ -47,6 +47,7 @@ def evaluate_zero_shot(
     supervised: str | None = "en",
     batch_size: int = 32,
     max_length: int | None = None,
+    bare_pieces: BarePieces = "skip",
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -55,11 +56,14 @@ def evaluate_zero_shot(
     """Evaluates a model that was fine-tuned on one language in that one and in others.
 
     POS tagging is scored by accuracy over words, entities by the micro-averaged F1 of strict IOB2
-    spans (:func:`torchalignprune.crosslingual.spans.spans`), texts and pairs by accuracy. A word
-    is predicted at its first subword. A word that the model never saw, since its sentence was too
-    long or the tokenizer makes nothing of it, counts as wrong (for entities, as outside of any),
-    so that scores are over the same words whatever the model and the tokenizer; the report counts
-    such words.
+    spans (:func:`torchalignprune.crosslingual.spans.spans`), texts and pairs by accuracy. A word is
+    predicted at its first subword with a character, where
+    :func:`torchalignprune.crosslingual.finetune` has it learned; a model that was fine-tuned
+    elsewhere, by Transformers' ``run_ner.py`` or XTREME's scripts for example, learned to label a
+    bare ``▁`` too and takes ``bare_pieces="label"``. A word that the model never saw, since its
+    sentence was too long or the tokenizer makes nothing of it, counts as wrong (for entities, as
+    outside of any), so that scores are over the same words whatever the model and the tokenizer;
+    the report counts such words.
 
     The model's labels are found by their names in ``model.config.id2label``, in any order; without
     names (``LABEL_0``, ...) they must be as many as the task's, and are in its order.
@@ -77,6 +81,8 @@ def evaluate_zero_shot(
         batch_size: sentences at a time.
         max_length: the most subwords, special tokens included. Default: what the model and the
             tokenizer allow.
+        bare_pieces: whether a word is predicted at a bare ``▁`` before it: ``"skip"`` or
+            ``"label"``, as in :func:`torchalignprune.crosslingual.encode_words`.
         level: the share that intervals should cover.
         resamples: how many times sentences are drawn for the intervals.
         seed: which are drawn.
@@ -120,17 +126,21 @@ def evaluate_zero_shot(
     check_drawing(level, resamples, seed)
     if batch_size < 1:
         raise ValueError(f"batch_size should be at least 1, got {batch_size}")
+    check_bare_pieces(bare_pieces)
     longest = checked_length(model, tokenizer, max_length)
     places = label_places(model, task)
     read = {}
     for code in codes:
-        splits = languages[code] if isinstance(languages, Mapping) else load_task(task, code, data)
+        if isinstance(languages, Mapping):
+            splits = languages[code]
+        else:
+            splits = load_task(task, code, data, splits=[split])
         read[code] = _rows(splits, task, code, split)
-    runner = _Runner(model, tokenizer, task, places, longest, batch_size)
+    runner = _Runner(model, tokenizer, task, places, longest, batch_size, bare_pieces)
     digests = {code: _digests(rows, task) for code, rows in read.items()}
     parallel = task.parallel and len({ids for _, ids in digests.values()}) == 1
     scores = {}
-    with _evaluating(model), _bar(sum(map(len, read.values())), progress) as advance:
+    with evaluating(model), _bar(sum(map(len, read.values())), progress) as advance:
         for code, rows in read.items():
             counts = runner.run(rows, advance)
             scores[code] = LanguageScore(*counts, *digests[code])
@@ -183,6 +193,7 @@ class _Runner:
     places: Tensor
     max_length: int
     batch_size: int
+    bare_pieces: BarePieces
 
     def run(self, rows: Any, advance: Any) -> tuple[Any, Any, int, int]:
         """``hits``, ``out_of``, ``cut_off`` and ``unmapped`` of a :class:`LanguageScore`."""
@@ -193,7 +204,12 @@ class _Runner:
             part = rows[start : start + _SORTED]
             labels = part[column_names(self.task)[-1]]
             if self.task.kind == "words":
-                sentences = encode_words(self.tokenizer, part["tokens"], max_length=self.max_length)
+                sentences = encode_words(
+                    self.tokenizer,
+                    part["tokens"],
+                    max_length=self.max_length,
+                    bare_pieces=self.bare_pieces,
+                )
                 inputs = [sentence.inputs for sentence in sentences]
                 cut_off += sum(sentence.cut_off for sentence in sentences)
                 unmapped += sum(sentence.unmapped for sentence in sentences)
@@ -252,18 +268,6 @@ def _digests(rows: Any, task: Task) -> tuple[str, str]:
         for name in part.get("id", range(start, start + len(part[names[0]]))):
             ids.update(f"{name}\n".encode())
     return content.hexdigest()[:16], ids.hexdigest()[:16]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

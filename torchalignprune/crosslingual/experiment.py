@@ -111,17 +111,19 @@ class Experiment:
             task: what is learned.
             evaluated: what the languages are evaluated on.
             data: a folder to read from; None: the hub.
-            languages: which to evaluate besides English. Default: all that are there.
+            languages: which to evaluate besides English. Default: all of
+                :func:`~torchalignprune.crosslingual.available_languages`.
             sentences: evaluate on so many of each language, evenly spread. Default: on all.
             multilingual: read the multilingual calibration texts.
 
         Raises:
-            ValueError: a language that is not there; data or a tokenizer that do not fit.
+            ValueError: a language or a split that is not there; data or a tokenizer that do not
+                fit.
             OSError: no such model; the hub cannot be reached.
         """
         from transformers import AutoTokenizer
 
-        there = available_languages(evaluated, data)
+        there = available_languages(evaluated, data, others=languages is not None)
         chosen = there if languages is None else languages
         if missing := [code for code in [ENGLISH, *chosen] if code not in there]:
             raise ValueError(
@@ -131,8 +133,13 @@ class Experiment:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(model))
         splits = load_task(task, ENGLISH, data)
+        if "train" not in splits:
+            raise ValueError(
+                f"{task} in {ENGLISH} should have a split 'train' to learn from, got only "
+                f"{', '.join(splits)}"
+            )
         test = {
-            code: _test_rows(load_task(evaluated, code, data)["test"], sentences)
+            code: _test_rows(load_task(evaluated, code, data, splits=["test"])["test"], sentences)
             for code in dict.fromkeys([ENGLISH, *chosen])
         }
         calibration = {"english": _spread(_texts(splits["train"]), _CALIBRATION_SENTENCES)}
@@ -353,7 +360,7 @@ def _multilingual(languages: Sequence[str], data: Path | None) -> list[str]:
     each = -(-_CALIBRATION_SENTENCES // max(len(own), 1))
     texts = []
     for number, code in enumerate(own):
-        rows = load_task("topics", code, data)["train"]
+        rows = load_task("topics", code, data, splits=["train"])["train"]
         # Other sentences of each language: the rows are the same ones in all.
         texts += [rows[(number * each + i) % len(rows)]["text"] for i in range(each)]
     return texts[:_CALIBRATION_SENTENCES]

@@ -22,7 +22,12 @@ from torchalignprune.crosslingual.inputs import (
     padded,
 )
 from torchalignprune.crosslingual.tasks import Task, get_task
-from torchalignprune.crosslingual.words import IGNORED, encode_words
+from torchalignprune.crosslingual.words import (
+    IGNORED,
+    BarePieces,
+    check_bare_pieces,
+    encode_words,
+)
 from torchalignprune.pruner import Pruner
 
 if TYPE_CHECKING:
@@ -79,6 +84,7 @@ def finetune(
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     max_length: int | None = None,
+    bare_pieces: BarePieces = "skip",
     seed: int = 0,
     autocast: torch.dtype | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -88,9 +94,10 @@ def finetune(
 
     A plain loop: AdamW, a learning rate that rises and then falls linearly to 0, gradients clipped
     to a norm of 1, batches of sentences of like length in a seeded order. Words are learned at
-    their first subwords (:func:`torchalignprune.crosslingual.encode_words`), and the model's labels
-    are found by their names, as in :func:`torchalignprune.crosslingual.evaluate_zero_shot`. On the
-    CPU the same seed gives the same weights; torch's own random state is left as it was.
+    their first subwords with a character, not at a bare ``▁`` as by Transformers' ``run_ner.py``
+    (:func:`torchalignprune.crosslingual.encode_words`), and the model's labels are found by their
+    names, as in :func:`torchalignprune.crosslingual.evaluate_zero_shot`. On the CPU the same seed
+    gives the same weights; torch's own random state is left as it was.
 
     Args:
         model: of Transformers, for token or sequence classification; on any device. It trains in
@@ -111,6 +118,9 @@ def finetune(
         weight_decay: of AdamW; biases and normalization have none.
         max_length: the most subwords of a sentence, special tokens included. Default: what the
             model and the tokenizer allow.
+        bare_pieces: whether a word is learned at a bare ``▁`` before it: ``"skip"`` or ``"label"``,
+            as in that function. To go on with a model that was fine-tuned elsewhere, ``"label"``;
+            an evaluation then takes the same.
         seed: of the order of the rows, and of dropout.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
         on_step: called after every step with its number, from 1 on. Whatever it does, evaluations
@@ -176,10 +186,11 @@ def finetune(
         raise TypeError(f"penalty should be a regularizer such as CosineAlignment, got {penalty!r}")
     if strength and penalty is None:
         raise ValueError(f"strength goes with a penalty, got {strength} without one")
+    check_bare_pieces(bare_pieces)
     longest = checked_length(model, tokenizer, max_length)
     outputs = _outputs(model, task)
     rows = checked_rows(rows, task, "these rows", "train")
-    inputs, labels, cut_off = _encode(tokenizer, task, rows, outputs, longest)
+    inputs, labels, cut_off = _encode(tokenizer, task, rows, outputs, longest, bare_pieces)
     groups = _parameter_groups(
         model, learning_rate, head_learning_rate or learning_rate, weight_decay
     )
@@ -294,14 +305,21 @@ def _outputs(model: nn.Module, task: Task) -> Tensor:
 
 
 def _encode(
-    tokenizer: Any, task: Task, rows: Any, outputs: Tensor, max_length: int
+    tokenizer: Any,
+    task: Task,
+    rows: Any,
+    outputs: Tensor,
+    max_length: int,
+    bare_pieces: BarePieces,
 ) -> tuple[list[dict[str, list[int]]], list[list[int]], int]:
     """The inputs of each row, the outputs that are right for it, and what was cut off."""
     columns = rows[:]
     gold = columns[column_names(task)[-1]]
     if task.kind == "words":
         ids = [[int(outputs[label]) for label in labels] for labels in gold]
-        sentences = encode_words(tokenizer, columns["tokens"], ids, max_length=max_length)
+        sentences = encode_words(
+            tokenizer, columns["tokens"], ids, max_length=max_length, bare_pieces=bare_pieces
+        )
         inputs = [sentence.inputs for sentence in sentences]
         cut_off = sum(sentence.cut_off for sentence in sentences)
         return inputs, [sentence.labels for sentence in sentences], cut_off

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     "checked_length",
     "checked_rows",
     "encode_texts",
+    "evaluating",
     "label_places",
     "longest_input",
     "padded",
@@ -119,6 +121,19 @@ def encode_texts(
     if too_long:
         whole = tokenizer(*texts, truncation="longest_first", max_length=max_length, verbose=False)
     return [{key: whole[key][i] for key in whole} for i in range(len(texts[0]))], too_long
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; each module has its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def padded(

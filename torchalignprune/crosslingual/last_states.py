@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchalignprune.crosslingual.inputs import longest_input
+from torchalignprune.crosslingual.inputs import evaluating, longest_input
 
 __all__ = ["visit_last_states"]
 
@@ -36,23 +35,18 @@ def visit_last_states(
     encoder = getattr(model, "base_model", model)
     device = next(encoder.parameters()).device
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    training = encoder.training
-    encoder.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = tokenizer(
-                    [texts[i] for i in rows],
-                    padding=True,
-                    truncation=True,
-                    max_length=longest_input(model, tokenizer),
-                    return_special_tokens_mask=True,
-                    return_offsets_mapping=offsets,
-                    return_tensors="pt",
-                )
-                names = ["special_tokens_mask", *["offset_mapping"] * offsets]
-                places = {name: batch.pop(name) for name in names}
-                visit(rows, encoder(**batch.to(device)).last_hidden_state, places)
-    finally:
-        encoder.train(training)
+    with evaluating(encoder):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = tokenizer(
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=longest_input(model, tokenizer),
+                return_special_tokens_mask=True,
+                return_offsets_mapping=offsets,
+                return_tensors="pt",
+            )
+            names = ["special_tokens_mask", *["offset_mapping"] * offsets]
+            places = {name: batch.pop(name) for name in names}
+            visit(rows, encoder(**batch.to(device)).last_hidden_state, places)

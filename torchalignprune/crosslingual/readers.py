@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchalignprune.crosslingual.columns import as_dataset, import_datasets
+from torchalignprune.crosslingual.columns import as_dataset, column_names, import_datasets
 from torchalignprune.crosslingual.tasks import Task, get_task
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ _Files = dict[str, dict[str, list[Path]]]
 
 
 def load_task(
-    task: str | Task, language: str, data: str | Path | None = None
+    task: str | Task,
+    language: str,
+    data: str | Path | None = None,
+    *,
+    splits: Sequence[str] | None = None,
 ) -> datasets.DatasetDict:
     """A task's data in one language, its splits as far as they are there.
 
@@ -43,7 +47,9 @@ def load_task(
     - copies of the files of those repositories: for each configuration a folder of its name with
       ``.parquet``, ``.jsonl``, ``.csv`` or ``.tsv`` files (the last two with a header) that have
       the split in their name, or lie in a folder of that name, such as
-      ``de/test-00000-of-00001.parquet``, ``en_ewt/train/0000.parquet``, ``eng_Latn/dev.tsv``; or
+      ``de/test-00000-of-00001.parquet``, ``en_ewt/train/0000.parquet``, ``eng_Latn/dev.tsv``;
+      in ``.tsv`` files quotes are taken as SIB-200 has them, around texts, and in those of pairs as
+      PAWS-X and XNLI have them, as characters; or
     - for ``pos``, ``pud`` and ``topics``, plain files ``SPLIT.LANGUAGE.tsv`` or ``.tsv.gz``, where
       the split is ``train``, ``dev`` or ``test``: ``TOKEN TAB TAG`` lines with an empty line after
       each sentence, or ``ID TAB LABEL TAB TEXT`` lines. Tokens may hold spaces.
@@ -53,9 +59,12 @@ def load_task(
         language: its code, such as ``"de"``, or the name of a configuration of the repository,
             such as ``"de_hdt"``.
         data: the folder.
+        splits: which of ``"train"``, ``"validation"`` and ``"test"`` to read. Default: all that are
+            there.
 
     Returns:
-        ``train``, ``validation`` and ``test`` as far as they are there, each with the columns
+        ``train``, ``validation`` and ``test`` as far as they are there, or ``splits``, each with
+        the columns
         ``id`` (the data's own, otherwise the row's number) and
 
         - for words: ``tokens`` and ``labels``, a ``ClassLabel`` for each token;
@@ -66,7 +75,8 @@ def load_task(
 
     Raises:
         ValueError: an unknown task; a language that is not there (the error lists those that
-            are), a column that is missing, a label that the task does not have.
+            are), one of ``splits`` that is not there, a column that is missing, a label that the
+            task does not have.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
 
@@ -79,8 +89,10 @@ def load_task(
         {'id': '0', 'tokens': ['Thanh', 'quen quen'], 'labels': [11, 0]}
     """
     task = get_task(task)
+    if isinstance(splits, str):
+        raise TypeError(f"splits should be a list of names, got {splits!r}")
     if data is None:
-        return _from_hub(task, language)
+        return _from_hub(task, language, splits)
     root = _root(task, data)
     files = _find(task, root)
     own = files.get(language) or files.get(_languages_of(task).get(language, language))
@@ -88,15 +100,24 @@ def load_task(
         raise ValueError(
             f"{root} has no {task.name} data in {language!r}, only in {', '.join(sorted(files))}"
         )
-    splits = {}
-    for split in ("train", "validation", "test"):
-        if split in own:
-            splits[split] = _read(own[split], task)
-    return import_datasets().DatasetDict(splits)
+    wanted = _wanted(own, splits, f"{task.name} in {language}, in {root},")
+    return import_datasets().DatasetDict({split: _read(own[split], task) for split in wanted})
 
 
-def available_languages(task: str | Task, data: str | Path | None = None) -> list[str]:
+def available_languages(
+    task: str | Task, data: str | Path | None = None, *, others: bool = False
+) -> list[str]:
     """The languages of a task, sorted: those in a folder, or those known to be on the hub.
+
+    A folder may hold more than the task's languages: other treebanks than those that stand for
+    languages, such as ``de_hdt``, or XNLI's ``all_languages``. :func:`load_task` reads such a
+    configuration if it is named.
+
+    Args:
+        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
+        data: the folder.
+        others: list those configurations too. Without any language that the task knows they are
+            listed anyhow.
 
     Raises:
         ValueError: as :func:`load_task`.
@@ -106,14 +127,36 @@ def available_languages(task: str | Task, data: str | Path | None = None) -> lis
         ['de', 'en', 'es', 'fr', 'ja', 'ko', 'zh']
     """
     task = get_task(task)
-    return sorted(task.configs if data is None else _find(task, _root(task, data)))
+    if data is None:
+        return sorted(task.configs)
+    files = _find(task, _root(task, data))
+    known = {
+        code
+        for code, own in files.items()
+        if code in task.configs
+        or any(_is_small(path, task) for paths in own.values() for path in paths)
+    }
+    return sorted(files if others or not known else known)
+
+
+def _wanted(there: Iterable[str], splits: Sequence[str] | None, what: str) -> list[str]:
+    """The splits to read, in their usual order."""
+    own = [split for split in ("train", "validation", "test") if split in there]
+    if splits is None:
+        return own
+    for split in splits:
+        if split not in own:
+            raise ValueError(
+                f"{what} has no split {split!r}, only {', '.join(own) or 'unknown ones'}"
+            )
+    return [split for split in own if split in splits]
 
 
 def _languages_of(task: Task) -> dict[str, str]:
     return {config: language for language, config in task.configs.items()}
 
 
-def _from_hub(task: Task, language: str) -> datasets.DatasetDict:
+def _from_hub(task: Task, language: str, splits: Sequence[str] | None) -> datasets.DatasetDict:
     if task.repository is None:
         raise ValueError(f"{task.name} is not on the hub: data should be a folder with it")
     library = import_datasets()
@@ -131,13 +174,13 @@ def _from_hub(task: Task, language: str) -> datasets.DatasetDict:
             f"{task.repository} cannot be read from the hub ({_line(error)}); data=, or --data, "
             "takes a folder with its files"
         ) from error
-    splits = {}
-    for name, rows in found.items():
-        if name in _SPLITS:
-            table = rows.with_format("arrow")[:]
-            where = f"{task.repository}, {config}, {name}"
-            splits[_SPLITS[name]] = as_dataset(table, rows.features, task, where)
-    return library.DatasetDict(splits)
+    names = {_SPLITS[name]: name for name in found if name in _SPLITS}
+    read = {}
+    for split in _wanted(names, splits, f"{task.repository}, {config},"):
+        rows = found[names[split]]
+        where = f"{task.repository}, {config}, {names[split]}"
+        read[split] = as_dataset(rows.with_format("arrow")[:], rows.features, task, where)
+    return library.DatasetDict(read)
 
 
 def _line(error: Exception) -> str:
@@ -193,6 +236,10 @@ def _walk(root: Path) -> Iterator[Path]:
                 yield Path(parent) / name
 
 
+def _is_small(path: Path, task: Task) -> bool:
+    return task.kind != "pair" and _SMALL.fullmatch(path.name) is not None
+
+
 def _split_of(stem: str) -> str | None:
     words = [word for word in re.split(r"[^A-Za-z]+", stem) if word in _SPLITS]
     return _SPLITS[words[-1]] if words else None
@@ -204,7 +251,7 @@ def _read(paths: list[Path], task: Task) -> datasets.Dataset:
     parts = []
     for path in paths:
         features: Mapping[str, Any] = {}
-        if _SMALL.fullmatch(path.name) and task.kind != "pair":
+        if _is_small(path, task):
             table = _read_small(path, task)
         else:
             try:
@@ -229,22 +276,46 @@ def _read_table(path: Path, task: Task) -> pyarrow.Table:
         return pyarrow.json.read_json(path)
     import pyarrow.csv
 
+    tabs = path.suffix == ".tsv"
     parse = pyarrow.csv.ParseOptions(
-        delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
+        delimiter="\t" if tabs else ",",
+        # The files of PAWS-X and XNLI have quotes wherever a sentence has some.
+        quote_char=False if tabs and task.kind == "pair" else '"',
+        newlines_in_values=True,
     )
     # Texts such as "NA" and "007" are texts.
     texts = [name for kind in ("text", "text_pair") for name in task.columns.get(kind, (kind,))]
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(texts, pyarrow.string()), null_values=[]
     )
-    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    table = pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
+    if tabs:
+        _check_lines(path, table)
+    return table
+
+
+def _check_lines(path: Path, table: pyarrow.Table) -> None:
+    """Refuses texts of several lines, which a quote that nothing closes makes of many rows."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    for name in table.column_names:
+        if not pyarrow.types.is_string(table[name].type):
+            continue
+        broken = pc.match_substring_regex(table[name], "[\r\n]").to_numpy(zero_copy_only=False)
+        if broken.any():
+            raise ValueError(
+                f"{path}: {name} of row {int(broken.argmax())} should be on one line, got several: "
+                "a quote before it may have no other that closes it"
+            )
 
 
 def _read_small(path: Path, task: Task) -> pyarrow.Table:
     import pyarrow
 
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+    # A byte-order mark at the beginning is no part of the first token.
+    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
         try:
             if task.kind == "words":
                 columns = _read_tagged(path, lines)
@@ -252,6 +323,8 @@ def _read_small(path: Path, task: Task) -> pyarrow.Table:
                 columns = _read_texts(path, lines)
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} cannot be read: {_line(error)}") from error
+    if not columns[column_names(task)[-1]]:
+        raise ValueError(f"{path} should have a sentence at least, got an empty file")
     return pyarrow.table(columns)
 
 

@@ -38,10 +38,14 @@ def sentence_embeddings(
 ) -> Tensor:
     """Means of a model's last states over the tokens of each text, of length 1.
 
+    A text with more tokens than the model takes is cut without a word: of two long ones that differ
+    at the end alone the embeddings are the same. They are made for sentences; cut longer texts into
+    some.
+
     Args:
         model: of Transformers, with or without a head; on any device.
         tokenizer: its tokenizer.
-        texts: sentences.
+        texts: sentences; of longer ones what the model takes.
         batch_size: sentences at a time.
 
     Returns:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["IGNORED", "EncodedWords", "encode_words"]
+__all__ = ["IGNORED", "BarePieces", "EncodedWords", "check_bare_pieces", "encode_words"]
 
 IGNORED = -100  # what torch's cross entropy leaves out
 # A space before a word, as SentencePiece and byte-level BPE write it.
 _BLANKS = ["▁", "Ġ"]
+
+BarePieces = Literal["skip", "label"]
+"""What becomes of a bare ``▁`` at the beginning of a word: see :func:`encode_words`."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,9 @@ class EncodedWords:
 
     Attributes:
         inputs: ``input_ids`` and whatever else the tokenizer makes for the model, as lists.
-        labels: for each subword a label id: that of its word on the word's first subword with a
-            character, :data:`IGNORED` on the others and on special tokens; all ignored without
-            labels.
+        labels: for each subword a label id: that of its word on the word's first subword (with a
+            character, unless bare pieces are labelled), :data:`IGNORED` on the others and on
+            special tokens; all ignored without labels.
         first: for each word of the sentence where that subword is, -1 where it has none.
         cut_off: how many words at the end have none because the sentence was too long.
         unmapped: how many have none because the tokenizer makes nothing of them.
@@ -40,6 +43,7 @@ def encode_words(
     labels: Sequence[Sequence[int]] | None = None,
     *,
     max_length: int | None = None,
+    bare_pieces: BarePieces = "skip",
 ) -> list[EncodedWords]:
     """Splits words into subwords, and puts each word's label on its first one.
 
@@ -47,8 +51,10 @@ def encode_words(
     not end it, and writing from right to left changes nothing, since text is stored in the order in
     which it is read. A bare ``▁`` is passed over, unless the word has nothing else: XLM-R's
     tokenizer makes one before words of scripts without spaces, and before digits and punctuation in
-    all. XTREME (Hu et al. 2020) labels it like any first subword; a model tuned on English then
-    takes Chinese words, which nearly all begin with it, for punctuation.
+    all. XTREME (Hu et al. 2020) labels it like any first subword, as does Transformers'
+    ``run_ner.py``; a model tuned on English then takes Chinese words, which nearly all begin with
+    it, for punctuation. **A model that was fine-tuned in that way** has never learned to label what
+    comes after a bare ``▁``: encode for it with ``bare_pieces="label"``.
 
     A sentence with more subwords than ``max_length`` is cut after the last word that fits in whole,
     on whichever side the tokenizer would cut it.
@@ -59,13 +65,16 @@ def encode_words(
         sentences: their words.
         labels: for each sentence the label ids of its words.
         max_length: the most subwords of a sentence, special tokens included. Default: any number.
+        bare_pieces: ``"skip"``: a word's label is on its first subword with a character;
+            ``"label"``: on its first one, a bare ``▁`` too.
 
     Returns:
         One for each sentence.
 
     Raises:
         TypeError: the tokenizer is not a fast one, or a sentence is one string.
-        ValueError: labels that do not go with the words; ``max_length`` is too small for any word.
+        ValueError: labels that do not go with the words; ``max_length`` is too small for any word;
+            another ``bare_pieces``.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -83,6 +92,7 @@ def encode_words(
             "tokenizer should be a fast one (PreTrainedTokenizerFast), which knows the word of "
             f"each subword, got {type(tokenizer).__name__}"
         )
+    check_bare_pieces(bare_pieces)
     if labels is not None and len(labels) != len(sentences):
         raise ValueError(f"labels should be for {len(sentences)} sentences, got {len(labels)}")
     texts = []
@@ -95,7 +105,9 @@ def encode_words(
     if not texts:
         return []
     encoded = _tokenize(tokenizer, texts)
-    blanks = {*tokenizer.convert_tokens_to_ids(_BLANKS)} - {tokenizer.unk_token_id, None}
+    skipped: set[Any] = set()
+    if bare_pieces == "skip":
+        skipped = {*tokenizer.convert_tokens_to_ids(_BLANKS)} - {tokenizer.unk_token_id, None}
     made = []
     for i, words in enumerate(texts):
         inputs, word_ids = encoded[i]
@@ -115,7 +127,7 @@ def encode_words(
         for place, word in enumerate(word_ids):
             if word is None:
                 continue
-            if first[word] < 0 or (ids[first[word]] in blanks and ids[place] not in blanks):
+            if first[word] < 0 or (ids[first[word]] in skipped and ids[place] not in skipped):
                 first[word] = place
         if labels is not None:
             for place, label in zip(first, labels[i], strict=True):
@@ -125,6 +137,16 @@ def encode_words(
         unmapped = len(words) - len(present)
         made.append(EncodedWords(inputs, on_subwords, first, cut_off, unmapped))
     return made
+
+
+def check_bare_pieces(bare_pieces: str) -> None:
+    """Says whether it is one of :data:`BarePieces`.
+
+    Raises:
+        ValueError: it is neither ``"skip"`` nor ``"label"``.
+    """
+    if bare_pieces not in ("skip", "label"):
+        raise ValueError(f"bare_pieces should be 'skip' or 'label', got {bare_pieces!r}")
 
 
 def _tokenize(
@@ -147,4 +169,5 @@ def _fitting(word_ids: list[int | None], max_length: int) -> int:
             left -= 1
             if left < 0:
                 return word
-    raise AssertionError("a sentence that is too long has a word that does not fit")
+    # Of a sentence without words not even the special tokens fit.
+    return 0

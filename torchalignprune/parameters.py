@@ -256,7 +256,9 @@ def unit_dimension(module: nn.Module, name: str) -> int:
 
     1 for transformers' ``Conv1D`` (weight: inputs x outputs) and for transposed convolutions
     (inputs x outputs / groups x kernel), 0 for everything else (outputs x inputs x ...). The
-    inputs are the other one of the first two dimensions.
+    inputs are the other one of the first two dimensions. In a transposed convolution with groups a
+    unit is what its position holds of all groups, as the weight has no dimension of its own for
+    their outputs.
 
     Args:
         module: the module that holds the weight.

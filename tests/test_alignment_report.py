@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -309,6 +308,9 @@ def test_pandas(report: tap.AlignmentReport, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_table(report: tap.AlignmentReport) -> None:
+    # Here, since benchmarks/gpu.sh takes tests from this file where there may be no rich.
+    from rich.console import Console
+
     text = str(report)
     header, *lines = text.splitlines()
     assert header.split()[:4] == ["parameter", "sparsity", "mean", "median"]

@@ -609,17 +609,17 @@ def test_long_units_equal_the_cpu(shape: tuple[int, ...], dim: int) -> None:
 @pytest.mark.parametrize("seed", range(10, 20))
 def test_references_may_stay_on_the_cpu(seed: int, pinned: bool) -> None:
     weights, options = random_units(seed)
-    at_home = {**on_gpu(options), "references": options["references"]}
+    moved, with_them = on_gpu(weights), on_gpu(options)
+    references = options["references"]
     if pinned:
-        at_home["references"] = [
-            None if r is None else r.pin_memory() for r in at_home["references"]
-        ]
-    weights, options = on_gpu(weights), on_gpu(options)
-    expected = ops.unit_products(weights, **options)
-    assert torch.equal(ops.unit_products(weights, **at_home), expected)
+        references = [None if r is None else r.pin_memory() for r in references]
+    at_home = {**with_them, "references": references}
+    # Their copies on the device are aligned, which those that are there already need not be.
+    expected = ops.unit_products(moved, **with_them).cpu()
+    assert_same_products(ops.unit_products(moved, **at_home), expected, weights, options)
     coefficients = torch.randn(2, expected.size(1), dtype=torch.float64, device=DEVICE)
-    combined = ops.unit_combination(weights, coefficients, **at_home)
-    others = ops.unit_combination(weights, coefficients, **options)
+    combined = ops.unit_combination(moved, coefficients, **at_home)
+    others = ops.unit_combination(moved, coefficients, **with_them)
     for found, other in zip(combined, others, strict=True):
         assert torch.equal(found, other)
 

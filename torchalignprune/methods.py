@@ -205,7 +205,8 @@ class AlignedNM(PruningMethod):
     Within a unit the entries rank by what they add to its alignment: by :math:`|w|` for ``r = w``,
     by :math:`w (r - \rho w / 2)` for another reference (see :class:`AlignedMagnitude`). For
     ``r = w`` no n:m mask has a higher alignment. Groups run along the inputs, for convolutions
-    along the input channels at each place of the kernel.
+    along the input channels at each place of the kernel. With a reference a GPU adds up
+    :math:`\rho` in another order than the CPU, so that near equals may change places.
 
     Args:
         n: how many entries of a group are kept.

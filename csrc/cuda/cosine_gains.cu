@@ -33,15 +33,59 @@ struct Slab {
   int64_t first, rows;
 };
 
+// An entry as it lies in memory, and the factor of its column. They are widened and multiplied
+// later, since that waits for the loads.
+template <class Acc>
+struct Loaded {
+  uint64_t bits = 0;
+  Acc factor = 1;
+};
+
+template <class Acc>
+__device__ __forceinline__ Loaded<Acc> load(
+    const CosineGains& call, const View& view, int64_t row, int64_t position) {
+  Loaded<Acc> loaded;
+  const int64_t offset = offset_of(view, row * call.row_size + position);
+  switch (view.element) {
+    case Element::f64:
+      loaded.bits = static_cast<const uint64_t*>(view.data)[offset];
+      break;
+    case Element::f32:
+      loaded.bits = static_cast<const uint32_t*>(view.data)[offset];
+      break;
+    default:
+      loaded.bits = static_cast<const uint16_t*>(view.data)[offset];
+  }
+  if (call.column_scale != nullptr) {
+    const int64_t column = call.inner == 1 ? position : quotient(position, call.inner);
+    loaded.factor = factor<Acc>(call.column_scale, column * call.column_step);
+  }
+  return loaded;
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc widened(uint64_t bits, Element element) {
+  switch (element) {
+    case Element::f64:
+      return static_cast<Acc>(bits_as<double>(bits));
+    case Element::f32:
+      return static_cast<Acc>(bits_as<float>(static_cast<uint32_t>(bits)));
+    case Element::f16:
+      return static_cast<Acc>(from_f16(static_cast<uint16_t>(bits)));
+    default:
+      return static_cast<Acc>(from_bf16(static_cast<uint16_t>(bits)));
+  }
+}
+
+template <class Acc>
+__device__ __forceinline__ double value_of(const View& view, const Loaded<Acc>& loaded) {
+  return static_cast<double>(multiply(widened<Acc>(loaded.bits, view.element), loaded.factor));
+}
+
 template <class Acc>
 __device__ __forceinline__ double read_entry(
     const CosineGains& call, const View& view, int64_t row, int64_t position) {
-  Acc value = read<Acc>(view, row * call.row_size + position);
-  if (call.column_scale != nullptr) {
-    const int64_t column = call.inner == 1 ? position : quotient(position, call.inner);
-    value = multiply(value, factor<Acc>(call.column_scale, column * call.column_step));
-  }
-  return static_cast<double>(value);
+  return value_of(view, load<Acc>(call, view, row, position));
 }
 
 // Alignment does not see a unit's scale, and squares of float64 may overflow or vanish.
@@ -77,9 +121,15 @@ __device__ __forceinline__ int64_t all_warps() {
   return static_cast<int64_t>(gridDim.x) * (block_threads / warp_size);
 }
 
+// Not 0 for a candidate.
+__device__ __forceinline__ uint8_t mask_at(const CosineGains& call, int64_t row, int64_t position) {
+  if (call.mask.data == nullptr) return 1;
+  const int64_t offset = offset_of(call.mask, row * call.row_size + position);
+  return static_cast<const uint8_t*>(call.mask.data)[offset];
+}
 __device__ __forceinline__ bool is_candidate(
     const CosineGains& call, int64_t row, int64_t position) {
-  return call.mask.data == nullptr || is_true(call.mask, row * call.row_size + position);
+  return mask_at(call, row, position) != 0;
 }
 
 // A warp for each row.
@@ -105,21 +155,32 @@ __global__ void __launch_bounds__(block_threads)
       unit.weight_peak = peak_or_one(weight_peak);
       unit.reference_peak = peak_or_one(reference_peak);
     }
+    struct {
+      Loaded<Acc> weight, reference;
+      uint8_t mask = 0;
+    } entry, next;
+    const auto load_next = [&](int64_t i) {
+      next = {};
+      if (i >= call.row_size) return;
+      next.weight = load<Acc>(call, call.weight, row, i);
+      if (has_reference) next.reference = load<Acc>(call, call.reference, row, i);
+      next.mask = mask_at(call, row, i);
+    };
     double square = 0;
     bool finite = true;
+    load_next(lane);
     for (int64_t base = 0; base < call.row_size; base += warp_size) {
-      const int64_t i = base + lane;
-      const bool inside = i < call.row_size;
-      double value = inside ? read_entry<Acc>(call, call.weight, row, i) : 0;
+      entry = next;
+      load_next(base + warp_size + lane);  // while these are added up
+      double value = value_of(call.weight, entry.weight);
       finite = finite && fabs(value) <= DBL_MAX;
       if (has_reference) {
-        value = inside ? read_entry<Acc>(call, call.reference, row, i) : 0;
+        value = value_of(call.reference, entry.reference);
         finite = finite && fabs(value) <= DBL_MAX;
       }
       value = normed<Acc>(value, has_reference ? unit.reference_peak : unit.weight_peak);
       sum_in_order(multiply(value, value), values, square);
-      const bool candidate = inside && is_candidate(call, row, i);
-      unit.count += __popc(__ballot_sync(all_lanes, candidate));
+      unit.count += __popc(__ballot_sync(all_lanes, entry.mask != 0));
     }
     finite = __all_sync(all_lanes, finite);
     unit.norm = sqrt(square);
@@ -350,6 +411,7 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
   alignas(16) __shared__ double all_values[block_threads];
   double* values = all_values + threadIdx.x / warp_size * warp_size;
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
+  const bool has_reference = call.reference.data != nullptr;
   for (int64_t r = first_warp(); r < slab.rows; r += all_warps()) {
     const Unit unit = units[r];
     const int64_t row = slab.first + r;
@@ -360,20 +422,37 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
         if (count == 0 || !is_candidate(call, row, i)) write_gain<Acc>(call, row, i, 0);
       }
     }
-    // The k-th in falling order.
-    const auto position_of = [&](int64_t k) -> int64_t {
-      return sorted[begin + count - 1 - k] - begin;
+    // The k-th in falling order, as its place in the slab.
+    const auto place_of = [&](int64_t k) { return sorted[begin + count - 1 - k]; };
+    // Entries are loaded while those before them are added up, and their places one step earlier.
+    struct {
+      uint32_t place = 0;
+      Loaded<Acc> weight, reference;
+    } entry, next;
+    uint32_t next_place = 0;
+    const auto load_next = [&](int64_t k) {
+      next = {};
+      if (k < count) {
+        const int64_t position = next_place - begin;
+        next.place = next_place;
+        next.weight = load<Acc>(call, call.weight, row, position);
+        if (has_reference) next.reference = load<Acc>(call, call.reference, row, position);
+      }
+      if (k + warp_size < count) next_place = place_of(k + warp_size);
     };
+    if (lane < count) next_place = place_of(lane);
+    load_next(lane);
 
-    if (call.reference.data == nullptr) {
+    if (!has_reference) {
       // The k-th largest |w| adds w^2 / ((sqrt(C_k) + sqrt(C_{k-1})) |w|), where C_k is the sum of
       // the k largest squares (marginal analysis, Fox 1966).
       double total = 0;
       double last_root = 0;
       for (int64_t base = 0; base < count; base += warp_size) {
         const int64_t k = base + lane;
-        const int64_t position = k < count ? position_of(k) : 0;
-        const double w = k < count ? weight_at<Acc>(call, unit, row, position) : 0;
+        entry = next;
+        load_next(k + warp_size);
+        const double w = normed<Acc>(value_of(call.weight, entry.weight), unit.weight_peak);
         const double square = multiply(w, w);
         const double root = sqrt(sum_in_order(square, values, total));
         double root_before = __shfl_up_sync(all_lanes, root, 1);
@@ -381,7 +460,7 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
         last_root = __shfl_sync(all_lanes, root, warp_size - 1);
         const double roots = add(root, root_before);
         const double gain = roots > 0 ? square / multiply(roots, unit.norm) : 0;
-        if (k < count) write_gain<Acc>(call, row, position, gain);
+        if (k < count) write_gain<Acc>(call, row, entry.place - begin, gain);
       }
       continue;
     }
@@ -394,13 +473,11 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
     bool rises = false;
     for (int64_t base = 0; base < count; base += warp_size) {
       const int64_t k = base + lane;
-      double w = 0;
-      double reference = 0;
-      if (k < count) {
-        const int64_t position = position_of(k);
-        w = weight_at<Acc>(call, unit, row, position);
-        reference = reference_at<Acc>(call, unit, row, position);
-      }
+      entry = next;
+      load_next(k + warp_size);
+      const double w = normed<Acc>(value_of(call.weight, entry.weight), unit.weight_peak);
+      const double reference =
+          normed<Acc>(value_of(call.reference, entry.reference), unit.reference_peak);
       const double dot_here = sum_in_order(multiply(w, reference), values, dot);
       const double square_here = sum_in_order(multiply(w, w), values, square);
       const double alignment =
@@ -426,7 +503,7 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
     for (int64_t k = lane; k < count; k += warp_size) {
       const double gain =
           rises ? pooled_gain(gains + begin, starts + begin, pools, count, k) : gains[begin + k];
-      write_gain<Acc>(call, row, position_of(k), gain);
+      write_gain<Acc>(call, row, place_of(k) - begin, gain);
     }
   }
 }

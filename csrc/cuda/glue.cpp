@@ -425,7 +425,6 @@ std::tuple<at::Tensor, at::Tensor> square_sums(
   call.columns = columns_of(weight);
   call.all_columns = all_columns.value_or(call.columns);
   call.inner = inner_of(weight);
-  call.wide = weight.scalar_type() == at::kDouble;
   call.row_sums = row_sums.mutable_data_ptr<double>();
   call.column_sums = has_columns ? column_sums.mutable_data_ptr<double>() : nullptr;
   const at::Tensor memory = workspace(cuda::square_sums_workspace(call), weight);

@@ -141,6 +141,10 @@ TAP_BOTH int64_t quotient(int64_t a, int64_t b) {
 TAP_BOTH int64_t offset_of(const View& view, int64_t index) {
   if (view.dimensions == 0) return index;
   int64_t offset = 0;
+  // Unrolled, every place that reads an entry would have the code of four divisions or more.
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
   for (int d = view.dimensions - 1; d > 0; --d) {
     const int64_t above = quotient(index, view.sizes[d]);
     offset += (index - above * view.sizes[d]) * view.strides[d];

@@ -127,12 +127,11 @@ cudaError_t cosine_gains(
 // The sums of squares of a tensor's rows and columns.
 struct SquareSums {
   View weight;
-  const void* row_scale;
+  const void* row_scale;  // as the other in float64 if the weight is, in float32 if not
   const void* column_scale;
   int64_t row_step, column_step;
   int64_t rows, columns, inner;
   int64_t all_columns;  // of the tensor that these are columns of
-  bool wide;            // the scales are float64
   double* row_sums;
   double* column_sums;  // or null
 };

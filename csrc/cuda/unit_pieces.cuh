@@ -1,8 +1,12 @@
 // How the kernels share out the units of a list of tensors, and how they read their entries.
 //
-// The entries of a unit are cut into pieces, in a way that depends on nothing but the tensor, so
-// that sums do not depend on the device. Many tensors go into one launch: what the kernels have to
-// know of them fits into the arguments of a launch, so that nothing is copied to the device.
+// The entries of a unit are cut into pieces, in a way that depends on nothing but its tensor, so
+// that sums depend neither on the GPU nor on the other tensors. Their last bits do depend on how
+// the weight, the mask and the reference are aligned: where one of them is not, entries are read
+// one by one and shared out to the threads in another way.
+//
+// Many tensors go into one launch: what the kernels have to know of them fits into the arguments of
+// a launch, so that nothing is copied to the device.
 #pragma once
 
 #include <type_traits>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +129,60 @@ def test_optimizers_that_mix_entries_are_undone() -> None:
         for module, _ in params:
             assert bool((module.weight_orig[~module.weight_mask] == 0).all()), step
     assert pruner.sparsity() == 0.6
+
+
+def test_steps_that_move_nothing_settle_nothing() -> None:
+    """A warm-up begins with a learning rate of 0, and the fused optimizers of a GradScaler skip
+    steps by themselves: what they do later is still undone."""
+
+    def zeros_are_kept(params: Any) -> bool:
+        return all(bool((m.weight_orig[~m.weight_mask] == 0).all()) for m, _ in params)
+
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    tap.Pruner(params, tap.Magnitude, schedules.constant(0.5)).finalize()
+    pruner = tap.Pruner.freeze(params)
+    matrices = [module.weight_orig for module, _ in params]
+    optimizer = torch.optim.Muon(matrices, lr=0.05)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for _ in range(4):
+        train(model, optimizer, pruner, 1)
+        warmup.step()
+        assert zeros_are_kept(params)
+
+    model = mlp()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model(torch.randn(4, 12)).square().mean().backward()
+    adam.step()  # momentum from before the pruner
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for overflows in (True, False):
+        adam.zero_grad()
+        scaler.scale(model(torch.randn(4, 12)).square().mean()).backward()
+        if overflows:
+            params[0][0].weight_orig.grad[0, 0] = math.inf
+        scaler.step(adam)
+        scaler.update()
+        pruner.step()
+    assert zeros_are_kept(params)
+
+
+def test_a_loaded_state_settles_no_optimizer() -> None:
+    """Momentum that is loaded after the pruner's state moves nothing either."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 12)).square().mean().backward()
+    optimizer.step()
+    dense = copy.deepcopy(optimizer.state_dict())
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    train(model, optimizer, pruner, 2)
+    pruner.load_state_dict(pruner.state_dict())
+    optimizer.load_state_dict(dense)
+    train(model, optimizer, pruner, 1)
+    for module, _ in params:
+        assert bool((module.weight_orig[~module.weight_mask] == 0).all())
 
 
 def test_momentum_from_before_the_pruner_moves_nothing_either() -> None:
@@ -560,6 +615,40 @@ def test_criteria_rank_by_what_they_say(name: str) -> None:
     keep[flat.argsort(stable=True)[:160]] = False
     masks = torch.cat([module.weight_mask.flatten() for module, _ in params])
     assert torch.equal(masks, keep)
+
+
+@pytest.mark.parametrize("name", ["Movement", "Taylor", "GradientMagnitude"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_criteria_see_gradients_without_the_scale_and_no_overflow(name: str, clipped: bool) -> None:
+    """A GradScaler calls a fused optimizer whatever it found, with gradients that are scaled."""
+
+    def sums(fused: bool, overflows: int | None, scale: float) -> list[Tensor]:
+        model = mlp()
+        params = tap.prunable_parameters(model)
+        criterion = getattr(tap.criteria, name)(params)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for step in range(3):
+            if step == 0 and overflows is None:
+                continue  # which is what an overflow comes to
+            inputs = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            scaler.scale(model(inputs).square().mean()).backward()
+            if step == overflows:
+                params[0][0].weight.grad[0, 0] = math.inf
+            if clipped:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        assert criterion.steps == 2
+        found = list(criterion.scores().values())
+        criterion.remove()
+        return found
+
+    expected = sums(fused=False, overflows=None, scale=1.0)
+    for found, total in zip(sums(fused=True, overflows=0, scale=2.0**10), expected, strict=True):
+        torch.testing.assert_close(found, total)
 
 
 def test_criteria_say_what_they_lack() -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchalignprune.optimizers import OptimizerWatch, gradients
+from torchalignprune.optimizers import OptimizerWatch, gradient_scale, gradients, overflowed
 from torchalignprune.parameters import Parameters, stored
 from torchalignprune.targets import Pair, Target, targets_of
 
@@ -84,10 +84,13 @@ class GradientCriterion(ABC):
         return [stored(*target.places[0]) for target in self.targets]
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if overflowed(optimizer):
+            return
         parameters = self.parameters()
         grads = gradients(optimizer, parameters)
         if all(grad is None for grad in grads):
             return
+        scale = gradient_scale(optimizer)
         rates = {
             id(p): float(group.get("lr", 1.0))
             for group in optimizer.param_groups
@@ -102,7 +105,10 @@ class GradientCriterion(ABC):
                 new = torch.zeros_like(parameter, dtype=dtype)
                 total = self._sums[number] = new if total is None else new.copy_(total)
             weight = self.restore(number, parameter.detach())
-            self.add(total, weight.to(dtype), grad.detach().to(dtype), rates[id(parameter)])
+            grad = grad.detach().to(dtype)
+            if scale != 1:
+                grad = grad / scale
+            self.add(total, weight.to(dtype), grad, rates[id(parameter)])
         self.steps += 1
 
     def scores(self) -> dict[Pair, Tensor]:

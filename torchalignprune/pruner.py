@@ -410,6 +410,7 @@ class Pruner:
         self._step = int(state["step"])
         self._target = float(state["target_sparsity"])
         self._clear()
+        self._watch.look_again()
 
     def finalize(self) -> None:
         """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.

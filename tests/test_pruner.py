@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import math
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -315,6 +316,62 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="as this pruner's options ask for"):
         pruner.load_state_dict({**state, "criterion": {}})
     assert other.steps == 0 and pruner.steps == 1
+    module, _ = params[0]
+    module.weight_mask.copy_(module.weight_mask.flip(0))  # as many, but others
+    with pytest.raises(ValueError, match="masks prune other entries than those that the state"):
+        pruner.load_state_dict(state)
+
+
+def test_a_state_that_does_not_fit_to_its_end_changes_nothing() -> None:
+    params = tap.prunable_parameters(mlp())
+    movement = tap.criteria.Movement(params)
+    penalty = tap.CosineAlignment(params, tap.Reference.capture(params), matching="greedy")
+    schedule = schedules.linear(0, 0.5, end=4)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement, penalty=penalty)
+    state = pruner.state_dict()
+    # Named from the start, because a distributed checkpoint loads no other tensors.
+    assert set(state["criterion"]["sums"]) == {"0.weight", "2.weight"}
+    assert set(state["matching"]["indices"]) == {"0.weight", "2.weight"}
+    criterion, matching = dict(state["criterion"], steps=7), state["matching"]
+    sums, indices = criterion["sums"], matching["indices"]
+    for part, message in (
+        ({"criterion": {**criterion, "sums": {}}}, r"lacks the sums of 0\.weight"),
+        (
+            {"criterion": {**criterion, "sums": {**sums, "2.weight": torch.ones(2)}}},
+            r"the sums of 2\.weight should have shape \(8, 16\), got \(2,\)",
+        ),
+        ({"criterion": {"steps": 7}}, r"should have \['criterion', 'steps', 'sums', 'without_gr"),
+        ({"criterion": {**criterion, "criterion": "Taylor"}}, "criterion Movement, got Taylor"),
+        ({"matching": {"indices": indices}}, r"should have \['calls', 'indices'\], got"),
+        ({"matching": {**matching, "indices": {}}}, r"not in both: \['0\.weight', '2\.weight'\]"),
+        (
+            {"matching": {**matching, "indices": {**indices, "0.weight": torch.arange(3)}}},
+            r"the matching of 0\.weight should have shape \(16,\), got \(3,\)",
+        ),
+        ({"penalty": {"other": torch.ones(1)}}, r"the penalty should have \[\], got \['other'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruner.load_state_dict({**state, "step": 9, "criterion": criterion, **part})
+        assert pruner.steps == 0 and movement.steps == 0
+    pruner.load_state_dict({**state, "step": 9, "criterion": criterion})
+    assert pruner.steps == 9 and movement.steps == 7
+    with pytest.raises(RuntimeError, match="has seen no gradient"):
+        movement.scores()
+
+
+def test_the_state_of_a_generator_may_lie_elsewhere() -> None:
+    """As after ``torch.load(map_location="cuda")``."""
+    method = functools.partial(tap.Random, generator=torch.Generator().manual_seed(1))
+    pruner = tap.Pruner(tap.prunable_parameters(mlp()), method, schedules.constant(0.5))
+    state = pruner.state_dict()
+    there = state["generator"].clone()
+    elsewhere = types.SimpleNamespace(shape=there.shape, cpu=lambda: there)
+    torch.rand(3, generator=method.keywords["generator"])
+    pruner.load_state_dict({**state, "generator": elsewhere})
+    assert torch.equal(method.keywords["generator"].get_state(), there)
+    with pytest.raises(ValueError, match=r"should have a tensor of shape \(\d+,\) as generator"):
+        pruner.load_state_dict({**state, "step": 3, "generator": there[:8]})
+    assert pruner.steps == 0
 
 
 def test_finalize_leaves_an_ordinary_model() -> None:
@@ -546,6 +603,17 @@ def test_pruned_entries_come_back_with_their_values() -> None:
     assert pruner.step()
     assert layer.weight.tolist() == [[0, 2, 3, 0]]
     assert layer.weight_orig.tolist() == [[0, 2, 3, 0]]
+
+
+def test_pruned_entries_come_back_in_the_dtype_of_now() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    schedule = schedules.steps({0: 0.5, 1: 0.25})
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedule, regrow=True)
+    layer.bfloat16()
+    pruner.step()
+    assert layer.weight_orig.dtype == torch.bfloat16
+    assert layer.weight_orig.tolist() == [[0, 2, 3, 4]]
 
 
 def test_movement_lets_entries_regrow_by_their_gradients() -> None:

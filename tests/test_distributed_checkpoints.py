@@ -212,3 +212,16 @@ def test_a_pruner_goes_on_in_an_ordinary_model(option: str, tmp_path: Path) -> N
     for key, value in whole(second.model).items():
         assert torch.equal(value, expected[key]), key
     assert second.pruner.log() == first.pruner.log()
+
+
+def refused(folder: str) -> None:
+    model = shard(net())
+    with pytest.raises(ValueError, match=r"0\.weight: is a DTensor: load into the model before"):
+        tap.load_pruned(model, folder)
+    assert all(isinstance(value, DTensor) for value in model.parameters())
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_files_do_not_go_into_a_sharded_model(ranks: Ranks, tmp_path: Path) -> None:
+    tap.save_pruned(with_masks(net(), seed=1), tmp_path / "x", "bitmask")
+    ranks.run(2, refused, str(tmp_path / "x"))

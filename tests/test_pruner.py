@@ -521,6 +521,8 @@ def test_bad_input() -> None:
         (TypeError, "penalty should be", {"penalty": 0.1}),
         (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
         (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
+        (TypeError, "max_layer_sparsity should be a number", {"max_layer_sparsity": None}),
+        (TypeError, "should be a number.* got 'a'", {"min_layer_sparsity": {"0": "a"}}),
         (
             ValueError,
             "matches no parameter: 'encoder'",

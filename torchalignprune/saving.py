@@ -21,6 +21,7 @@ from torchalignprune.checkpoints import (
     names_in_model,
     new_folder,
     quiet_transformers,
+    same_bits,
     save_pretrained,
 )
 from torchalignprune.dtensors import is_dtensor
@@ -206,18 +207,26 @@ def verify_pruned(model: nn.Module, folder: Path) -> None:
     files = PrunedFiles(folder)
     for name, tensor in model.state_dict().items():
         again = files[name] if name in files else tensor.new_empty(0)
-        if not (torch.equal(again, tensor) and torch.equal(again.signbit(), tensor.signbit())):
+        if not same_bits(again, tensor):
             raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """:func:`torchalignprune.checkpoints.load_checkpoint` of a folder in the format ``"bitmask"``.
 
+    Of a model that is still being pruned the zeros are made permanent, as they are in all others.
+
     Raises:
         ValueError: it is damaged, or not from a model of transformers.
         ImportError: transformers or safetensors is not installed.
     """
     model = load_pruned(architecture(folder), folder)
+    for module, name in [_place(model, name) for name in _pruned(model)]:
+        mask = mask_of(module, name)
+        assert mask is not None
+        with torch.no_grad():  # not -0.0, as remove leaves it
+            stored(module, name).masked_fill_(mask == 0, 0)
+        prune.remove(module, name)
     return Checkpoint(folder, model, frozenset(), frozenset(), frozenset())
 
 

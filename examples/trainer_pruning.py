@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -68,6 +69,11 @@ def read(path: Path) -> Dataset:
 def accuracy(prediction: Any) -> dict[str, float]:
     right = prediction.predictions.argmax(axis=-1) == prediction.label_ids
     return {"accuracy": float(right.mean())}
+
+
+def last_step(checkpoint: str) -> int:
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return int(state["global_step"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,8 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else Trainer(**common)
     )
     checkpoint = hf.last_complete_checkpoint(options.out) if options.resume else None
-    print(f"resuming from {checkpoint}" if checkpoint else "starting from the pretrained model")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and last_step(checkpoint) >= options.steps:
+        # The run was killed after its last step. The names fit, because the pruner has put its
+        # masks into the model.
+        print(f"the training has come to its end in {checkpoint}")
+        model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
+    else:
+        print(f"resuming from {checkpoint}" if checkpoint else "starting from the pretrained model")
+        trainer.train(resume_from_checkpoint=checkpoint)
 
     figures = {"sparsity": pruner.sparsity(), "alignment": pruner.log()["pruning/alignment"]}
     pruner.finalize()

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -480,7 +481,7 @@ def test_shards(bert: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"]])
+@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"], ["logging"], "BertModel", 3])
 def test_without_a_known_architecture_automodel_loads(
     names: list[str] | None, bert: Path, tmp_path: Path
 ) -> None:
@@ -576,6 +577,46 @@ def test_damaged_bitmasks(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "again").exists()
 
 
+def test_a_bitmask_that_is_still_being_pruned(bert: Path, tmp_path: Path) -> None:
+    """Its zeros count as those of any other folder do: the sparsity is the whole one."""
+    model = transformers.BertModel.from_pretrained(bert)
+    tap.Pruner(params_of(model), tap.Magnitude, tap.schedules.constant(0.5))
+    tap.save_pruned(model, tmp_path / "masked", "bitmask")
+    save_tokenizer(tmp_path / "masked")
+    for sparsity, zeros in ((0.5, 0.5), (0.75, 0.75), (0.25, 0.5)):
+        out = tmp_path / f"to-{sparsity}"
+        assert run("prune", tmp_path / "masked", "--sparsity", sparsity, "--out", out) == 0
+        totals = json.loads((out / "report.json").read_text())["totals"]
+        assert totals["sparsity"] == pytest.approx(zeros, abs=1e-3)
+
+
+@pytest.mark.parametrize("format", ["dense", "bitmask"])
+def test_nan_where_nothing_is_pruned(format: str, bert: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(bert, source)
+    weights = load_file(source / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][3, 0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--sparsity", 0.5, "--out", tmp_path / "out", "--format", format]
+    assert run("prune", source, *arguments) == 0
+
+
+def test_a_full_disk(
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "cannot be written: no space left on device" in err and len(err.splitlines()) == 1
+    assert leftovers(tmp_path) == []
+
+
 def test_what_a_bitmask_cannot_leave_out(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -618,6 +659,7 @@ def test_other_files(bert: Path, tmp_path: Path) -> None:
     kept = ["1_Dense/config.json", "1_Dense/model.safetensors", "onnx/README", "training_args.bin"]
     dropped = [
         ".git/config",
+        "checkpoint-900/trainer_state.json",
         ".git/lfs/model.safetensors",
         "1_Dense_old/model.safetensors",
         "flax_model.msgpack",
@@ -668,6 +710,26 @@ def test_an_existing_folder_is_refused(
     assert run("prune", bert, "--sparsity", 0.5, "--out", out, "--overwrite") == 2
     assert "is not a checkpoint, so --overwrite does not" in capsys.readouterr().err
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint-900", ".git", "runs"])
+def test_work_beside_a_checkpoint_is_not_replaced(
+    name: str, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the output folder of a Trainer."""
+    out = tmp_path / "out"
+    shutil.copytree(bert, out)
+    (out / name).mkdir()
+    (out / name / "file").write_text("days of work")
+    before = tree(out)
+    assert run("prune", bert, "--sparsity", 0.5, "--out", out, "--overwrite") == 2
+    err = capsys.readouterr().err
+    assert f"holds more than a checkpoint, so --overwrite does not replace it: {name}" in err
+    assert tree(out) == before
+    # What the command has made is replaced whole, with folders that were copied from the source.
+    (out / "report.json").write_text("{}")
+    code = 0 if name == "runs" else 2
+    assert run("prune", bert, "--sparsity", 0.5, "--out", out, "--overwrite") == code
 
 
 def test_overwrite(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -815,6 +877,7 @@ def test_in_a_thread(bert: Path, tmp_path: Path) -> None:
         ([], "--method aligned-magnitude needs --sparsity"),
         (["--sparsity", "1"], "argument --sparsity: should be from 0 to below 1, got 1"),
         (["--sparsity", "50"], "argument --sparsity: should be from 0 to below 1, got 50"),
+        (["--sparsity", ".5", "--seed", str(2**64)], "argument --seed: should be from 0 to below"),
         (["--sparsity", "half"], "argument --sparsity: should be from 0 to below 1, got half"),
         (["--sparsity", "nan"], "argument --sparsity: should be from 0 to below 1, got nan"),
         (["--sparsity", ".5", "--method", "best"], "argument --method: invalid choice: 'best'"),
@@ -902,6 +965,8 @@ def make_nan(folder: Path) -> None:
         (drop("config.json"), "is not a checkpoint folder: it has no config.json"),
         (drop("model.safetensors"), "has neither model.safetensors nor model.safetensors.index"),
         (write("config.json", "{"), "config.json is not JSON"),
+        (write("config.json", "[]"), "config.json should be a JSON object, got []"),
+        (write("modules.json", '{"a": 1}'), "modules.json should be a list of modules with"),
         (write("model.safetensors", "nonsense"), "model.safetensors cannot be read"),
         (edit_config(model_type="no-such", architectures=None), "transformers cannot load"),
         (edit_config(hidden_size=32), "LayerNorm.bias in"),
@@ -1044,6 +1109,37 @@ def test_new_folder_appears_at_once(tmp_path: Path) -> None:
         (partial / "file").write_text("x")
         assert not out.exists() and partial.parent == out.parent
     assert tree(out) == {"file": b"x"} and not partial.exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_new_folder_is_on_the_disk_before_the_former_one_goes(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    if not exchange:
+        monkeypatch.setattr(checkpoints, "_exchange", lambda one, other: False)
+    events: list[object] = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def flush(opened: int) -> None:
+        events.append(os.fstat(opened).st_ino)
+        fsync(opened)
+
+    def remove(path: Path, **options: Any) -> None:
+        events.append("removed" if path.exists() else "nothing to remove")
+        rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", remove)
+    with new_folder(out, overwrite=True) as partial:
+        (partial / "a").mkdir()
+        for name in ("file", "a/file"):
+            (partial / name).write_text("x")
+    flushed = [path.stat().st_ino for path in (out / "file", out / "a", out / "a" / "file", out)]
+    end = events.index("removed")
+    assert set(events[: end - 1]) >= set(flushed)
+    assert tmp_path.stat().st_ino in events[:end]
 
 
 def test_new_folder_does_not_replace_what_came_meanwhile(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from test_cli import make_bert, run, tree
 from test_crosslingual_readers import jsonl, tagged, write
 from tiny_xlmr import SENTENCES, wordpiece, xlmr
-from torchalignprune import prunable_parameters
+from torchalignprune import cli, prunable_parameters
 from torchalignprune.crosslingual import (
     TASKS,
     ZeroShotReport,
@@ -190,7 +190,12 @@ def test_texts(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_wrong_usage(
-    dense: Path, pruned: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path,
+    pruned: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = ["--task", "pos", "--data", data]
     assert "--languages is needed without --data" in refused(capsys, dense, "--task", "pos")
@@ -211,11 +216,19 @@ def test_wrong_usage(
     by_hand(dense, "pud", data)
     other = tmp_path / "other.json"
     other.write_text(by_hand(dense, "pud", data).to_json())
-    err = refused(capsys, pruned, *task, "--compare", other)
-    assert "dense should have the same task, 'pos', got 'pud'" in err
+    with monkeypatch.context() as patch:  # before the model is evaluated
+        patch.setattr(cli, "_evaluation", lambda *_: pytest.fail("evaluated for nothing"))
+        err = refused(capsys, pruned, *task, "--compare", other)
+        assert "other.json should be an evaluation with the task pos, got pud" in err
+        pud = ["--task", "pud", "--data", data, "--compare", other]
+        err = refused(capsys, pruned, *pud, "--supervised", "none")
+        assert "should be an evaluation with the supervised language None, got en" in err
+        err = refused(capsys, pruned, *pud, "--languages", "en", "ar")
+        assert "should have the same languages, en, ar, got ar, en, vi, zh" in err
     assert "--cc100 goes with --compare" in refused(capsys, dense, *task, "--cc100")
     for option in ("--batch-size", "--max-length"):
         assert run("evaluate", dense, *task, option, "0") == 2
+    assert run("evaluate", dense, *task, "--seed", "-1") == 2
 
 
 def test_models_that_cannot_do_it(

@@ -154,3 +154,74 @@ def one_file(folder: str) -> dict[str, Any]:
 
 def test_whole_states(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(2, one_file, str(tmp_path))
+
+
+@pytest.mark.parametrize("option", ["criterion", "regrow", "penalty"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_pruner_goes_on_in_an_ordinary_model(option: str, tmp_path: Path) -> None:
+    """What it holds besides the masks comes back as well, though a checkpoint loads only tensors
+    that the new pruner's state has, in their shapes."""
+
+    class Run:
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.model = net()
+            params = tap.prunable_parameters(self.model)
+            swapped = [module.weight.detach().flip(0) for module, _ in params]
+            options: dict[str, Any] = {
+                "criterion": lambda: tap.criteria.Movement(params),
+                "regrow": lambda: True,
+                "penalty": lambda: tap.CosineAlignment(params, swapped, matching="greedy"),
+            }
+            self.pruner = tap.Pruner(
+                params,
+                tap.Magnitude,
+                tap.schedules.steps({0: 0, 1: 0.2, 3: 0.4, 6: 0.3, 7: 0.6}),
+                **{option: options[option]()},
+            )
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+        def train(self, steps: int) -> None:
+            for _ in range(steps):
+                if self.pruner.penalty is not None:
+                    self.pruner.penalty().backward()
+                step(self.model, self.optimizer)
+                self.pruner.step()
+
+        def state(self) -> dict[str, Any]:
+            # First, because get_state_dict takes a step with gradients of zero.
+            pruner = self.pruner.state_dict()
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            return {"model": model, "optimizer": optimizer, "pruner": pruner}
+
+    first, second = Run(), Run()
+    first.train(5)
+    dcp.save(first.state(), checkpoint_id=tmp_path)
+    first.train(3)
+    state = second.state()
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(
+        second.model,
+        second.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    second.pruner.load_state_dict(state["pruner"])
+    second.train(3)
+    expected = whole(first.model)
+    for key, value in whole(second.model).items():
+        assert torch.equal(value, expected[key]), key
+    assert second.pruner.log() == first.pruner.log()
+
+
+def refused(folder: str) -> None:
+    model = shard(net())
+    with pytest.raises(ValueError, match=r"0\.weight: is a DTensor: load into the model before"):
+        tap.load_pruned(model, folder)
+    assert all(isinstance(value, DTensor) for value in model.parameters())
+    assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_files_do_not_go_into_a_sharded_model(ranks: Ranks, tmp_path: Path) -> None:
+    tap.save_pruned(with_masks(net(), seed=1), tmp_path / "x", "bitmask")
+    ranks.run(2, refused, str(tmp_path / "x"))

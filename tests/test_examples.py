@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,6 +138,15 @@ def test_trainer_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     again = launch("trainer_pruning.py", *arguments, "--resume")
     assert again.returncode == 0, again.stderr
     assert f"resuming from {out / 'checkpoint-4'}" in again.stdout
+    assert json.loads(again.stdout.splitlines()[-1]) == figures
+    resumed = load_file(out / "pruned" / "model.safetensors")
+    assert all(torch.equal(resumed[name], w) for name, w in weights.items())
+
+    # It was killed after its last checkpoint.
+    shutil.rmtree(out / "pruned")
+    again = launch("trainer_pruning.py", *arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"come to its end in {out / 'checkpoint-6'}" in again.stdout
     assert json.loads(again.stdout.splitlines()[-1]) == figures
     resumed = load_file(out / "pruned" / "model.safetensors")
     assert all(torch.equal(resumed[name], w) for name, w in weights.items())

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import prune
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import torchalignprune as tap
 from torchalignprune import hf, schedules
@@ -538,6 +548,17 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(saved: Path, tmp_path: P
                 path.write_bytes(path.read_bytes()[:-20])
             assert hf.last_complete_checkpoint(folder) == str(folder / "checkpoint-6"), name
             shutil.rmtree(folder)
+    folder = tmp_path / "odd"
+    shutil.copytree(saved, folder)
+    for text in ("null", "[5]", "5", "{}"):
+        (folder / "checkpoint-8" / "trainer_state.json").write_text(text)
+        assert hf.last_complete_checkpoint(folder) == str(folder / "checkpoint-6"), text
+    shutil.rmtree(folder / "checkpoint-8")
+    shutil.copytree(saved / "checkpoint-8", folder / "checkpoint-8")
+    state = load_state(folder / "checkpoint-8" / "pruner.safetensors")
+    for other in ({"files": None}, {"world_size": None}):
+        save_state(folder / "checkpoint-8" / "pruner.safetensors", {**state, **other})
+        assert hf.last_complete_checkpoint(folder) == str(folder / "checkpoint-6"), other
     # The Trainer's own way would fail on such a folder, and this one goes on.
     folder = tmp_path / "partial"
     shutil.copytree(saved, folder)
@@ -596,6 +617,36 @@ def test_a_state_that_does_not_fit_is_refused(
     trainer, _ = plain_trainer(tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+
+
+def test_a_run_that_has_taken_its_last_step_is_not_resumed(saved: Path, tmp_path: Path) -> None:
+    """The Trainer would take a ninth."""
+    trainer, pruner = plain_trainer(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-8 is of step 8 of 8, the last one: its model"
+    ):
+        trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(saved))
+    assert pruner.steps == 0
+    trainer, pruner = plain_trainer(tmp_path, max_steps=9)
+    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(saved))
+    assert pruner.steps == 9
+
+
+def test_tensor_parallel_models_are_refused(tmp_path: Path) -> None:
+    """A checkpoint is saved on one rank, which would wait for the others."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        model = bert()
+        layer = model.bert.encoder.layer[0].intermediate
+        parallelize_module(layer, init_device_mesh("cpu", (1,)), {"dense": ColwiseParallel()})
+        pruner = tap.Pruner([(layer.dense, "weight")], tap.Magnitude, cubic())
+        callback, args = hf.PruningCallback(pruner), types.SimpleNamespace(n_gpu=0)
+        with pytest.raises(
+            ValueError, match=r"intermediate\.dense\.weight is a DTensor: the Train"
+        ):
+            callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -715,6 +766,56 @@ def test_lora_on_a_pruned_model(sparsity: float, tmp_path: Path) -> None:
             )
             changed += int(((ours != base) & (ours != 0)).sum())
     assert changed > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_best_adapters_may_be_of_other_masks(tmp_path: Path) -> None:
+    """The checkpoints of PEFT have no masks that could be loaded with them."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+    }
+    trainer, _ = plain_trainer(tmp_path / "a", *with_lora(cubic()), **options)
+    trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
+    with pytest.warns(
+        UserWarning,
+        match=r"adapters of .*checkpoint-4, which .* at a sparsity of 0\.56.* at 0\.6001\. ",
+    ):
+        trainer.train()
+    trainer, _ = plain_trainer(tmp_path / "b", *with_lora(cubic()), **options)
+    trainer.compute_metrics = Metric(0.1, 0.2, 0.9, 0.3)  # step 6, since when nothing was pruned
+    trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_state_that_does_not_fit_leaves_a_model_with_lora_alone(tmp_path: Path) -> None:
+    trainer, _ = plain_trainer(
+        tmp_path, *with_lora(cubic()), max_steps=2, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    path = tmp_path / "checkpoint-2" / "pruner.safetensors"
+    state = load_state(path)
+    save_state(path, {**state, "pruner": {**state["pruner"], "method": "Magnitude"}})
+    model, pruner = with_lora(cubic())
+    start = {name: w.clone() for name, w in model.state_dict().items() if "lora" not in name}
+    trainer, _ = plain_trainer(tmp_path, model, pruner)
+    with pytest.raises(ValueError, match="the state should be of AlignedMagnitude, got Magnitude"):
+        trainer.train(resume_from_checkpoint=str(path.parent))
+    masks = [name for name in start if name.endswith(("weight_mask", "weight_orig"))]
+    assert all(torch.equal(model.state_dict()[name], start[name]) for name in masks)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_is_merged_before_the_pruner_is_finished() -> None:
+    model, pruner = with_lora(None)
+    pruner.finalize()
+    with pytest.raises(ValueError, match="pruner should not be finished"):
+        hf.merge_lora(model, pruner)
+    assert any("lora" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

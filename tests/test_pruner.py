@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import math
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +130,60 @@ def test_optimizers_that_mix_entries_are_undone() -> None:
         for module, _ in params:
             assert bool((module.weight_orig[~module.weight_mask] == 0).all()), step
     assert pruner.sparsity() == 0.6
+
+
+def test_steps_that_move_nothing_settle_nothing() -> None:
+    """A warm-up begins with a learning rate of 0, and the fused optimizers of a GradScaler skip
+    steps by themselves: what they do later is still undone."""
+
+    def zeros_are_kept(params: Any) -> bool:
+        return all(bool((m.weight_orig[~m.weight_mask] == 0).all()) for m, _ in params)
+
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    tap.Pruner(params, tap.Magnitude, schedules.constant(0.5)).finalize()
+    pruner = tap.Pruner.freeze(params)
+    matrices = [module.weight_orig for module, _ in params]
+    optimizer = torch.optim.Muon(matrices, lr=0.05)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for _ in range(4):
+        train(model, optimizer, pruner, 1)
+        warmup.step()
+        assert zeros_are_kept(params)
+
+    model = mlp()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    model(torch.randn(4, 12)).square().mean().backward()
+    adam.step()  # momentum from before the pruner
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    for overflows in (True, False):
+        adam.zero_grad()
+        scaler.scale(model(torch.randn(4, 12)).square().mean()).backward()
+        if overflows:
+            params[0][0].weight_orig.grad[0, 0] = math.inf
+        scaler.step(adam)
+        scaler.update()
+        pruner.step()
+    assert zeros_are_kept(params)
+
+
+def test_a_loaded_state_settles_no_optimizer() -> None:
+    """Momentum that is loaded after the pruner's state moves nothing either."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(4, 12)).square().mean().backward()
+    optimizer.step()
+    dense = copy.deepcopy(optimizer.state_dict())
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    train(model, optimizer, pruner, 2)
+    pruner.load_state_dict(pruner.state_dict())
+    optimizer.load_state_dict(dense)
+    train(model, optimizer, pruner, 1)
+    for module, _ in params:
+        assert bool((module.weight_orig[~module.weight_mask] == 0).all())
 
 
 def test_momentum_from_before_the_pruner_moves_nothing_either() -> None:
@@ -260,6 +316,62 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="as this pruner's options ask for"):
         pruner.load_state_dict({**state, "criterion": {}})
     assert other.steps == 0 and pruner.steps == 1
+    module, _ = params[0]
+    module.weight_mask.copy_(module.weight_mask.flip(0))  # as many, but others
+    with pytest.raises(ValueError, match="masks prune other entries than those that the state"):
+        pruner.load_state_dict(state)
+
+
+def test_a_state_that_does_not_fit_to_its_end_changes_nothing() -> None:
+    params = tap.prunable_parameters(mlp())
+    movement = tap.criteria.Movement(params)
+    penalty = tap.CosineAlignment(params, tap.Reference.capture(params), matching="greedy")
+    schedule = schedules.linear(0, 0.5, end=4)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement, penalty=penalty)
+    state = pruner.state_dict()
+    # Named from the start, because a distributed checkpoint loads no other tensors.
+    assert set(state["criterion"]["sums"]) == {"0.weight", "2.weight"}
+    assert set(state["matching"]["indices"]) == {"0.weight", "2.weight"}
+    criterion, matching = dict(state["criterion"], steps=7), state["matching"]
+    sums, indices = criterion["sums"], matching["indices"]
+    for part, message in (
+        ({"criterion": {**criterion, "sums": {}}}, r"lacks the sums of 0\.weight"),
+        (
+            {"criterion": {**criterion, "sums": {**sums, "2.weight": torch.ones(2)}}},
+            r"the sums of 2\.weight should have shape \(8, 16\), got \(2,\)",
+        ),
+        ({"criterion": {"steps": 7}}, r"should have \['criterion', 'steps', 'sums', 'without_gr"),
+        ({"criterion": {**criterion, "criterion": "Taylor"}}, "criterion Movement, got Taylor"),
+        ({"matching": {"indices": indices}}, r"should have \['calls', 'indices'\], got"),
+        ({"matching": {**matching, "indices": {}}}, r"not in both: \['0\.weight', '2\.weight'\]"),
+        (
+            {"matching": {**matching, "indices": {**indices, "0.weight": torch.arange(3)}}},
+            r"the matching of 0\.weight should have shape \(16,\), got \(3,\)",
+        ),
+        ({"penalty": {"other": torch.ones(1)}}, r"the penalty should have \[\], got \['other'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruner.load_state_dict({**state, "step": 9, "criterion": criterion, **part})
+        assert pruner.steps == 0 and movement.steps == 0
+    pruner.load_state_dict({**state, "step": 9, "criterion": criterion})
+    assert pruner.steps == 9 and movement.steps == 7
+    with pytest.raises(RuntimeError, match="has seen no gradient"):
+        movement.scores()
+
+
+def test_the_state_of_a_generator_may_lie_elsewhere() -> None:
+    """As after ``torch.load(map_location="cuda")``."""
+    method = functools.partial(tap.Random, generator=torch.Generator().manual_seed(1))
+    pruner = tap.Pruner(tap.prunable_parameters(mlp()), method, schedules.constant(0.5))
+    state = pruner.state_dict()
+    there = state["generator"].clone()
+    elsewhere = types.SimpleNamespace(shape=there.shape, cpu=lambda: there)
+    torch.rand(3, generator=method.keywords["generator"])
+    pruner.load_state_dict({**state, "generator": elsewhere})
+    assert torch.equal(method.keywords["generator"].get_state(), there)
+    with pytest.raises(ValueError, match=r"should have a tensor of shape \(\d+,\) as generator"):
+        pruner.load_state_dict({**state, "step": 3, "generator": there[:8]})
+    assert pruner.steps == 0
 
 
 def test_finalize_leaves_an_ordinary_model() -> None:
@@ -409,6 +521,8 @@ def test_bad_input() -> None:
         (TypeError, "penalty should be", {"penalty": 0.1}),
         (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
         (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
+        (TypeError, "max_layer_sparsity should be a number", {"max_layer_sparsity": None}),
+        (TypeError, "should be a number.* got 'a'", {"min_layer_sparsity": {"0": "a"}}),
         (
             ValueError,
             "matches no parameter: 'encoder'",
@@ -493,6 +607,17 @@ def test_pruned_entries_come_back_with_their_values() -> None:
     assert layer.weight_orig.tolist() == [[0, 2, 3, 0]]
 
 
+def test_pruned_entries_come_back_in_the_dtype_of_now() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    schedule = schedules.steps({0: 0.5, 1: 0.25})
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedule, regrow=True)
+    layer.bfloat16()
+    pruner.step()
+    assert layer.weight_orig.dtype == torch.bfloat16
+    assert layer.weight_orig.tolist() == [[0, 2, 3, 4]]
+
+
 def test_movement_lets_entries_regrow_by_their_gradients() -> None:
     layer = nn.Linear(3, 1, bias=False)
     layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0]]))
@@ -560,6 +685,40 @@ def test_criteria_rank_by_what_they_say(name: str) -> None:
     keep[flat.argsort(stable=True)[:160]] = False
     masks = torch.cat([module.weight_mask.flatten() for module, _ in params])
     assert torch.equal(masks, keep)
+
+
+@pytest.mark.parametrize("name", ["Movement", "Taylor", "GradientMagnitude"])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_criteria_see_gradients_without_the_scale_and_no_overflow(name: str, clipped: bool) -> None:
+    """A GradScaler calls a fused optimizer whatever it found, with gradients that are scaled."""
+
+    def sums(fused: bool, overflows: int | None, scale: float) -> list[Tensor]:
+        model = mlp()
+        params = tap.prunable_parameters(model)
+        criterion = getattr(tap.criteria, name)(params)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for step in range(3):
+            if step == 0 and overflows is None:
+                continue  # which is what an overflow comes to
+            inputs = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            scaler.scale(model(inputs).square().mean()).backward()
+            if step == overflows:
+                params[0][0].weight.grad[0, 0] = math.inf
+            if clipped:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        assert criterion.steps == 2
+        found = list(criterion.scores().values())
+        criterion.remove()
+        return found
+
+    expected = sums(fused=False, overflows=None, scale=1.0)
+    for found, total in zip(sums(fused=True, overflows=0, scale=2.0**10), expected, strict=True):
+        torch.testing.assert_close(found, total)
 
 
 def test_criteria_say_what_they_lack() -> None:

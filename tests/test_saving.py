@@ -628,6 +628,25 @@ def test_models_that_do_not_fit(format: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_models_that_cannot_be_written_to(format: Any, tmp_path: Path) -> None:
+    """What would fail half-way is found before anything changes."""
+    model = nn.Linear(2, 2)
+    tap.magnitude(model, "weight", amount=0.5)
+    tap.save_pruned(model, tmp_path / "x", format)
+    expanded = nn.Linear(2, 2)
+    expanded.bias = nn.Parameter(torch.ones(1).expand(2))
+    for other, message in (
+        (Transposed(2, 2, bias=False), "weight: is no parameter or buffer, but made by the model"),
+        (nn.LazyLinear(2), "weight: has no shape in the model yet: run a forward first"),
+        (expanded, "bias: is expanded in the model, so that its entries share memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tap.load_pruned(other, tmp_path / "x")
+        assert set(other._parameters) == {"weight", "bias"} and not other._buffers
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_shards(format: Any, tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
     tap.global_unstructured(tap.prunable_parameters(model), tap.Magnitude, amount=0.5)
@@ -771,6 +790,18 @@ class Stateful(nn.Linear):
         return {"steps": 3}
 
 
+class Counted(nn.Linear):
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([3.0])
+
+    def set_extra_state(self, state: Tensor) -> None: ...
+
+
+class Transposed(nn.Linear):
+    def _save_to_state_dict(self, state: Any, prefix: str, keep_vars: bool) -> None:
+        state[f"{prefix}weight"] = self.weight.detach().t().contiguous()
+
+
 def lazy() -> nn.Module:
     return nn.LazyLinear(3)
 
@@ -795,6 +826,8 @@ def complex_numbers() -> nn.Module:
     ("made", "error", "message"),
     [
         (lambda: Stateful(2, 2), TypeError, "_extra_state in the model's state should be a tensor"),
+        (lambda: Counted(2, 2), TypeError, "_extra_state is no parameter or buffer, but made by"),
+        (lambda: Transposed(2, 2), TypeError, "weight is no parameter or buffer, but made by the"),
         (lazy, ValueError, "weight has no shape yet: run a forward first"),
         (on_meta, ValueError, "weight has no values: it is on the meta device"),
         (sparse, TypeError, "s is a sparse_coo float32 tensor, which safetensors cannot hold"),
@@ -851,7 +884,8 @@ def test_two_tensors_under_one_name(tmp_path: Path) -> None:
     class Colliding(nn.Linear):
         def state_dict(self, *arguments: Any, **options: Any) -> Any:
             state = super().state_dict(*arguments, **options)
-            return state | {"weight.bits": state["bias"].clone()}
+            state["weight.bits"] = state.pop("bias")
+            return state
 
     model = Colliding(64, 64)
     nn.init.zeros_(model.weight)

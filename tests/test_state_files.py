@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,10 +122,12 @@ def test_a_file_that_is_there_is_kept_when_writing_fails(
     path = tmp_path / "s"
     save_state(path, {"step": 1})
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no space left on device")
+    for kind in (OSError, SafetensorError):
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="no space left"):
-        save_state(path, {"step": 2})
+        def full(*args: Any, error: type[Exception] = kind, **kwargs: Any) -> None:
+            raise error("no space left on device")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+            patch.setattr("safetensors.torch.save_file", full)
+            save_state(path, {"step": 2})
     assert load_state(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]

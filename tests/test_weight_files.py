@@ -143,8 +143,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for text in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(text)
         refused(tmp_path, "is not the index of a checkpoint")
+    for shard in ("3", '["x"]', '"/a.safetensors"', '"../a.safetensors"', '"x/../../a"'):
+        index.write_text(f'{{"weight_map": {{"a": {shard}, "b": "b.safetensors"}}}}')
+        refused(tmp_path, "is not the index of a checkpoint: the file of a should be one beside")
     index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
     refused(tmp_path, r"gone\.safetensors cannot be read")
+
+
+def test_an_index_says_which_file_a_tensor_is_in(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.zeros(2), "b": torch.ones(1)}, tmp_path / "2.safetensors")
+    weight_map = {"a": "1.safetensors", "b": "2.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    files = WeightFiles(tmp_path)
+    assert files["a"].tolist() == [1, 1] and files.file("b").name == "2.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map | {"c": "1.safetensors"}}))
+    with pytest.raises(ValueError, match=r"1\.safetensors lacks c, which is in it by the index of"):
+        WeightFiles(tmp_path)
 
 
 def test_writing(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,18 @@ from torch import Tensor
 
 from torchalignprune.parameters import DTYPES
 from torchalignprune.pruned_files import INDEX
-from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, plain_names
+from torchalignprune.weight_files import (
+    StoredTensors,
+    WeightFiles,
+    find_weights,
+    flush,
+    plain_names,
+)
 
 __all__ = [
     "Checkpoint",
     "architecture",
+    "check_other_files",
     "check_output",
     "copy_other_files",
     "empty_model",
@@ -34,6 +41,7 @@ __all__ = [
     "names_in_model",
     "new_folder",
     "quiet_transformers",
+    "same_bits",
     "save_checkpoint",
     "save_pretrained",
     "verify_checkpoint",
@@ -172,8 +180,17 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], **options: Any) -> None:
-    """``model.save_pretrained``, with files that have the modes of all others."""
-    model.save_pretrained(folder, state_dict=state, **options)
+    """``model.save_pretrained``, with files that have the modes of all others.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, state_dict=state, **options)
+    except SafetensorError as error:  # as when the disk is full
+        raise OSError(f"{folder} cannot be written: {error}") from error
     # Some versions of safetensors make files that nobody else may read.
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
@@ -183,14 +200,12 @@ def copy_other_files(source: Path, target: Path) -> None:
     """Copies what a checkpoint folder holds besides the weights and the files in ``target``.
 
     These are tokenizers, model cards, the modules of a sentence-transformers model with their own
-    weights, and so on. The same model in other weight formats, training state and ``.git`` stay
-    behind: they would be the dense model still.
+    weights, and so on. The same model in other weight formats, training state, the checkpoints of
+    a Trainer and ``.git`` stay behind: they would be the dense model still.
     """
-    modules = _json(source, "modules.json") if (source / "modules.json").is_file() else []
-    # A module of sentence-transformers lies in a folder of its own; the encoder itself in "".
-    own = tuple(f"{module['path']}/" for module in modules if module.get("path"))
+    own = tuple(f"{path}/" for path in _module_folders(source))
     for parent, folders, files in os.walk(source):
-        folders[:] = sorted(set(folders) - {".git", ".cache"})
+        folders[:] = sorted(name for name in folders if not _is_foreign(name, {".cache"}))
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(source)
             if _is_weights(name) and not relative.as_posix().startswith(own):
@@ -199,6 +214,26 @@ def copy_other_files(source: Path, target: Path) -> None:
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source / relative, copy)
+
+
+def check_other_files(source: Path) -> None:
+    """Whether :func:`copy_other_files` can make sense of a folder.
+
+    Raises:
+        ValueError: its ``modules.json`` is not that of a sentence-transformers model.
+    """
+    _module_folders(source)
+
+
+def _module_folders(source: Path) -> list[str]:
+    """Of each module of a sentence-transformers model, but for the encoder, which lies in ""."""
+    modules = _json(source, "modules.json") if (source / "modules.json").is_file() else []
+    try:
+        return [str(module["path"]) for module in modules if module.get("path")]
+    except (AttributeError, TypeError):
+        raise ValueError(
+            f"{source / 'modules.json'} should be a list of modules with their paths"
+        ) from None
 
 
 def verify_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -215,16 +250,25 @@ def verify_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name in checkpoint.missing:
             continue
-        if name in found["missing_keys"] or not torch.equal(there[name], tensor):
+        if name in found["missing_keys"] or not same_bits(there[name], tensor):
             raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, each NaN and -0.0 included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    bits, others = (t.detach().cpu().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(bits, others)
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     """Refuses an output folder that would destroy something.
 
     Raises:
-        ValueError: ``out`` exists and ``overwrite`` is not given, is not a folder, or is not a
-            checkpoint; or it is ``source``, in it or around it.
+        ValueError: ``out`` exists and ``overwrite`` is not given, is not a folder, is not a
+            checkpoint, or holds more than one, such as the ``checkpoint-*`` of a Trainer; or it is
+            ``source``, in it or around it.
     """
     out, source = out.resolve(), source.resolve()
     if out == source or out in source.parents or source in out.parents:
@@ -237,15 +281,24 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--out {out} exists; --overwrite replaces it")
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"--out {out} is not a checkpoint, so --overwrite does not replace it")
+    # The command itself leaves a report beside folders that it has copied from the source.
+    own = (out / "report.json").is_file()
+    folders = sorted(entry.name for entry in out.iterdir() if entry.is_dir())
+    if kept := [name for name in folders if _is_foreign(name) or not own]:
+        raise ValueError(
+            f"--out {out} holds more than a checkpoint, so --overwrite does not replace it: "
+            f"{', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}"
+        )
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
 
-    One rename makes it visible. With ``overwrite`` a folder that is there changes places with it in
-    the same step, and is removed after; where the system cannot do that, it is moved aside just
-    before. When the block fails, or the process is killed, nothing has changed.
+    All files are on the disk before one rename makes it visible. With ``overwrite`` a folder that
+    is there changes places with it in the same step, and is removed when that is on the disk too;
+    where the system cannot do that, it is moved aside just before. When the block fails, or the
+    process is killed, nothing has changed.
 
     Args:
         out: the folder to make; missing parents are made too.
@@ -261,12 +314,15 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _flush_all(partial)
         try:
             if overwrite and out.exists():
                 if _exchange(partial, out):
+                    flush(out.parent)
                     return
                 out.rename(former)
             partial.rename(out)
+            flush(out.parent)
         except BaseException:
             if former.exists() and not out.exists():
                 former.rename(out)
@@ -275,6 +331,15 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if out.exists():
             shutil.rmtree(former, ignore_errors=True)
+
+
+def _flush_all(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent) / name for name in files), Path(parent)):
+            # A file of somebody else that was there before may not be ours to open.
+            with suppress(PermissionError):
+                if not path.is_symlink():
+                    flush(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -320,10 +385,15 @@ def architecture(folder: Path) -> Any:
     """The class of the model of a checkpoint folder, which has ``from_pretrained``."""
     transformers = _transformers()
     config = _json(folder, "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} should be a JSON object, got {config!r}")
     if "quantization_config" in config:
         raise ValueError(f"{folder} is quantized: only float weights can be pruned")
-    names = config.get("architectures") or [None]
-    return getattr(transformers, str(names[0]), transformers.AutoModel)
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    kind = getattr(transformers, name, None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if known else transformers.AutoModel
 
 
 def names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
@@ -381,6 +451,11 @@ def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[st
         if not {name, bare} & known and any(re.search(pattern, name) for pattern in silent):
             unused.add(name)
     return frozenset(unused), frozenset(lost)
+
+
+def _is_foreign(name: str, others: Collection[str] = ()) -> bool:
+    """Whether a folder of this name holds somebody's work that is no part of a checkpoint."""
+    return name in {".git", *others} or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def _is_weights(name: str) -> bool:

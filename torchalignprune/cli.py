@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--nm", type=_n_of_m, metavar="N:M", help="aligned-nm: keep N of M (default: 2:4)"
     )
-    prune.add_argument("--seed", type=int, default=0, help="for random (default: 0)")
+    prune.add_argument("--seed", type=_seed, default=0, help="for random (default: 0)")
     prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     prune.add_argument(
         "--format",
@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the intervals (default: 0)")
+    evaluate.add_argument("--seed", type=_seed, default=0, help="of the intervals (default: 0)")
     evaluate.add_argument(
         "--out",
         nargs="+",
@@ -356,6 +356,7 @@ def _prune(options: argparse.Namespace) -> None:
     require_matplotlib()
     with _input():
         checkpoints.check_output(options.out, options.checkpoint, overwrite=options.overwrite)
+        checkpoints.check_other_files(options.checkpoint)
     torch.manual_seed(options.seed)
     stages = _Stages(
         [
@@ -527,6 +528,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             earlier = None
             if options.compare is not None and options.compare.is_file():
                 earlier = _earlier_report(options.compare)
+                _check_comparable(earlier, options, supervised, codes)
             models = [options.checkpoint]
             if options.compare is not None and earlier is None:
                 models.append(options.compare)
@@ -623,6 +625,30 @@ def _earlier_report(file: Path) -> ZeroShotReport:
         return ZeroShotReport.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--compare {file} is no evaluation: {error}") from error
+
+
+def _check_comparable(
+    earlier: ZeroShotReport,
+    options: argparse.Namespace,
+    supervised: str | None,
+    codes: Sequence[str],
+) -> None:
+    """What would come out only after the model has been evaluated."""
+    for what, own, theirs in (
+        ("task", options.task, earlier.task),
+        ("split", options.split, earlier.split),
+        ("supervised language", supervised, earlier.supervised),
+    ):
+        if theirs != own:
+            raise ValueError(
+                f"--compare {options.compare} should be an evaluation with the {what} {own}, got "
+                f"{theirs}"
+            )
+    if set(earlier.languages) != set(codes):
+        raise ValueError(
+            f"--compare {options.compare} should have the same languages, {', '.join(codes)}, got "
+            f"{', '.join(earlier.languages)}"
+        )
 
 
 def _legend(report: ZeroShotReport, compared: bool) -> str:
@@ -1020,6 +1046,12 @@ def _report_file(text: str) -> Path:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be at least 1, got {text}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"should be from 0 to below 2**64, got {text}")
     return int(text)
 
 

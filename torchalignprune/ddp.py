@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from torchalignprune.dtensors import local
 
-__all__ = ["check_same_masks", "ignore_masks", "keep_mask"]
+__all__ = ["check_same_masks", "digest", "ignore_masks", "keep_mask"]
 
 # The model that the hook was last ignored in, by the hook.
 _IGNORED: weakref.WeakKeyDictionary[object, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -100,8 +100,8 @@ def check_same_masks(
         if wrapper is not None and not wrapper._join_config.enable:
             numbers.setdefault(wrapper, []).append(number)
     for wrapper, own in numbers.items():
-        digests = torch.stack([_digest(local(masks[i])) for i in own])
-        if _same(_digest(digests)[None], wrapper).all():
+        digests = torch.stack([digest(local(masks[i])) for i in own])
+        if _same(digest(digests)[None], wrapper).all():
             continue
         wrong = [names[own[i]] for i in (~_same(digests, wrapper)).nonzero().flatten().tolist()]
         shown = ", ".join([*wrong[:3], *["..."] * (len(wrong) > 3)])
@@ -129,7 +129,7 @@ def _same(digests: Tensor, wrapper: DistributedDataParallel) -> Tensor:
     return most == ~least
 
 
-def _digest(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """A number, int64, that differs where bytes differ, but for one case in some 2**60.
 
     A sum of products with random numbers, of what 4096 words each come to, level by level. It is

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchalignprune.optimizers import OptimizerWatch, gradients
+from torchalignprune.dtensors import is_dtensor, like, local, own_part
+from torchalignprune.optimizers import OptimizerWatch, gradient_scale, gradients, overflowed
 from torchalignprune.parameters import Parameters, stored
 from torchalignprune.targets import Pair, Target, targets_of
 
@@ -84,10 +85,13 @@ class GradientCriterion(ABC):
         return [stored(*target.places[0]) for target in self.targets]
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if overflowed(optimizer):
+            return
         parameters = self.parameters()
         grads = gradients(optimizer, parameters)
         if all(grad is None for grad in grads):
             return
+        scale = gradient_scale(optimizer)
         rates = {
             id(p): float(group.get("lr", 1.0))
             for group in optimizer.param_groups
@@ -96,13 +100,16 @@ class GradientCriterion(ABC):
         for number, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
             if grad is None:
                 continue
-            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            dtype = _sum_dtype(parameter)
             total = self._sums[number]
             if total is None or total.device != parameter.device:
                 new = torch.zeros_like(parameter, dtype=dtype)
                 total = self._sums[number] = new if total is None else new.copy_(total)
             weight = self.restore(number, parameter.detach())
-            self.add(total, weight.to(dtype), grad.detach().to(dtype), rates[id(parameter)])
+            grad = grad.detach().to(dtype)
+            if scale != 1:
+                grad = grad / scale
+            self.add(total, weight.to(dtype), grad, rates[id(parameter)])
         self.steps += 1
 
     def scores(self) -> dict[Pair, Tensor]:
@@ -134,36 +141,72 @@ class GradientCriterion(ABC):
         self._watch.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, by the names of the parameters, and how many steps are in them."""
-        sums = {
-            target.name: total
-            for target, total in zip(self.targets, self._sums, strict=True)
-            if total is not None
+        """The sums, by the names of the parameters, and how many steps are in them.
+
+        Also for a parameter that has had no gradient yet, because a distributed checkpoint loads
+        only what the state already has.
+        """
+        found = list(zip(self.targets, self.parameters(), self._sums, strict=True))
+        return {
+            "criterion": type(self).__name__,
+            "steps": self.steps,
+            "without_gradient": [target.name for target, _, total in found if total is None],
+            "sums": {
+                target.name: torch.zeros_like(parameter.detach(), dtype=_sum_dtype(parameter))
+                if total is None
+                else total
+                for target, parameter, total in found
+            },
         }
-        return {"steps": self.steps, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: sums of other parameters, or of other shapes.
+            ValueError: a state of another criterion; sums that are missing, of other parameters, or
+                of other shapes.
         """
+        sums = self.checked_sums(state)
+        self._sums, self.steps = sums, int(state["steps"])
+
+    def checked_sums(self, state: Mapping[str, Any]) -> list[Tensor | None]:
+        """Copies of the sums in a state, which is looked at and not taken up.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        expected = {"criterion", "steps", "without_gradient", "sums"}
+        if set(state) != expected:
+            raise ValueError(
+                f"the state of the criterion should have {sorted(expected)}, got {sorted(state)}"
+            )
+        if state["criterion"] != type(self).__name__:
+            raise ValueError(
+                f"the state should be of the criterion {type(self).__name__}, got "
+                f"{state['criterion']}"
+            )
         names = {target.name for target in self.targets}
-        sums = state["sums"]
-        if unknown := sorted(set(sums) - names):
+        if unknown := sorted(set(state["sums"]) - names):
             raise ValueError(f"the criterion has no parameter {unknown[0]}, which the state has")
-        parameters = self.parameters()
-        for target, parameter in zip(self.targets, parameters, strict=True):
-            if target.name in sums and sums[target.name].shape != parameter.shape:
+        if missing := sorted(names - set(state["sums"])):
+            raise ValueError(f"the state of the criterion lacks the sums of {missing[0]}")
+        sums: list[Tensor | None] = []
+        for target, parameter in zip(self.targets, self.parameters(), strict=True):
+            total = state["sums"][target.name]
+            if total.shape != parameter.shape:
                 raise ValueError(
                     f"the sums of {target.name} should have shape {tuple(parameter.shape)}, got "
-                    f"{tuple(sums[target.name].shape)}"
+                    f"{tuple(total.shape)}"
                 )
-        self._sums = [
-            sums[t.name].to(p.device, copy=True) if t.name in sums else None
-            for t, p in zip(self.targets, parameters, strict=True)
-        ]
-        self.steps = int(state["steps"])
+            own = own_part(total, parameter, f"the sums of {target.name}")
+            own = own.to(local(parameter).device, copy=True)
+            known = target.name not in state["without_gradient"]
+            sums.append((like(parameter, own) if is_dtensor(parameter) else own) if known else None)
+        return sums
+
+
+def _sum_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 class Taylor(GradientCriterion):

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchalignprune.ddp import ignore_masks
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruner import Pruner
 from torchalignprune.state_files import load_state, save_state
@@ -67,6 +68,7 @@ _FILE = "pruner.safetensors"
 _TRAINER_STATE = "trainer_state.json"
 _SENTINEL = "checkpoint-is-incomplete.txt"  # of the Trainer's enable_jit_checkpoint
 _VERSION = 1
+_DELAY = "TrainingArguments(eval_delay=n) lets only checkpoints from step n on be the best."
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -81,10 +83,12 @@ class PruningCallback(TrainerCallback, ExportableState):
     pruner are made as for the first start, so that the names fit. With PEFT, whose checkpoints
     have the adapters only, the masks are in ``pruner.safetensors`` too.
 
-    A run that has taken its last step is not to be resumed: the Trainer would take one more.
+    A run that has taken its last step is not resumed, because the Trainer would take one more: its
+    model is in the checkpoint.
 
     With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
     was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best.
+    With PEFT the adapters are those of the best checkpoint then, and the masks those of the end.
 
     Args:
         pruner: made from the parameters of the model that the Trainer trains.
@@ -92,8 +96,9 @@ class PruningCallback(TrainerCallback, ExportableState):
     Raises:
         TypeError: not a Pruner.
         ValueError: when training begins: the pruner is finished, or of another model; a setup that
-            this does not work with (FSDP, DeepSpeed, ``torch.nn.DataParallel``); a checkpoint
-            without the pruner's state, or with one that does not fit.
+            this does not work with (FSDP, DeepSpeed, tensor parallelism,
+            ``torch.nn.DataParallel``); a checkpoint without the pruner's state, with one that does
+            not fit, or of a run that has taken its last step.
 
     Example:
         >>> import tempfile, torch, transformers, torchalignprune as tap
@@ -148,7 +153,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._keep_masks_home(trainer.model_wrapped)
         if state.global_step > 0:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self._resume(own if folder is None else Path(folder), state.global_step)
+            own = own if folder is None else Path(folder)
+            if state.global_step >= state.max_steps:
+                raise ValueError(
+                    f"{own} is of step {state.global_step} of {state.max_steps}, the last one: its "
+                    "model is the one that the run ends with, and the Trainer would train it for "
+                    "one more step. Load that, or raise max_steps or num_train_epochs to go on"
+                )
+            self._resume(own, state.global_step)
         self._args, self._state, self._model = args, state, model
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -162,17 +174,34 @@ class PruningCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._args = self._state = self._model = None
-        if not args.load_best_model_at_end:
+        model, self._args, self._state, self._model = self._model, None, None, None
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        if hasattr(model, "peft_config"):
+            self._compare_with_best(Path(state.best_model_checkpoint))
             return
         sparsity, target = self.pruner.sparsity(), self.pruner.log()["pruning/target_sparsity"]
         if sparsity < target - 1e-3:
             warnings.warn(
                 f"load_best_model_at_end has loaded {state.best_model_checkpoint}, which was saved "
-                f"at a sparsity of {sparsity:.4g}; the training ended at {target:.4g}. "
-                "TrainingArguments(eval_delay=n) lets only checkpoints from step n on be the best.",
+                f"at a sparsity of {sparsity:.4g}; the training ended at {target:.4g}. {_DELAY}",
                 UserWarning,
                 stacklevel=2,
+            )
+
+    def _compare_with_best(self, best: Path) -> None:
+        """The checkpoints of PEFT have adapters only, so that the masks are still those of now."""
+        if not (best / _FILE).is_file():
+            return
+        there, here = load_state(best / _FILE)["pruner"], self.pruner.state_dict()
+        if (there["pruned"], there["masks"]) != (here["pruned"], here["masks"]):
+            size = sum(target.weight.numel() for target in targets_of(self.pruner.params))
+            warnings.warn(
+                f"load_best_model_at_end has loaded the adapters of {best}, which were trained "
+                f"with other masks, at a sparsity of {sum(there['pruned'].values()) / size:.4g}; "
+                f"the masks are those of the end, at {self.pruner.sparsity():.4g}. {_DELAY}",
+                UserWarning,
+                stacklevel=3,
             )
 
     def state(self) -> dict[str, Any]:
@@ -196,6 +225,12 @@ class PruningCallback(TrainerCallback, ExportableState):
                 raise ValueError(
                     f"{paths[module]}.{name} is not trained: PEFT's modules_to_save has a copy of "
                     "it trained instead. Leave it out of the pruner's parameters"
+                )
+            if is_dtensor(stored(module, name)):
+                raise ValueError(
+                    f"{paths[module]}.{name} is a DTensor: the Trainer saves checkpoints on one "
+                    "rank, and the pruner's state takes all of them. Use a training loop of your "
+                    "own for sharded models, with torch.distributed.checkpoint"
                 )
 
     def _keep_masks_home(self, wrapped: nn.Module) -> None:
@@ -237,18 +272,21 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
         try:
             if "masks" in state:
+                self._check_masks(state["masks"])
+                self.pruner.check_state(state["pruner"], state["masks"])
                 self._load_masks(state["masks"])
             self.pruner.load_state_dict(state["pruner"])
         except ValueError as error:
             raise ValueError(f"{path} does not fit the pruner: {error}") from error
 
-    @torch.no_grad()
-    def _load_masks(self, masks: dict[str, Tensor]) -> None:
-        targets = targets_of(self.pruner.params)
-        for target in targets:
+    def _check_masks(self, masks: dict[str, Tensor]) -> None:
+        for target in targets_of(self.pruner.params):
             if target.name not in masks or masks[target.name].shape != target.weight.shape:
                 raise ValueError(f"it has no mask of the shape of {target.name}")
-        for target in targets:
+
+    @torch.no_grad()
+    def _load_masks(self, masks: dict[str, Tensor]) -> None:
+        for target in targets_of(self.pruner.params):
             assert target.mask is not None
             target.mask.copy_(masks[target.name])
             target.weight.masked_fill_(~target.mask, 0)
@@ -404,11 +442,19 @@ def merge_lora(model: Any, pruner: Pruner) -> Any:
 
     Args:
         model: a ``peft.PeftModel`` with LoRA adapters on pruned weights.
-        pruner: of the base model's parameters.
+        pruner: of the base model's parameters; not finished.
 
     Returns:
         The base model, an ordinary one, as ``model.merge_and_unload()`` returns it.
+
+    Raises:
+        ValueError: the pruner is finished.
     """
+    if pruner.finished:
+        raise ValueError(
+            "pruner should not be finished: finalize() has taken the masks away that the merged "
+            "weights are to be pruned by. Call merge_lora in its place"
+        )
     masks = [(module, name, mask_of(module, name)) for module, name in pruner.params]
     pruner.finalize()
     merged = model.merge_and_unload()
@@ -465,16 +511,15 @@ def _is_complete(folder: Path) -> bool:
         return False
     try:
         state = load_state(folder / _FILE)
-        if (
-            json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"]
-            != state["global_step"]
-        ):
+        step = json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"]
+        names = {str(name) for name in state["files"]}
+        ranks = range(state["world_size"])
+        if step != state["global_step"]:
             return False
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return False
-    names = set(state["files"])
     if any(name.startswith("rng_state_") for name in names):
-        names |= {f"rng_state_{rank}.pth" for rank in range(state["world_size"])}
+        names |= {f"rng_state_{rank}.pth" for rank in ranks}
     return all(_is_readable(folder / name) for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,11 @@ class Limits:
         for which in ("max_layer_sparsity", "min_layer_sparsity"):
             given = getattr(self, which)
             for value in given.values() if isinstance(given, Mapping) else [given]:
-                if not 0 <= value <= 1:
+                if not isinstance(value, numbers.Real):
+                    raise TypeError(
+                        f"{which} should be a number, or numbers by patterns, got {value!r}"
+                    )
+                if not 0 <= float(value) <= 1:
                     raise ValueError(f"{which} should be in [0, 1], got {value}")
 
     def check(self, names: Sequence[str]) -> None:

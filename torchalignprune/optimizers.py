@@ -30,7 +30,8 @@ class OptimizerWatch:
         before_step: called with the optimizer before each of its steps, when the gradients are
             complete, unscaled and clipped.
         after_step: called after the first step of each optimizer, and after the first one since
-            :meth:`look_again`; when it returns True, after the next one too.
+            :meth:`look_again`; when it returns True, or the step could move nothing (a learning
+            rate of 0, gradients that overflowed), after the next one too.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class OptimizerWatch:
         call = None if self._after_step is None else self._after_step()
         if call is not None:
             with torch.no_grad():
-                if call():
+                if call() or overflowed(optimizer) or _rests(optimizer):
                     return
         self._settled.add(optimizer)
 
@@ -119,7 +120,25 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def gradients(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients that the optimizer is about to use, None for parameters that it does not have
-    or that have none."""
+    """The gradients that the optimizer is about to use, times its :func:`gradient_scale`; None for
+    parameters that it does not have or that have none."""
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [p.grad if id(p) in own else None for p in parameters]
+
+
+def gradient_scale(optimizer: Optimizer) -> float:
+    """What a GradScaler has left in the gradients, which a fused optimizer takes out itself."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has found gradients that are not finite: a fused optimizer is called
+    all the same, and skips its step by itself."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _rests(optimizer: Optimizer) -> bool:
+    """Whether there are parameters with a learning rate of 0, as when a warm-up begins."""
+    return any(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)

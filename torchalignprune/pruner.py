@@ -78,10 +78,9 @@ class Pruner:
             schedule asks for so much overall; likewise. These three go with the budgets
             ``"global"`` and ``"layer"``.
         regrow: let pruned entries come back. They keep the values that they had when they were
-            pruned (apart, as much memory as they take; as much as its part if the parameter is
-            sharded); each pruning step ranks all entries anew,
-            and gradients that reach a ``criterion`` are those of pruned entries too. ``True``:
-            whenever the schedule's value has changed; a number: also every so many steps.
+            pruned (apart, in as much memory as the parameters take); each pruning step ranks all
+            entries anew, and gradients that reach a ``criterion`` are those of pruned entries too.
+            ``True``: whenever the schedule's value has changed; a number: also every so many steps.
 
     Raises:
         TypeError: an argument of the wrong type; a method that is not one of this package.
@@ -178,9 +177,9 @@ class Pruner:
                 f"with a criterion, which needs training, the schedule should begin with 0, got "
                 f"{self._target}"
             )
-        # The values of pruned entries in their order, where they may come back. Those of a sharded
-        # parameter are in a DTensor of its layout with zeros elsewhere, which a distributed
-        # checkpoint can save and spread over another number of ranks.
+        # The values of pruned entries, where they may come back, in tensors of the parameters'
+        # shapes and layouts with zeros elsewhere: a distributed checkpoint can load only what has
+        # the shape of what is there, and spreads it over another number of ranks.
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
         self._final_sparsity = 0.0
@@ -342,14 +341,17 @@ class Pruner:
 
         Returns:
             A nested dict of numbers, strings and tensors. The masks are not in it: they are in the
-            model's state, and how many entries they prune is here to check them by.
+            model's state, and how many entries they prune and, unless they are sharded, a digest
+            of them are here to check them by.
         """
+        targets = targets_of(self.params)
         state: dict[str, Any] = {
             "version": _VERSION,
             "method": type(self._method).__name__,
             "step": self._step,
             "target_sparsity": self._target,
-            "pruned": self._pruned(),
+            "pruned": _counts(targets),
+            "masks": _mask_digest(targets),
         }
         if self.criterion is not None:
             state["criterion"] = self.criterion.state_dict()
@@ -375,6 +377,35 @@ class Pruner:
             ValueError: a state of other parameters or options, or masks in the model that are not
                 those of the state.
         """
+        self.check_state(state)
+        left = self._loaded_left(state)
+        if self.criterion is not None:
+            self.criterion.load_state_dict(state["criterion"])
+        if self.penalty is not None:
+            self.penalty.load_state_dict(state["penalty"])
+            if isinstance(self.penalty, CosineAlignment):
+                self.penalty.load_matching_state(state["matching"])
+        self._left = left
+        if "generator" in state:
+            self._method.generator.set_state(state["generator"].cpu())  # type: ignore[attr-defined]
+        self._step = int(state["step"])
+        self._target = float(state["target_sparsity"])
+        self._clear()
+        self._watch.look_again()
+
+    def check_state(
+        self, state: Mapping[str, Any], masks: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Whether :meth:`load_state_dict` would take a state, without taking it.
+
+        Args:
+            state: as for :meth:`load_state_dict`.
+            masks: those that the model is going to have, by the names of the parameters. Default:
+                those that it has.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
         self._check_unfinished()
         expected = self.state_dict()
         if state.get("version") != _VERSION:
@@ -391,25 +422,31 @@ class Pruner:
         if set(state["pruned"]) != set(self._names):
             other = sorted(set(state["pruned"]) ^ set(self._names))
             raise ValueError(f"the state should be of the same parameters; not in both: {other}")
-        for name, count in expected["pruned"].items():
+        targets = targets_of(self.params)
+        if masks is not None:
+            targets = [replace(target, mask=masks[target.name]) for target in targets]
+        for name, count in _counts(targets).items():
             if state["pruned"][name] != count:
                 raise ValueError(
                     f"{name} has {count} pruned entries, and {state['pruned'][name]} in the state: "
                     "load the model's state_dict that was saved with it first"
                 )
-        left = self._loaded_left(state)
+        digest = _mask_digest(targets)
+        if None not in (digest, state["masks"]) and digest != state["masks"]:
+            raise ValueError(
+                "the model's masks prune other entries than those that the state was saved with: "
+                "load the model's state_dict that was saved with it first"
+            )
+        self._loaded_left(state)
         if self.criterion is not None:
-            self.criterion.load_state_dict(state["criterion"])
+            self.criterion.checked_sums(state["criterion"])
         if self.penalty is not None:
-            self.penalty.load_state_dict(state["penalty"])
+            _check_tensors(state["penalty"], expected["penalty"], "the state of the penalty")
             if isinstance(self.penalty, CosineAlignment):
-                self.penalty.load_matching_state(state["matching"])
-        self._left = left
+                self.penalty.checked_indices(state["matching"])
         if "generator" in state:
-            self._method.generator.set_state(state["generator"])  # type: ignore[attr-defined]
-        self._step = int(state["step"])
-        self._target = float(state["target_sparsity"])
-        self._clear()
+            found, own = ({"generator": each["generator"]} for each in (state, expected))
+            _check_tensors(found, own, "the state")
 
     def finalize(self) -> None:
         """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
@@ -473,11 +510,8 @@ class Pruner:
         if self.regrow:
             for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
                 weight = target.weight
-                self._left[number] = (
-                    like(weight, local(weight).masked_fill(local(mask), 0))
-                    if is_dtensor(weight)
-                    else weight[~mask]
-                )
+                gone = local(weight.detach()).masked_fill(local(mask), 0)
+                self._left[number] = like(weight, gone) if is_dtensor(weight) else gone
                 local(parameters[number].detach()).copy_(local(weight))
         shown = [
             (module, name, mask)
@@ -528,10 +562,10 @@ class Pruner:
         mask = mask_of(*self._places[number][0])
         if left is None or mask is None:
             return weight.clone()
-        if is_dtensor(weight):
-            part = local(weight)
-            return like(weight, torch.where(local(mask) == 0, local(left).to(part.device), part))
-        return weight.masked_scatter(mask == 0, left.to(weight.device))
+        part = local(weight)
+        # The model may have been moved or converted since.
+        whole = torch.where(local(mask) == 0, local(left).to(part), part)
+        return like(weight, whole) if is_dtensor(weight) else whole
 
     def _loaded_left(self, state: Mapping[str, Any]) -> list[Tensor | None]:
         if not self.regrow:
@@ -539,20 +573,15 @@ class Pruner:
         left: list[Tensor | None] = []
         for name, places in zip(self._names, self._places, strict=True):
             weight = stored(*places[0])
-            values, count = state["left"].get(name), state["pruned"][name]
-            if is_dtensor(weight):
-                if values is None or values.shape != weight.shape:
-                    raise ValueError(
-                        f"the state lacks the values that {name} may take back, a tensor of shape "
-                        f"{tuple(weight.shape)} as it is in the state of a sharded parameter"
-                    )
-                part = own_part(values, weight, f"what {name} may take back")
-                values = like(weight, part.to(local(weight).device, copy=True))
-            elif values is None or values.numel() != count:
-                raise ValueError(f"the state lacks the {count} values that {name} may take back")
-            else:
-                values = values.to(weight.device, copy=True)
-            left.append(values)
+            values = state["left"].get(name)
+            if values is None or values.shape != weight.shape:
+                raise ValueError(
+                    f"the state lacks the values that {name} may take back, a tensor of shape "
+                    f"{tuple(weight.shape)}"
+                )
+            part = own_part(values, weight, f"what {name} may take back")
+            part = part.to(local(weight).device, copy=True)
+            left.append(like(weight, part) if is_dtensor(weight) else part)
         return left
 
     def _mask_gradients(self, optimizer: Optimizer) -> None:
@@ -561,12 +590,6 @@ class Pruner:
             grad, mask = stored(*places[0]).grad, mask_of(*places[0])
             if grad is not None and mask is not None:
                 local(grad).masked_fill_(local(mask) == 0, 0)
-
-    def _pruned(self) -> dict[str, int]:
-        return {
-            target.name: target.weight.numel() - target.remaining()
-            for target in targets_of(self.params)
-        }
 
 
 def _made(
@@ -598,3 +621,28 @@ def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
         torch.ones_like(target.weight, dtype=torch.bool) if target.mask is None else target.mask
         for target in targets
     ]
+
+
+def _counts(targets: Sequence[Target]) -> dict[str, int]:
+    """How many entries of each parameter are pruned."""
+    return {target.name: target.weight.numel() - target.remaining() for target in targets}
+
+
+def _mask_digest(targets: Sequence[Target]) -> int | None:
+    """A number that tells masks apart; None of sharded ones, of which each rank has other parts."""
+    masks = [target.mask for target in targets]
+    if any(mask is None or is_dtensor(mask) for mask in masks):
+        return None
+    digests = [ddp.digest(mask != 0).cpu() for mask in masks if mask is not None]
+    return int(ddp.digest(torch.stack(digests))) if digests else None
+
+
+def _check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    if set(found) != set(expected):
+        raise ValueError(f"{what} should have {sorted(expected)}, got {sorted(found)}")
+    for name, own in expected.items():
+        if isinstance(own, Tensor) and getattr(found[name], "shape", None) != own.shape:
+            raise ValueError(
+                f"{what} should have a tensor of shape {tuple(own.shape)} as {name}, got "
+                f"{found[name]!r}"
+            )

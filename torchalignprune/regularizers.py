@@ -406,25 +406,69 @@ class CosineAlignment(_Penalty):
 
     def matching_state(self) -> dict[str, Any]:
         """Which reference units are compared with which now, and how many calls there were: what a
-        resumed run needs to go on the same."""
-        pairs = zip(self._targets, self._indices, strict=True)
-        indices = {target.name: index for target, index in pairs if index is not None}
+        resumed run needs to go on the same.
+
+        Before the first matching each unit goes with its own, because a distributed checkpoint
+        loads only what the state already has.
+        """
+        indices = {}
+        for number, units in self._matched_units().items():
+            target, index = self._targets[number], self._indices[number]
+            device = stored(*target.places[0]).device
+            indices[target.name] = torch.arange(units, device=device) if index is None else index
         return {"calls": self._calls, "indices": indices}
 
     def load_matching_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`matching_state` was taken."""
-        self._calls = int(state["calls"])
-        for number, target in enumerate(self._targets):
-            index = state["indices"].get(target.name)
-            weight = stored(*target.places[0])
-            self._indices[number] = None if index is None else index.to(weight.device)
+        """Go on where :meth:`matching_state` was taken.
+
+        Raises:
+            ValueError: indices that are missing, of other parameters or of other shapes.
+        """
+        indices = self.checked_indices(state)
+        self._indices, self._calls = indices, int(state["calls"])
+
+    def checked_indices(self, state: Mapping[str, Any]) -> list[Tensor | None]:
+        """Copies of the indices in a state, which is looked at and not taken up.
+
+        Raises:
+            ValueError: as :meth:`load_matching_state`.
+        """
+        if set(state) != {"calls", "indices"}:
+            raise ValueError(
+                f"the state of a matching should have ['calls', 'indices'], got {sorted(state)}"
+            )
+        matched = self._matched_units()
+        names = {self._targets[number].name for number in matched}
+        if set(state["indices"]) != names:
+            other = sorted(set(state["indices"]) ^ names)
+            raise ValueError(f"the matching should be of the same parameters; not in both: {other}")
+        indices: list[Tensor | None] = [None] * len(self._targets)
+        for number, units in matched.items():
+            target = self._targets[number]
+            index = state["indices"][target.name]
+            if index.shape != (units,):
+                raise ValueError(
+                    f"the matching of {target.name} should have shape {(units,)}, got "
+                    f"{tuple(index.shape)}"
+                )
+            indices[number] = index.to(stored(*target.places[0]).device, copy=True)
+        return indices
+
+    def _matched_units(self) -> dict[int, int]:
+        """How many units each parameter has whose units are matched."""
+        if self.matching is None:
+            return {}
+        return {
+            number: target.weight.shape[self._sides(target)[0]]
+            for number, target in enumerate(self._targets)
+            if target.weight.dim() >= 2
+        }
 
     @torch.no_grad()
     def _match(self, method: Literal["greedy", "hungarian"]) -> None:
-        for number, target in enumerate(self._targets):
+        for number in self._matched_units():
+            target = self._targets[number]
             weight, mask = stored(*target.places[0]), mask_of(*target.places[0])
-            if weight.dim() < 2:
-                continue
             (dim,) = self._sides(target)
             if is_dtensor(weight):
                 raise ValueError(_NO_MATCHING.format(target.name))

@@ -21,8 +21,10 @@ from torchalignprune.checkpoints import (
     names_in_model,
     new_folder,
     quiet_transformers,
+    same_bits,
     save_pretrained,
 )
+from torchalignprune.dtensors import is_dtensor
 from torchalignprune.hooks import put_masks
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruned_files import (
@@ -41,6 +43,10 @@ __all__ = ["load_pruned", "save_pruned", "write_pruned"]
 Format = Literal["dense", "bitmask"]
 
 _LISTED = 10  # of what does not fit, so many are named
+_MADE = (
+    "is no parameter or buffer, but made by the model for its state (as by get_extra_state), so "
+    "that load_pruned cannot put it back"
+)
 
 
 def save_pruned(
@@ -87,7 +93,8 @@ def save_pruned(
         ValueError: another format or size; a mask that is not 0 and 1; weights on the meta device;
             for ``"dense"``, tied weights of which only some are pruned; a quantized model, or one
             with adapters.
-        TypeError: something in the model's state that is no tensor, or a sharded or sparse one.
+        TypeError: something in the model's state that is no tensor, or a sharded or sparse one, or
+            no parameter or buffer (``get_extra_state``).
         ImportError: safetensors is not installed.
 
     Example:
@@ -121,9 +128,9 @@ def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: 
 
     Into a model it goes in place: parameters stay the same objects. They get hooks and masks where
     the folder has a model that is still being pruned, lose them where it has not, and are tied
-    where they were. The model has to have the same names, shapes and dtypes; an error changes
-    nothing of it. Of a class of transformers a new model is made from the config in the folder,
-    in ``eval`` mode, as ``from_pretrained`` does; no network is used.
+    where they were. The model has to have the same names, shapes and dtypes, and is not to be
+    sharded; an error changes nothing of it. Of a class of transformers a new model is made from
+    the config in the folder, in ``eval`` mode, as ``from_pretrained`` does; no network is used.
 
     The files are mapped into memory, and one tensor at a time is unpacked.
 
@@ -200,18 +207,26 @@ def verify_pruned(model: nn.Module, folder: Path) -> None:
     files = PrunedFiles(folder)
     for name, tensor in model.state_dict().items():
         again = files[name] if name in files else tensor.new_empty(0)
-        if not (torch.equal(again, tensor) and torch.equal(again.signbit(), tensor.signbit())):
+        if not same_bits(again, tensor):
             raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """:func:`torchalignprune.checkpoints.load_checkpoint` of a folder in the format ``"bitmask"``.
 
+    Of a model that is still being pruned the zeros are made permanent, as they are in all others.
+
     Raises:
         ValueError: it is damaged, or not from a model of transformers.
         ImportError: transformers or safetensors is not installed.
     """
     model = load_pruned(architecture(folder), folder)
+    for module, name in [_place(model, name) for name in _pruned(model)]:
+        mask = mask_of(module, name)
+        assert mask is not None
+        with torch.no_grad():  # not -0.0, as remove leaves it
+            stored(module, name).masked_fill_(mask == 0, 0)
+        prune.remove(module, name)
     return Checkpoint(folder, model, frozenset(), frozenset(), frozenset())
 
 
@@ -233,8 +248,11 @@ class _State:
         self.tied: dict[str, str] = {}
         first: dict[int, str] = {}
         state = model.state_dict(keep_vars=True)
+        own = _own_tensors(model)
         for name, tensor in state.items():
             _check_tensor(name, tensor)
+            if id(tensor) not in own:
+                raise TypeError(f"{name} {_MADE}")
             known = first.setdefault(id(tensor), name)
             if known != name:
                 self.tied[name] = known
@@ -399,6 +417,7 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
         if not set(state) - ignored <= set(keys):
             keys = names_in_model(files.path, keys)
     problems = []
+    own = _own_tensors(model)
     loaded = {id(tensor) for name, tensor in state.items() if name in keys}
     for name, tensor in state.items():
         if name not in keys:
@@ -408,6 +427,16 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
         shape, dtype = files.shape(keys[name]), files.dtype(keys[name])
         if not isinstance(tensor, Tensor):
             problems.append(f"{name}: is no tensor in the model")
+        elif id(tensor) not in own:
+            problems.append(f"{name}: {_MADE}")
+        elif is_lazy(tensor):
+            problems.append(f"{name}: has no shape in the model yet: run a forward first")
+        elif is_dtensor(tensor):
+            problems.append(f"{name}: is a DTensor: load into the model before it is sharded")
+        elif tensor.layout != torch.strided:
+            problems.append(f"{name}: is a {tensor.layout} tensor in the model, not a dense one")
+        elif _is_expanded(tensor):
+            problems.append(f"{name}: is expanded in the model, so that its entries share memory")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name}: should have shape {tuple(tensor.shape)}, got {shape}")
         elif tensor.dtype != dtype:
@@ -463,6 +492,15 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
         state[name] = state.pop(f"{name}_orig")
         del state[f"{name}_mask"]
     return state
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(size > 1 and step == 0 for size, step in sides)
+
+
+def _own_tensors(model: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
 
 def _pruned(model: nn.Module) -> Iterator[str]:

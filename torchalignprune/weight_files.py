@@ -26,6 +26,7 @@ __all__ = [
     "StoredTensors",
     "WeightFiles",
     "find_weights",
+    "flush",
     "plain_names",
     "write_tensors",
 ]
@@ -117,10 +118,16 @@ class WeightFiles(StoredTensors):
         self.metadata: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
         self._mapped: weakref.WeakValueDictionary[Path, mmap.mmap] = weakref.WeakValueDictionary()
-        for file in _files(self.path):
+        files, listed = _files(self.path)
+        for file in files:
             places, metadata = _header(file)
-            self._places |= places
+            # Where the index says that a tensor is in another file, this one has an old one.
+            self._places |= {n: place for n, place in places.items() if listed.get(n, file) == file}
             self.metadata |= metadata
+        if missing := sorted(set(listed) - set(self._places)):
+            raise ValueError(
+                f"{listed[missing[0]]} lacks {missing[0]}, which is in it by the index of {path}"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
@@ -274,6 +281,7 @@ def write_tensors(
         ImportError: safetensors is not installed.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(
@@ -292,40 +300,52 @@ def write_tensors(
             metadata=dict(metadata),
         )
         partial.chmod(mode)  # some versions of safetensors make files that nobody else may read
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
+    except SafetensorError as error:  # as when the disk is full
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Makes sure that a file, or the names in a folder, are on the disk."""
     if path.is_dir() and sys.platform == "win32":  # which opens no folders
         return
-    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
         os.close(opened)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of a checkpoint, and by its index, if it has one, the file of each tensor."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
         if (path / _WEIGHTS).is_file():
-            return [path / _WEIGHTS]
+            return [path / _WEIGHTS], {}
         if not (path / _INDEX).is_file():
             raise ValueError(f"{path} has neither {_WEIGHTS} nor {_INDEX}")
         path = path / _INDEX
     if not path.name.endswith(".index.json"):
-        return [path]
+        return [path], {}
     try:
-        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the index of a checkpoint: {error!r}") from error
-    return [path.parent / shard for shard in sorted(shards)]
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise ValueError(
+                f"{path} is not the index of a checkpoint: the file of {name} should be one beside "
+                f"it, got {shard!r}"
+            )
+    return (
+        [path.parent / shard for shard in sorted(set(shards.values()))],
+        {name: path.parent / shard for name, shard in shards.items()},
+    )
 
 
 def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:

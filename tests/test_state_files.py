@@ -104,7 +104,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="is not a state that save_state has written"):
         load_state(path)
-    for tree in ("[1]", "{", '{"a": {"__tensor__": "b"}}'):
+    for tree in (
+        "[1]",
+        "{",
+        '{"a": {"__tensor__": "b"}}',
+        '{"a": {"__tensor__": [1]}}',
+        "[" * 10**5,
+    ):
         save_file({"a": torch.ones(2)}, path, metadata={"state": tree})
         with pytest.raises(ValueError, match="is not a state that save_state has written"):
             load_state(path)

@@ -191,7 +191,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how: dense, for from_pretrained, or one bit a weight and the values that remain "
         "(default: dense)",
     )
-    prune.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    prune.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace DIR if it exists and is a checkpoint, without others in it",
+    )
     prune.add_argument("--json", action="store_true", help="print the report as JSON, nothing else")
     prune.set_defaults(run=_prune)
 

@@ -57,7 +57,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     files = WeightFiles(path)
     try:
         state = _put_together(json.loads(files.metadata[_STATE]), files)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a state that save_state has written") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a state that save_state has written")

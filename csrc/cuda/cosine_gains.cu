@@ -127,6 +127,7 @@ __device__ __forceinline__ uint8_t mask_at(const CosineGains& call, int64_t row,
   const int64_t offset = offset_of(call.mask, row * call.row_size + position);
   return static_cast<const uint8_t*>(call.mask.data)[offset];
 }
+
 __device__ __forceinline__ bool is_candidate(
     const CosineGains& call, int64_t row, int64_t position) {
   return mask_at(call, row, position) != 0;

@@ -1,7 +1,8 @@
 """Criteria that look at the gradients of a training run, for a :class:`torchalignprune.Pruner`.
 
 They watch the optimizers: right before each step they read the gradients that the step is about to
-use, complete over accumulation, unscaled and clipped. So they cost no extra backward.
+use, complete over accumulation, unscaled and clipped. So they cost no extra backward. An optimizer
+that makes its gradients within its step, from a closure, as LBFGS does, shows them none.
 
     >>> import torch, torchalignprune as tap
     >>> layer = torch.nn.Linear(4, 4)

@@ -133,23 +133,20 @@ def test_trainer_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         1: "weather",
     }
 
+    def resume(message: str) -> None:
+        again = launch("trainer_pruning.py", *arguments, "--resume")
+        assert again.returncode == 0, again.stderr
+        assert message in again.stdout
+        assert json.loads(again.stdout.splitlines()[-1]) == figures
+        resumed = load_file(out / "pruned" / "model.safetensors")
+        assert all(torch.equal(resumed[name], w) for name, w in weights.items())
+
     # The run was killed while it saved its last checkpoint, and goes on from the one before.
     (out / "checkpoint-6" / "trainer_state.json").unlink()
-    again = launch("trainer_pruning.py", *arguments, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert f"resuming from {out / 'checkpoint-4'}" in again.stdout
-    assert json.loads(again.stdout.splitlines()[-1]) == figures
-    resumed = load_file(out / "pruned" / "model.safetensors")
-    assert all(torch.equal(resumed[name], w) for name, w in weights.items())
-
+    resume(f"resuming from {out / 'checkpoint-4'}")
     # It was killed after its last checkpoint.
     shutil.rmtree(out / "pruned")
-    again = launch("trainer_pruning.py", *arguments, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert f"come to its end in {out / 'checkpoint-6'}" in again.stdout
-    assert json.loads(again.stdout.splitlines()[-1]) == figures
-    resumed = load_file(out / "pruned" / "model.safetensors")
-    assert all(torch.equal(resumed[name], w) for name, w in weights.items())
+    resume(f"come to its end in {out / 'checkpoint-6'}")
 
 
 @pytest.mark.slow

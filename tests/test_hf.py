@@ -468,16 +468,18 @@ class Metric:
         return {"score": self.values.pop(0)}
 
 
+BEST_OF_EVERY_SECOND = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+}
+
+
 def test_the_best_model_may_be_less_sparse(tmp_path: Path) -> None:
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "score",
-        "save_total_limit": 2,
-    }
+    options = {**BEST_OF_EVERY_SECOND, "save_total_limit": 2}
     trainer, pruner = plain_trainer(tmp_path / "a", **options)
     trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
     with pytest.warns(UserWarning, match=r"checkpoint-4, which was saved at a sparsity of 0\.56"):
@@ -769,22 +771,14 @@ def test_lora_on_a_pruned_model(sparsity: float, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_best_adapters_may_be_of_other_masks(tmp_path: Path) -> None:
     """The checkpoints of PEFT have no masks that could be loaded with them."""
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "score",
-    }
-    trainer, _ = plain_trainer(tmp_path / "a", *with_lora(cubic()), **options)
+    trainer, _ = plain_trainer(tmp_path / "a", *with_lora(cubic()), **BEST_OF_EVERY_SECOND)
     trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
     with pytest.warns(
         UserWarning,
         match=r"adapters of .*checkpoint-4, which .* at a sparsity of 0\.56.* at 0\.6001\. ",
     ):
         trainer.train()
-    trainer, _ = plain_trainer(tmp_path / "b", *with_lora(cubic()), **options)
+    trainer, _ = plain_trainer(tmp_path / "b", *with_lora(cubic()), **BEST_OF_EVERY_SECOND)
     trainer.compute_metrics = Metric(0.1, 0.2, 0.9, 0.3)  # step 6, since when nothing was pruned
     trainer.train()
 

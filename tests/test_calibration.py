@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -679,6 +679,26 @@ def test_bad_files(tmp_path: Path) -> None:
         Calibration.load(file, params)
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "none", params)
+
+
+def test_a_file_that_is_there_is_kept_when_saving_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    params = prunable_parameters(model)
+    calibration = Calibration.collect(model, [torch.randn(4, 3)], params)
+    file = tmp_path / "file"
+    calibration.save(file)
+    before = file.read_bytes()
+
+    def full(tensors: Any, path: Path, **kwargs: Any) -> None:
+        path.write_bytes(b"the first bytes of it")
+        raise SafetensorError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("safetensors.torch.save_file", full)
+        calibration.save(file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_bad_statistics() -> None:

@@ -21,6 +21,7 @@ from torchalignprune.parameters import (
     stored,
     unit_dimension,
 )
+from torchalignprune.weight_files import write_tensors
 
 __all__ = ["CONVOLUTIONS", "Calibration", "InputStatistics"]
 
@@ -297,6 +298,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
         Raises:
             ValueError: the parameters have no dotted names, because they did not come from
                 :func:`torchalignprune.prunable_parameters`.
+            OSError: the file cannot be written; one that was there is still there.
             ImportError: safetensors is not installed.
         """
         if self.keys() != self._names.keys():
@@ -317,11 +319,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                     if tensor is not None:
                         tensors[f"{name}.{key}"] = tensor.contiguous()
         metadata = {"format": "pt", "calibration": json.dumps(entries)}
-        _safetensors().torch.save_file(tensors, os.fspath(path), metadata=metadata)
-        # Some versions of safetensors make files that nobody else may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(path, 0o666 & ~umask)
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Calibration:

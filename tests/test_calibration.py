@@ -691,8 +691,8 @@ def test_a_file_that_is_there_is_kept_when_saving_fails(
     calibration.save(file)
     before = file.read_bytes()
 
-    def full(tensors: Any, path: Path, **kwargs: Any) -> None:
-        path.write_bytes(b"the first bytes of it")
+    def full(tensors: Any, path: str | Path, **kwargs: Any) -> None:
+        Path(path).write_bytes(b"the first bytes of it")
         raise SafetensorError("no space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):

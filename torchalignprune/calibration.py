@@ -379,7 +379,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.torch
+        import safetensors
     except ImportError as error:
         raise ImportError(
             'calibrations are saved with safetensors: pip install "torchalignprune[transformers]"'

@@ -87,9 +87,14 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
     ends = []
     for name, kills in (("whole", False), ("killed", True)):
         folder = tmp_path / name
-        command = torchrun("--max-restarts", 1, *script, "--out", folder)
+        command = torchrun("--max-restarts", int(kills), *script, "--out", folder)
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Then a rank that crashes says where.
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         ) as process:
             deadline = time.monotonic() + 120
             while kills and time.monotonic() < deadline:
@@ -98,8 +103,8 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
                     break
                 time.sleep(0.01)
             output, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-        assert ("goes on from step-" in output) == kills
+        assert process.returncode == 0, output + errors
+        assert ("goes on from step-" in output) == kills, output + errors
         assert "with sparsity 0.7" in output
         ends.append(load_file(folder / "model" / "model.safetensors"))
     # The run that was killed ends bit for bit as the other one.

@@ -8,6 +8,8 @@
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
+#   make sanitize     the operators' tests, with the extension and the kernels of the emulated GPU
+#                     compiled so that a wrong access to memory ends them; takes long
 #   make bench        the benchmarks, without zero_shot.py, which takes hours and data
 #   make clean        remove everything that these made
 #
@@ -27,7 +29,7 @@ COMPILED := $(VENV)/compiled
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 TEST_SOURCES := $(wildcard tests/*.cpp) $(shell find tests/cuda_headers -type f)
 
-.PHONY: demo test lint cuda-syntax bench clean
+.PHONY: demo test lint cuda-syntax sanitize bench clean
 
 demo: $(COMPILED)
 	$(BIN)/torchalignprune demo --out build/demo $(ARGS)
@@ -45,6 +47,25 @@ lint: $(COMPILED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
+
+# Stacks are left out, because the emulated GPU's threads change them.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
+OPERATORS := apply_mask zero_pruned select_global select_rows select_shards square_sums unit_products \
+  cosine_gains greedy_match bitmask encode_words emulated_cuda
+
+sanitize: $(COMPILED)
+	rm -rf build/sanitized
+	mkdir -p build/sanitized
+	git ls-files -z | xargs -0 cp --parents -t build/sanitized
+	printf '#!/bin/sh\nexec c++ $(SANITIZERS) "$$@"\n' > build/sanitized/c++
+	chmod +x build/sanitized/c++
+	cd build/sanitized && CXX="$$PWD/c++" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd build/sanitized && CXX="$$PWD/c++" PYTHONPATH="$$PWD" OMP_WAIT_POLICY=passive \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0:log_path=$$PWD/report \
+	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$$PWD/report \
+	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) --dist worksteal \
+	  $(patsubst %,tests/test_%.py,$(OPERATORS)) $(ARGS) || { cat report.*; exit 1; }
 
 bench: $(COMPILED)
 	set -e; for script in $(filter-out %/common.py %/gpu.py %/sentences.py %/zero_shot%,$(wildcard benchmarks/*.py)); do \

@@ -9,7 +9,7 @@
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
 #   make sanitize     the operators' tests, with the extension and the kernels of the emulated GPU
-#                     compiled so that a wrong access to memory ends them; takes long
+#                     compiled by GCC so that a wrong access to memory ends them; takes long
 #   make bench        the benchmarks, without zero_shot.py, which takes hours and data
 #   make clean        remove everything that these made
 #

@@ -23,6 +23,8 @@ from torchalignprune import ops
 
 NAN, INF = float("nan"), float("inf")
 BOTH = pytest.mark.parametrize("operator", [ops.apply_mask, ops.masked_weight])
+# Parts of torch warn of other parts of it when they are loaded.
+TORCHS_OWN = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -81,6 +83,7 @@ def test_gradients(operator: Operator, device: str) -> None:
 
 
 @BOTH
+@TORCHS_OWN
 def test_forward_mode(operator: Operator, device: str) -> None:
     weight, tangent, mask = torch.randn(3, device=device), torch.randn(3, device=device), half(3)
     mask = mask.to(device)
@@ -93,6 +96,7 @@ def test_forward_mode(operator: Operator, device: str) -> None:
 
 
 @BOTH
+@TORCHS_OWN
 def test_transforms(operator: Operator, device: str) -> None:
     weight, mask = torch.randn(4, device=device), half(4, device=device)
     batch = torch.randn(3, 4, device=device)
@@ -211,6 +215,7 @@ def test_a_gradient_with_a_view_of_it_elsewhere_stays_as_it_is() -> None:
     assert torch.equal(weight.grad, mask.float())
 
 
+@TORCHS_OWN
 def test_a_batch_of_gradients() -> None:
     weight, mask, x = torch.randn(3, 4, requires_grad=True), half(3, 4), torch.randn(5, 4)
     for operator in (ops.apply_mask, ops.masked_weight):
@@ -380,6 +385,7 @@ def test_under_compile(operator: Operator, backend: str, device: str) -> None:
 
 
 @pytest.mark.slow
+@TORCHS_OWN
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_under_inductor_and_compiled_autograd() -> None:
     torch.compiler.reset()

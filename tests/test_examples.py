@@ -93,7 +93,7 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Then a rank that crashes says where.
+            # A rank that is not to die says where it did.
             env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         ) as process:
             deadline = time.monotonic() + 120

@@ -171,6 +171,7 @@ def test_masks_in_the_dtype_of_the_weight() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("zeroed", [False, True])
 def test_compiled_training_is_the_same(zeroed: bool) -> None:
     torch.compiler.reset()

@@ -923,6 +923,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
             tap.load_pruned(wrong, tmp_path / "x")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_wrappers_are_looked_through(tmp_path: Path) -> None:
     model = mlp()
     tap.global_unstructured(pairs(model), tap.Magnitude, amount=0.5)

@@ -395,6 +395,7 @@ def test_compiles_into_one_graph(our_model: Model, backend: str) -> None:
     assert torch.equal(compiled(x), our_model(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiles_with_inductor() -> None:
     torch._dynamo.reset()
     model = fresh()

@@ -224,6 +224,7 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: s
         ops.unit_combination(coefficients=torch.ones(2, 2, dtype=torch.float64), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_forward_mode_is_refused() -> None:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(W, torch.ones_like(W))

@@ -833,6 +833,7 @@ def unit_combination(
 
 
 def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    # torch.library knows gradients alone and would drop tangents silently: derivatives of zero.
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):

@@ -85,4 +85,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("may_overwrite", &may_overwrite);
   m.def("masked_weight_over", &masked_weight_over);
+  m.def("zeroed_weight", &torchalignprune::zeroed_weight);
 }

@@ -440,3 +440,25 @@ def test_opcheck(device: str) -> None:
             torch.library.opcheck(
                 torch.ops.torchalignprune.apply_mask.default, (leaf, half(4, 3, device=device))
             )
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@BOTH
+def test_sparse_gradients(operator: Operator, kind: Any) -> None:
+    layer = kind(10, 4, sparse=True)
+    mask = half(10, 4)
+    rows = torch.tensor([[1, 2], [2, 7]])
+    found = torch.func.functional_call(layer, {"weight": operator(layer.weight, mask)}, (rows,))
+    (grad,) = torch.autograd.grad(found.sum(), layer.weight)
+    plain = torch.func.functional_call(layer, {"weight": layer.weight * mask}, (rows,))
+    (expected,) = torch.autograd.grad(plain.sum(), layer.weight)
+    assert grad.is_sparse
+    assert torch.equal(grad.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("name", ["apply_mask", "masked_weight", "zero_pruned_"])
+def test_a_backward_finds_its_operators_on_any_device(name: str) -> None:
+    """An extension that was built without CUDA meets models on a GPU all the same."""
+    for key in ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"):
+        has = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+        assert has(f"torchalignprune::{name}", key), key

@@ -133,6 +133,12 @@ def test_what_operators_refuse() -> None:
         ops.unpack_entries(byte.int(), torch.ones(1), byte[:0], (1,))
     with pytest.raises(TypeError, match="bits should be uint8"):
         ops.count_bits(byte.int(), 1)
+    # Before there is memory for them.
+    with pytest.raises(ValueError, match="bits should have shape"):
+        ops.unpack_entries(byte, torch.ones(1), byte[:0], (1 << 50,))
+    for shape in ((-3,), (1 << 40, 1 << 40)):
+        with pytest.raises(ValueError, match="shape should have sizes of at least 0"):
+            ops.unpack_entries(byte, torch.ones(1), byte[:0], shape)
 
 
 def test_counting() -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference as plain
 import torchalignprune as tap
@@ -286,6 +287,30 @@ def test_frozen_parameters_have_a_value_and_no_gradient() -> None:
     penalty().backward()
     assert model[0].weight.grad is None
     assert model[2].weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [tap.CosineAlignment, tap.FrobeniusAlignment])
+def test_frozen_parameters_take_no_memory_in_the_backward(kind: Any) -> None:
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            outputs = made if isinstance(made, list | tuple) else [made]
+            sizes.extend(o.numel() for o in outputs if isinstance(o, Tensor))
+            return made
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(100, 100))
+    params = pairs(model)
+    penalty = kind(params, references_near(params))
+    (expected,) = torch.autograd.grad(penalty(), model[0].weight)
+    model[2].weight.requires_grad_(False)
+    value = penalty()
+    sizes: list[int] = []
+    with Sizes():
+        (found,) = torch.autograd.grad(value, model[0].weight)
+    assert torch.equal(found, expected)
+    assert sizes and max(sizes) < 10_000
 
 
 def test_follows_the_model_to_another_dtype() -> None:

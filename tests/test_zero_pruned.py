@@ -162,3 +162,17 @@ def test_under_compile(device: str) -> None:
     expected = tensor.masked_fill(~mask, 0)
     assert torch.equal(step(tensor, mask), expected + 1)
     assert torch.equal(tensor, expected)
+
+
+def test_where_there_is_no_kernel() -> None:
+    """What devices without a kernel of their own are given, called for tensors of the CPU."""
+    tensors = [torch.tensor([1.0, -2.0, NAN, -0.0]), torch.randn(3, 4).t()]
+    masks = [torch.tensor([True, False, False, False]), torch.rand(4, 3) < 0.5]
+    expected = [reference.apply_mask(t, m) for t, m in zip(tensors, masks, strict=True)]
+    operator = torch.ops.torchalignprune.zero_pruned_.default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.MPS)
+    operator.redispatch(keys, tensors, masks, ["a", "b"])
+    for tensor, wanted in zip(tensors, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+    with pytest.raises(ValueError, match="masks should have one entry"):
+        operator.redispatch(keys, tensors, masks[:1], ["a", "b"])

@@ -195,7 +195,8 @@ def put_masks(
 
             ready.append(sharded_hooks.prepare(module, name, mask, original, parts))
         elif zeroed:
-            shown = original.detach()
+            plain = type(original) in (Tensor, nn.Parameter)
+            shown = _C.zeroed_weight(original, mask) if plain else _product(original, mask)
             ready.append(functools.partial(put_mask, module, name, mask, original, shown))
         elif _C.may_overwrite(vars(module), name, original, mask):
             ready.append(functools.partial(_put_over, module, name, mask, original))

@@ -114,7 +114,7 @@ def _score_arguments(
     return (
         [w.detach() for w in weights],
         list(masks) if masks is not None else none,
-        [None if r is None else r.detach() for r in references] if references else none,
+        none if references is None else [None if r is None else r.detach() for r in references],
         list(row_scales) if row_scales is not None else none,
         list(column_scales) if column_scales is not None else none,
         list(names) if names is not None else [f"weights[{i}]" for i in range(len(weights))],
@@ -211,7 +211,7 @@ def shard_ties(
         the weights.
 
     Raises:
-        ValueError: a shape or device that does not fit; a key that no score has; no weights.
+        ValueError: a shape or device that does not fit; a key of too many bits; no weights.
         TypeError: a dtype that does not fit.
 
     Example:
@@ -257,7 +257,7 @@ def shard_masks(
         bool masks with the shapes and strides of the weights, True where an entry is kept.
 
     Raises:
-        ValueError: a shape or device that does not fit; a key that no score has; no weights.
+        ValueError: a shape or device that does not fit; a key of too many bits; no weights.
         TypeError: a dtype that does not fit.
 
     Example:
@@ -274,6 +274,8 @@ def shard_masks(
 
 def _signed(key: int) -> int:
     """A key of 64 bits as the int64 of the same bits."""
+    if not -(1 << 63) <= key < 1 << 64:
+        raise ValueError(f"a key should be one of 64 bits, got {key}")
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
@@ -921,18 +923,22 @@ def _no_gradient(entries: list[Tensor | None]) -> list[None] | None:
 
 
 def _products_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weights, masks, references, indices = _kept(ctx)
+    lists = _kept(ctx)
     to_pp, to_pr, _ = grad
-    grads = torch.ops.torchalignprune.unit_combination(
-        weights,
-        masks,
-        references,
-        indices,
-        torch.stack([to_pr, 2 * to_pp]),
-        ctx.dims,
-        ctx.names,
+    units = [_units(weight, dim) for weight, dim in zip(lists[0], ctx.dims, strict=True)]
+    columns = torch.stack([to_pr, 2 * to_pp]).split(units, dim=1)
+    # Frozen weights take neither time nor memory.
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[0]) if needed]
+    found = torch.ops.torchalignprune.unit_combination(
+        *([entries[i] for i in wanted] for entries in lists),
+        torch.cat([columns[i] for i in wanted], dim=1),
+        [ctx.dims[i] for i in wanted],
+        [ctx.names[i] for i in wanted],
     )
-    return grads, *map(_no_gradient, (masks, references, indices)), None, None
+    grads: list[Tensor | None] = [None] * len(units)
+    for i, own in zip(wanted, found, strict=True):
+        grads[i] = own
+    return grads, *map(_no_gradient, lists[1:]), None, None
 
 
 def _combination_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:

@@ -472,7 +472,7 @@ class CosineAlignment(_Penalty):
             (dim,) = self._sides(target)
             if is_dtensor(weight):
                 raise ValueError(_NO_MATCHING.format(target.name))
-            pruned = weight if mask is None else weight * (mask != 0)
+            pruned = weight if mask is None else weight.masked_fill(mask == 0, 0)
             assert target.reference is not None
             reference = target.reference.to(weight.device, weight.dtype)
             self._indices[number] = match_units(
@@ -485,7 +485,7 @@ class FrobeniusAlignment(_Penalty):
 
     The mean over parameters of the distortion :math:`D = |P - R|_F^2 / |R|_F^2`, where
     :math:`P = M W` are the pruned weights under the mask of the moment and ``R`` the reference; a
-    parameter whose reference is all zero does not count. The gradient,
+    parameter whose reference is all zero counts with ``normalize=False`` only. The gradient,
     :math:`2 m (p - r) / |R|_F^2`, goes to ``name_orig`` of a pruned parameter, or to the parameter
     itself before the first pruning. Passes and memory are as in :class:`CosineAlignment`.
 

@@ -8,6 +8,7 @@
 #include <ATen/ops/alias.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -128,6 +129,9 @@ bool is_nobody_elses(const at::Tensor& grad) {
 
 }  // namespace
 
+// When the result may share the memory of the weight.
+enum class Sharing { never, if_masked, always };
+
 // Outside the anonymous namespace, so that its name is the same everywhere.
 class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
  public:
@@ -135,11 +139,13 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
 
   static at::Tensor forward(
       torch::autograd::AutogradContext* context, const at::Tensor& weight, const at::Tensor& mask,
-      bool may_alias, const c10::Storage& memory) {
+      Sharing sharing, const c10::Storage& memory) {
     context->save_for_backward({mask});
     context->set_materialize_grads(false);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    if (may_alias && is_masked(weight, mask)) return alias_of(weight);
+    if (sharing == Sharing::always || (sharing == Sharing::if_masked && is_masked(weight, mask))) {
+      return alias_of(weight);
+    }
     return memory ? apply_mask_in(memory, weight, mask) : call_apply_mask(weight, mask);
   }
 
@@ -149,7 +155,9 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
     at::Tensor grad = std::move(grads[0]);
     if (grad.defined()) {
       const at::Tensor mask = context->get_saved_variables()[0];
-      if (is_nobody_elses(grad)) {
+      if (grad.layout() != at::kStrided) {  // That of an embedding with sparse gradients.
+        grad = at::mul(grad, mask.to(grad.scalar_type()));
+      } else if (is_nobody_elses(grad)) {
         call_zero_pruned(grad, mask);
       } else {
         grad = call_apply_mask(grad, mask);
@@ -173,7 +181,7 @@ at::Tensor apply_mask_by_where(const at::Tensor& weight, const at::Tensor& mask)
 
 at::Tensor apply_mask_with_gradient(const at::Tensor& weight, const at::Tensor& mask) {
   if (has_transforms(weight)) return apply_mask_by_where(weight, mask);
-  return MaskedWeight::apply(weight, mask, false, c10::Storage());
+  return MaskedWeight::apply(weight, mask, Sharing::never, c10::Storage());
 }
 
 // Where there is no kernel for the device.
@@ -189,7 +197,7 @@ at::Tensor masked_weight(const at::Tensor& weight, const at::Tensor& mask) {
 
 at::Tensor masked_weight_with_gradient(const at::Tensor& weight, const at::Tensor& mask) {
   if (has_transforms(weight)) return apply_mask_by_where(weight, mask);
-  return MaskedWeight::apply(weight, mask, true, c10::Storage());
+  return MaskedWeight::apply(weight, mask, Sharing::if_masked, c10::Storage());
 }
 
 TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("apply_mask", &apply_mask); }
@@ -231,9 +239,13 @@ at::Tensor masked_weight_over(
     const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask) {
   const c10::Storage memory = product.storage();
   if (at::GradMode::is_enabled() && weight.requires_grad()) {
-    return MaskedWeight::apply(weight, mask, true, memory);
+    return MaskedWeight::apply(weight, mask, Sharing::if_masked, memory);
   }
   return is_masked(weight, mask) ? alias_of(weight) : apply_mask_in(memory, weight, mask);
+}
+
+at::Tensor zeroed_weight(const at::Tensor& weight, const at::Tensor& mask) {
+  return MaskedWeight::apply(weight, mask, Sharing::always, c10::Storage());
 }
 
 }  // namespace torchalignprune

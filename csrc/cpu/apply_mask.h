@@ -12,4 +12,7 @@ bool may_overwrite(const at::Tensor& product, const at::Tensor& weight, const at
 at::Tensor masked_weight_over(
     const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask);
 
+// The product where the weight is known to be masked already, or about to be: in its memory.
+at::Tensor zeroed_weight(const at::Tensor& weight, const at::Tensor& mask);
+
 }  // namespace torchalignprune

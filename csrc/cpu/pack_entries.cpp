@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -251,12 +252,24 @@ void unpack_as(
   });
 }
 
+// How many entries a tensor of a shape has, which is to be checked before it asks for memory.
+int64_t entries_of(c10::IntArrayRef shape) {
+  constexpr int64_t most = std::numeric_limits<int64_t>::max() - 7;  // which bytes round up
+  int64_t n = 1;
+  for (const int64_t size : shape) {
+    TORCH_CHECK_VALUE(
+        size >= 0 && (size == 0 || n <= most / size),
+        "shape should have sizes of at least 0, and not too many entries to count, got ", shape);
+    n *= size;
+  }
+  return n;
+}
+
 at::Tensor unpack_entries(
     const at::Tensor& bits, const at::Tensor& values, const at::Tensor& signs,
     c10::IntArrayRef shape) {
   check_weight(values, "values");
-  at::Tensor out = at::empty(shape, values.options());
-  const int64_t n = out.numel();
+  const int64_t n = entries_of(shape);
   const at::Tensor own = bits.contiguous();
   const at::Tensor own_values = values.contiguous();
   const at::Tensor own_signs = signs.contiguous();
@@ -269,6 +282,7 @@ at::Tensor unpack_entries(
   const bool has_signs = signs.numel() > 0;
   if (has_signs) check_bits(own_signs, n - first.back(), "signs");
   const uint8_t* sign = has_signs ? own_signs.const_data_ptr<uint8_t>() : nullptr;
+  at::Tensor out = at::empty(shape, values.options());
   if (values.element_size() == 2) {
     unpack_as<uint16_t>(packed, first, own_values, sign, out);
   } else if (values.element_size() == 4) {

@@ -77,7 +77,17 @@ void zero_and_tell(
   }
 }
 
+// Where there is no kernel for the device.
+void zero_pruned_anywhere_(
+    at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
+  check_zero_pruned(tensors, masks, names.vec());
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].masked_fill_(masks[i].logical_not(), 0);
+}
+
 TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("zero_pruned_", &zero_pruned_); }
+TORCH_LIBRARY_IMPL(torchalignprune, CompositeExplicitAutograd, m) {
+  m.impl("zero_pruned_", &zero_pruned_anywhere_);
+}
 TORCH_LIBRARY_IMPL(torchalignprune, ADInplaceOrView, m) { m.impl("zero_pruned_", &zero_and_tell); }
 
 }  // namespace

@@ -566,3 +566,97 @@ def test_grouped_convolutions_take_no_input_norms() -> None:
         tap.aligned_magnitude(conv, "weight", 0.5, input_norms=calibration)
     with pytest.raises(TypeError, match=r"input_norms of .* should be real numbers, got .*complex"):
         tap.aligned_magnitude(conv, "weight", 0.5, input_norms=torch.ones(2, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "options", [{}, {"alignment": "frobenius"}, {"units": "both"}, {"units": "both", "of": True}]
+)
+def test_no_alignment_with_what_is_not_finite(options: dict[str, Any], value: float) -> None:
+    """The reference counts whole, where it is pruned too, so that its size is not known."""
+    layer = nn.Linear(4, 4, bias=False)
+    tap.global_unstructured([(layer, "weight")], tap.Magnitude, amount=1)
+    pruned = ~layer.weight_mask
+    reference = layer.weight_orig.detach().clone()
+    options = dict(options)
+    if options.pop("of", False):
+        options["reference"] = [reference.masked_fill(pruned, value)]
+    else:
+        layer.weight_orig.data[pruned] = value
+    before = layer.weight_mask.clone()
+    with pytest.raises(ValueError, match=r"scores of .* should be finite numbers"):
+        tap.global_unstructured([(layer, "weight")], tap.AlignedMagnitude, amount=5, **options)
+    assert torch.equal(layer.weight_mask, before)
+
+
+def test_what_is_not_finite_and_pruned_counts_no_further() -> None:
+    """In the magnitudes, and in the alignment with a reference of one's own."""
+    layer = nn.Linear(4, 4, bias=False)
+    params = [(layer, "weight")]
+    reference = layer.weight.detach() + torch.randn(4, 4) / 9
+    tap.global_unstructured(params, tap.Magnitude, amount=4)
+    clean = nn.Linear(4, 4, bias=False)
+    tap.load_state_dict(clean, layer.state_dict())
+    layer.weight_orig.data[~layer.weight_mask] = math.nan
+    for module in (layer, clean):
+        tap.AlignedNM.apply(module, "weight", 2, 4, reference=reference)
+    assert torch.equal(layer.weight_mask, clean.weight_mask)
+    options: dict[str, Any] = {"alignment": "frobenius", "matching": "greedy"}
+    for module in (layer, clean):
+        tap.aligned_magnitude(module, "weight", 3, reference=reference, **options)
+    assert torch.equal(layer.weight_mask, clean.weight_mask)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (tap.Magnitude, {"amount": 0.5, "budget": "unit"}),
+        (tap.AlignedMagnitude, {"amount": 0.5, "budget": "layer"}),
+        (tap.AlignedMagnitude, {"amount": 0.5, "budget": "unit", "units": "both"}),
+        (tap.AlignedNM, {"input_norms": [torch.rand(12), torch.rand(16)]}),
+    ],
+)
+def test_scores_for_some_parameters(method: Any, options: dict[str, Any]) -> None:
+    """The others are ranked by their weights, whatever the budget, as by torch's function."""
+    ours, torchs = pairs(mlp()), pairs(mlp())
+    score = torch.rand(16, 12)
+    tap.global_unstructured(ours, method, {ours[0]: score}, **options)
+    prune.global_unstructured(torchs, method, {torchs[0]: score}, **options)
+    assert_same_masks(ours, torchs)
+
+
+def test_scores_by_their_place_as_in_torch() -> None:
+    ours, torchs = nn.Linear(6, 5), nn.Linear(6, 5)
+    score = torch.rand(5, 6)
+    tap.Magnitude.apply(ours, "weight", 0.5, score)
+    prune.L1Unstructured.apply(torchs, "weight", 0.5, score)
+    assert torch.equal(ours.weight_mask, torchs.weight_mask.bool())
+
+
+def test_torchs_function_knows_how_transposed_convolutions_lie() -> None:
+    """Though nobody has called prunable_parameters."""
+    layers = [nn.ConvTranspose1d(4, 3, 3), nn.ConvTranspose1d(4, 3, 3)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    prune.global_unstructured([(layers[0], "weight")], tap.AlignedMagnitude, amount=0.5)
+    tap.global_unstructured([(layers[1], "weight")], tap.AlignedMagnitude, amount=0.5)
+    assert torch.equal(layers[0].weight_mask.bool(), layers[1].weight_mask)
+
+
+def test_scores_that_lead_to_a_parameter_are_scores() -> None:
+    ours, torchs = pairs(mlp()), pairs(mlp())
+    chosen = torch.rand(16, 12) < 0.5
+    for params, call in ((ours, tap.global_unstructured), (torchs, prune.global_unstructured)):
+        scores = {
+            params[0]: params[0][0].weight * chosen,
+            params[1]: nn.Parameter(torch.arange(128.0).reshape(8, 16)),
+        }
+        call(params, tap.AlignedMagnitude, scores, amount=0.5)
+    assert_same_masks(ours, torchs)
+
+
+def test_a_structure_in_another_order() -> None:
+    params = [(nn.Linear(4, 4), "weight"), (nn.Linear(4, 4), "weight")]
+    match = "in their order: it has Linear.weight in place 0, where they have Linear.weight of an"
+    with pytest.raises(ValueError, match=match):
+        prune.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, structure=params[::-1])
+    assert not any(prune.is_pruned(module) for module, _ in params)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchalignprune import ops
 from torchalignprune.calibration import Calibration
+from torchalignprune.hooks import MaskHook
 from torchalignprune.matching import Method, Metric
 from torchalignprune.parameters import Parameters
 from torchalignprune.pruning import Budget, PruningMethod
@@ -65,6 +66,18 @@ class Magnitude(PruningMethod):
         >>> int((layer.weight == 0).sum())
         4
     """
+
+    @classmethod
+    def apply(  # type: ignore[override]
+        cls,
+        module: nn.Module,
+        name: str,
+        amount: float,
+        importance_scores: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskHook:
+        """As :meth:`PruningMethod.apply`, with the places that torch's methods have."""
+        return super().apply(module, name, amount, importance_scores=importance_scores, **kwargs)
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         return Ranking([target.weight for target in targets], "magnitude")

@@ -96,8 +96,17 @@ class PruningMethod(prune.BasePruningMethod):
         if sharding.are_sharded(targets):
             return sharding.masks(self, targets, scores, signed)
         targets = self.prepare(targets)
-        given = [None] * len(targets) if scores is None else scores
+        given = self.completed(targets, scores)
         return self.new_masks(targets, given, signed)
+
+    @staticmethod
+    def completed(
+        targets: Sequence[Target], scores: Sequence[Tensor | None] | None
+    ) -> Sequence[Tensor | None]:
+        """The scores of the targets: all of them, where there are some, or none."""
+        if scores is None or all(score is None for score in scores):
+            return [None] * len(targets)
+        return [t.weight if s is None else s for s, t in zip(scores, targets, strict=True)]
 
     def check_sharded(self) -> None:
         """Raises if the method cannot prune sharded parameters."""
@@ -163,12 +172,10 @@ class PruningMethod(prune.BasePruningMethod):
     def _ranking(
         self, targets: Sequence[Target], scores: Sequence[Tensor | None], signed: bool
     ) -> Ranking:
-        if all(score is None for score in scores):
+        given = [score for score in scores if score is not None]
+        if not given:
             return self.ranking(targets)
-        both = zip(scores, targets, strict=True)
-        return Ranking(
-            [t.weight if s is None else s for s, t in both], "value" if signed else "magnitude"
-        )
+        return Ranking(given, "value" if signed else "magnitude")
 
     def _scores(self, target: Target, score: Tensor | None, signed: bool) -> Tensor:
         if score is None:
@@ -233,9 +240,12 @@ class PruningMethod(prune.BasePruningMethod):
             return self.masks(itself)[0].to(default_mask.dtype)
         if self.structure is not None:
             targets, scores = _read_structure(t, self.structure)
+            _check_structure(self.structure)
         else:
-            found = targets_from_history(t)
-            read = (found, None) if found is not None else _ask_caller(t)
+            read = _ask_caller(t)
+            if read is None:
+                found = targets_from_history(t)
+                read = None if found is None else (found, None)
             if read is None:
                 self._warn(t)
                 return self._prune_together(itself, [t.detach()])[0].to(default_mask.dtype)
@@ -417,6 +427,21 @@ def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | 
         return _read_structure(t, parameters)
     except (AttributeError, TypeError, ValueError):
         return None
+
+
+def _check_structure(structure: Sequence[Pair]) -> None:
+    """Raises where torch's ``global_unstructured`` is calling with other parameters."""
+    parameters = parameters_of_caller()
+    if parameters is None or len(parameters) != len(structure):
+        return
+    for i, (own, given) in enumerate(zip(structure, parameters, strict=True)):
+        if own[0] is not given[0] or own[1] != given[1]:
+            raise ValueError(
+                "structure should be the parameters that are pruned, in their order: it has "
+                f"{type(own[0]).__name__}.{own[1]} in place {i}, where they have "
+                f"{type(given[0]).__name__}.{given[1]}"
+                + (" of another module" if type(own[0]) is type(given[0]) else "")
+            )
 
 
 def _read_structure(

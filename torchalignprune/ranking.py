@@ -74,7 +74,7 @@ def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method
     assert reference is not None
     if w.dim() < 2:
         return target
-    current = w if target.mask is None else w * target.mask
+    current = w if target.mask is None else w.masked_fill(~target.mask, 0)
     both = []
     for tensor in (current, reference):
         # A unit of an input is multiplied as a whole, by the norm of the place that it comes to.
@@ -124,7 +124,7 @@ def within_unit(target: Target) -> Tensor:
     if reference is None:
         return w.abs()
     r = reference.to(w.dtype) * scale
-    alive = w if target.mask is None else w * target.mask
+    alive = w if target.mask is None else w.masked_fill(~target.mask, 0)
     units = [tensor.movedim(target.out_dim, 0) for tensor in (alive, r)]
     square, dot, _ = ops.unit_products(units[:1], references=units[1:])
     rho = (dot / square.where(square > 0, 1)).to(w.dtype)
@@ -198,20 +198,30 @@ def _totals(targets: Sequence[Target]) -> list[float]:
 
 
 def _square_sums(target: Target, all_columns: int | None = None) -> tuple[Tensor, Tensor]:
-    """Those of the reference's rows and columns, with the input norms in it."""
+    """Those of the reference's rows and columns, with the input norms in it.
+
+    Raises:
+        ValueError: NaN or infinity in the reference, also where the weight is pruned.
+    """
     reference = target.reference_here()
     r = target.weight if reference is None else reference
     scales: list[Tensor | None] = [None, None]
     if target.input_norms is not None:
         wide = torch.float64 if r.dtype == torch.float64 else torch.float32
         scales[target.in_dim] = target.input_norms.to(wide)
-    return ops.square_sums(
+    rows, columns = ops.square_sums(
         r,
         row_scale=scales[0],
         column_scale=scales[1],
         all_columns=all_columns,
         name=target.name,
     )
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"the scores of {target.name} should be finite numbers, got NaN or infinity"
+            + (" in the size of its reference" if reference is not None else "")
+        )
+    return rows, columns
 
 
 def _inverse(size: Tensor) -> Tensor:

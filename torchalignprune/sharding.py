@@ -84,7 +84,8 @@ def masks(
     ranks.sum()
     _settle(ranks, [target for target, _ in prepared])
     local = [target for target, _ in prepared]
-    found = method.new_masks(local, [score for _, score in prepared], signed)
+    given = method.completed(local, [score for _, score in prepared])
+    found = method.new_masks(local, given, signed)
     wanted: list[Tensor] = ranks.attempt(
         len(local),
         lambda: [shard_of(t).spread(mask) for t, mask in zip(local, found, strict=True)],

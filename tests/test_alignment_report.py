@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,9 @@ def test_a_vector_is_one_unit() -> None:
     layer.bias.data.copy_(torch.tensor([3.0, 4.0, 0.0, 0.0]))
     prune.custom_from_mask(layer, "bias", torch.tensor([0, 1, 1, 1]))
     (figures,) = tap.alignment_report([(layer, "bias")])
-    assert figures["mean_alignment"] == pytest.approx(0.8)
+    for side in ("", "_in"):
+        assert figures["mean_alignment" + side] == pytest.approx(0.8)
+    assert figures["dead_units_out"] == figures["dead_units_in"] == 0
 
 
 def test_tied_parameters_count_once() -> None:
@@ -339,7 +342,9 @@ def test_plot(
         layer = nn.Linear(2, 2)
         layer.weight.data.zero_()
         report = tap.alignment_report([(layer, "weight")])
+    level = logging.getLogger("matplotlib").level
     figure = report.plot(tmp_path / "report.png")
+    assert logging.getLogger("matplotlib").level == level
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     titles = [axes.get_title() for axes in figure.axes]
     for title in ("mean unit alignment", "sparsity", "alignment of the units"):

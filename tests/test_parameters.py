@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
+from models import mlp
 from torchalignprune.parameters import (
     HEADS,
     PrunableParameters,
@@ -464,3 +465,13 @@ def test_importing_the_package_imports_no_extra() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_names_go_with_their_parameters() -> None:
+    params = tap.prunable_parameters(mlp())
+    params.reverse()
+    assert params.names == ["2.weight", "0.weight"]
+    assert params.pop() and params.names == ["2.weight"]
+    params.append((nn.Linear(2, 2), "weight"))
+    assert params.names == ["2.weight", "Linear.weight"] and "Linear.weight" in repr(params)
+    assert copy.deepcopy(params).names == pickle.loads(pickle.dumps(params)).names == params.names

@@ -402,6 +402,8 @@ def _measure(
                 sums.into[row] += columns.sum(0)
         if is_dtensor(whole):
             sums = sums.of_all_ranks(whole, target.out_dim)
+        if whole.dim() < 2:  # one unit, whichever side is asked for
+            sums.into = sums.out.clone()
         for row, what in ((0, "weights"), (2, "reference")):
             if not bool(sums.out[row].isfinite().all()):
                 raise ValueError(f"NaN or infinity in the {what} of {target.name}")

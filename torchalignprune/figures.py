@@ -21,14 +21,18 @@ def require_matplotlib() -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
     try:
         # A first import would announce on standard error that it caches fonts.
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
             'pictures need matplotlib: pip install "torchalignprune[transformers]"'
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def draw_report(layers: Sequence[Mapping[str, Any]], alignments: Sequence[Any], title: str) -> Any:

@@ -70,19 +70,26 @@ class PrunableParameters(list[tuple[nn.Module, str]]):
     ``parameters``.
 
     Attributes:
-        names: the dotted name of each parameter, in the order of the list.
         left_out: the dotted name of every other parameter of the model, with the reason.
     """
 
-    names: list[str]
     left_out: dict[str, str]
 
     def __init__(
         self, pairs: Parameters, names: Iterable[str], left_out: Mapping[str, str]
     ) -> None:
         super().__init__(pairs)
-        self.names = list(names)
+        self._name_of = dict(zip(self, names, strict=True))
         self.left_out = dict(left_out)
+
+    @property
+    def names(self) -> list[str]:
+        """The dotted name of each parameter, in the order of the list; of pairs that were added to
+        it by hand, the module's type and the name."""
+        return [
+            self._name_of.get((module, name), f"{type(module).__name__}.{name}")
+            for module, name in self
+        ]
 
     def __repr__(self) -> str:
         rows = [
@@ -294,7 +301,7 @@ def parameter_names(params: Parameters) -> list[str]:
         ['parameters[0] (Linear.weight)']
     """
     if isinstance(params, PrunableParameters):
-        return list(params.names)
+        return params.names
     return [
         f"parameters[{i}] ({type(module).__name__}.{name})"
         for i, (module, name) in enumerate(params)

@@ -101,6 +101,16 @@ def test_a_file_that_is_replaced_stays_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(WeightFiles(path)["a"], torch.ones(4))
 
 
+def test_one_file_is_not_read_by_the_header_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.full((4,), 5.0), "b": torch.ones(4)}, {})
+    files = WeightFiles(path)
+    assert torch.equal(files["b"], torch.ones(4))
+    write_tensors(path, {"b": torch.ones(4), "c": torch.full((4,), 5.0)}, {})
+    with pytest.raises(ValueError, match=r"x\.safetensors has been replaced or changed"):
+        files["b"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps")
 def test_a_file_is_mapped_while_it_is_in_use(tmp_path: Path) -> None:
     def mappings() -> int:

@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,10 +117,11 @@ class WeightFiles(StoredTensors):
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
         self._places: dict[str, _Place] = {}
+        self._versions: dict[Path, _Version] = {}
         self._mapped: weakref.WeakValueDictionary[Path, mmap.mmap] = weakref.WeakValueDictionary()
         files, listed = _files(self.path)
         for file in files:
-            places, metadata = _header(file)
+            places, metadata, self._versions[file] = _header(file)
             # Where the index says that a tensor is in another file, this one has an old one.
             self._places |= {n: place for n, place in places.items() if listed.get(n, file) == file}
             self.metadata |= metadata
@@ -172,7 +173,7 @@ class WeightFiles(StoredTensors):
         with _ONE_AT_A_TIME:
             mapped = self._mapped.get(file)
             if mapped is None:
-                mapped = self._mapped[file] = _map(file)
+                mapped = self._mapped[file] = _map(file, self._versions[file])
             return mapped
 
 
@@ -180,8 +181,10 @@ class WeightFiles(StoredTensors):
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _map(file: Path) -> mmap.mmap:
+def _map(file: Path, version: _Version) -> mmap.mmap:
     with file.open("rb") as opened:
+        if _version(opened) != version:
+            raise ValueError(f"{file} has been replaced or changed since it was opened")
         # A copy on write, because torch has no read-only tensors.
         if sys.platform == "win32":
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -348,13 +351,23 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
     )
 
 
-def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+_Version = tuple[int, ...]
+
+
+def _version(opened: IO[bytes]) -> _Version:
+    """What changes when a file is written to, or another one put in its place."""
+    found = os.fstat(opened.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str], _Version]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np"):  # which checks all of the header
             pass
         with file.open("rb") as opened:
+            version = _version(opened)
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
     except (SafetensorError, OSError) as error:
@@ -364,7 +377,7 @@ def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str]]:
     for name, entry in header.items():
         begin = 8 + length + entry["data_offsets"][0]
         places[name] = _Place(file, entry["dtype"], tuple(entry["shape"]), begin)
-    return places, metadata
+    return places, metadata, version
 
 
 def _changes(names: Sequence[Sequence[str]], stored: Mapping[str, str]) -> list[tuple[str, str]]:

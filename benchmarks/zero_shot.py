@@ -119,6 +119,14 @@ class Grid:
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         self._settings = settings
         self._longest = 0.0
+        # The id says how many sentences there are, not which.
+        digests = experiment.digests()
+        for line in self.lines("settings"):
+            if others := [code for code in digests if line["digests"][code] != digests[code]]:
+                raise ValueError(
+                    f"the data should be what the runs of {task} in {log.path} were evaluated on, "
+                    f"got other sentences in {', '.join(others)}; --out takes another folder"
+                )
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
         return distinct(
@@ -328,9 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 languages=options.languages or plan.languages,
                 sentences=options.sentences or plan.sentences,
             )
+            works.append(Grid(task, experiment, training, log, deadline))
         except (OSError, ValueError) as error:
             parser.error(str(error))
-        works.append(Grid(task, experiment, training, log, deadline))
     ordered = [name for name in METHODS if name in options.methods]
     for part in phases(ordered, options.regularizers, options.seeds):
         for work in works:

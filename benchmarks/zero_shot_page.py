@@ -30,6 +30,8 @@ ALPHA = 0.05
 SEEDS = 5
 # What the other methods are compared with, and whose languages are shown.
 BASES = ("magnitude", "aligned")
+# Methods with calibration text in many languages, and with English text.
+CALIBRATIONS = {"wanda-multi": "wanda-en", "aligned-inputs-multi": "aligned-inputs-en"}
 METHODS = (DENSE, *RECIPES)
 # How many English sentences strengths were chosen on, where the lines of the runs do not say it.
 VALIDATION = {"pos": 100, "topics": 99}
@@ -79,6 +81,7 @@ def page(lines: Lines) -> str:
             _second_claim(results),
             _third_claim(results),
             *(_methods(results, base) for base in BASES),
+            _calibration_texts(results),
         ]
     if len(parts) == 1:
         parts.append("There are no runs yet.")
@@ -471,15 +474,7 @@ def _language_table(results: Results, method: str) -> str:
 
 def _methods(results: Results, base: str) -> str:
     title = f"### Methods against {_label(base)}"
-    found = {
-        (method, "none"): results.compare(
-            [(base, "none"), (method, "none")],
-            lambda before, own: results.zero_shot(own) - results.zero_shot(before),
-        )
-        for method in RECIPES
-        if method != base
-    }
-    table = _corrected(found)
+    table = _gains(results, {method: base for method in RECIPES if method != base})
     if not table:
         return ""
     better = [s for s, cells in table.items() if any(cell.sign > 0 for cell in cells)]
@@ -493,6 +488,45 @@ def _methods(results: Results, base: str) -> str:
         f"{title}\n\nGain of the zero-shot mean over {_label(base)}, without regularizers, in "
         f"points. {text}\n\n{_cells(results, table)}"
     )
+
+
+def _calibration_texts(results: Results) -> str:
+    title = "### Calibration text: many languages against English"
+    table = _gains(results, CALIBRATIONS)
+    if not table:
+        return ""
+    better, worse = (_significant(results, table, sign) or "none" for sign in (1, -1))
+    return (
+        f"{title}\n\nGain of the zero-shot mean over the same method with English text, without "
+        f"regularizers, in points. Significantly better: {better}. Significantly worse: {worse}."
+        f"\n\n{_cells(results, table)}"
+    )
+
+
+def _gains(results: Results, pairs: Mapping[str, str]) -> Table:
+    """What methods gain in the zero-shot mean over the methods that they are compared with."""
+    return _corrected(
+        {
+            (method, "none"): results.compare(
+                [(base, "none"), (method, "none")],
+                lambda before, own: results.zero_shot(own) - results.zero_shot(before),
+            )
+            for method, base in pairs.items()
+        }
+    )
+
+
+def _significant(results: Results, table: Table, sign: int) -> str:
+    """The settings and sparsities that are significantly better (1) or worse (-1)."""
+    found = {
+        _called(setting): [
+            f"{sparsity:.0%}"
+            for sparsity, cell in zip(results.sparsities[1:], cells, strict=True)
+            if cell.sign == sign
+        ]
+        for setting, cells in table.items()
+    }
+    return _listed(f"{name} ({_listed(at)})" for name, at in found.items() if at)
 
 
 def _signs(table: Table) -> list[int]:

@@ -22,6 +22,8 @@ word in the middle layer of the encoder, which knows most about syntax. The defi
 
 ``OUT/state.safetensors`` has the state of the last steps: the same command goes on from there after
 it was stopped. ``OUT/teacher`` and ``OUT/lexicons`` have what takes minutes to make, some 3 GB.
+Like ``OUT/tokenizer`` they are of one set of texts, one vocabulary and one teacher, which
+``OUT/settings.json`` has; with others the folder is refused.
 ``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and ``scores.json``;
 ``OUT/log.jsonl`` has the losses.
 """
@@ -42,7 +44,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse import load_npz, save_npz
 from torch import Tensor
@@ -180,11 +181,11 @@ def embed(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], path: Path
 ) -> Tensor:
     """The encoder's embeddings of sentences."""
-    kept = read_kept(path, texts)
-    if kept is None:
-        kept = {"embeddings": sentence_embeddings(encoder, tokenizer, texts, batch_size=256)}
-        keep(kept, path, texts)
-    return kept["embeddings"]
+    if path.exists():
+        return load_file(path)["embeddings"]
+    found = sentence_embeddings(encoder, tokenizer, texts, batch_size=256)
+    keep({"embeddings": found}, path)
+    return found
 
 
 def embed_words(
@@ -195,37 +196,50 @@ def embed_words(
     path: Path,
 ) -> Sequence[Tensor]:
     """The states of words in the middle layer of the encoder."""
-    kept = read_kept(path, texts)
-    if kept is None:
+    if path.exists():
+        kept = load_file(path)
+    else:
         lower = copy.deepcopy(encoder)
         lower.encoder.layer = lower.encoder.layer[: (len(lower.encoder.layer) + 1) // 2]
         made = piece_states(lower, tokenizer, texts, pieces, batch_size=256)
         lengths = torch.tensor([len(own) for own in made])
         kept = {"states": torch.cat(made), "lengths": lengths}
-        keep(kept, path, texts)
+        keep(kept, path)
     return kept["states"].split(kept["lengths"].tolist())
 
 
-def keep(tensors: dict[str, Tensor], path: Path, texts: Sequence[str]) -> None:
+def keep(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes what takes minutes to make, so that a run that was stopped need not make it again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, {"texts": digest(texts)})
+    save_file(tensors, partial)
     partial.rename(path)
 
 
-def read_kept(path: Path, texts: Sequence[str]) -> dict[str, Tensor] | None:
-    """What was kept, unless it is of other texts."""
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("texts") != digest(texts):
-            return None
-    return load_file(path)
+def settings_of(texts: Sequence[Any], vocabulary: int, teacher: Path) -> dict[str, Any]:
+    """What the tokenizer, the lexicons and the teacher's vectors depend on."""
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(teacher.iterdir())
+        if path.is_file()
+    }
+    return {
+        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "vocabulary": vocabulary,
+        "teacher": files,
+    }
 
 
-def digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Which settings are others than those of the folder; a new folder gets these."""
+    path = folder / "settings.json"
+    if not path.exists() and not (folder / "tokenizer").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        partial.rename(path)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return [name for name, value in settings.items() if found.get(name) != value]
 
 
 @torch.no_grad()
@@ -292,7 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--tokens", type=int, default=6144, help="of a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--teacher", help="a Transformers folder (default: all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--teacher", type=Path, help="a Transformers folder (default: all-MiniLM-L6-v2)"
+    )
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and the like")
     parser.add_argument("--float32", action="store_true", help="even where bfloat16 is faster")
     parser.add_argument("--seed", type=int, default=0)
@@ -322,7 +338,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.wordnet is not None:
         raw["en"] = raw.get("en", []) + read_definitions(options.wordnet)
     if options.teacher is None:
-        options.teacher = str(encoder_folder())
+        options.teacher = encoder_folder()
+    if not options.teacher.is_dir():
+        parser.error(f"--teacher should be a folder, got {options.teacher}")
+    settings = settings_of([bible, training, raw], options.vocabulary, options.teacher)
+    if others := other_settings(options.out, settings):
+        parser.error(
+            f"--out: {options.out} should be a new folder or one of the same "
+            f"{', '.join(settings)}, got one of other {', '.join(others)}"
+        )
 
     # Batches have many shapes, and oneDNN compiles its products for each; it remembers 1024 of
     # them, which is too few. It reads this when it makes the first.
@@ -330,7 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     final = options.out / "model"
     pieces = options.out / "tokenizer"
     if not pieces.exists():
-        make_tokenizer(bible, training, raw, options.vocabulary).save_pretrained(pieces)
+        partial = options.out / "tokenizer.partial"
+        make_tokenizer(bible, training, raw, options.vocabulary).save_pretrained(partial)
+        partial.rename(pieces)
     tokenizer = AutoTokenizer.from_pretrained(pieces)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)

@@ -129,6 +129,17 @@ def main(
         },
     }
     log = RunLog(options.out / "runs.jsonl")
+    # Settings say how many sentences there are at most, not which.
+    digests = experiment.digests()
+    for line in log.lines():
+        if line.get("settings") != settings:
+            continue
+        found = line["reports"]["0.0"]["languages"]
+        if others := [code for code in digests if found[code]["digest"] != digests[code]]:
+            parser.error(
+                f"the data should be what the runs in {log.path} were evaluated on, got other "
+                f"sentences in {', '.join(others)}; --out takes another folder"
+            )
     for seed in range(options.seeds):
         for regularizer in options.regularizer:
             for method in options.method:

@@ -190,6 +190,40 @@ def test_several_files_of_a_split(tmp_path: Path) -> None:
     assert list(rows["tokens"]) == [["0"], ["1"], ["2"]]
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["test.de.tsv", "test.de.tsv.gz"], "the files of a split should be of one format, got "),
+        (["de_gsd/test.jsonl", "de_gsd/test-00000-of-00001.parquet"], "should be of one format"),
+        (["de_gsd/test-00000-of-00002.jsonl"], "there once, in 2 files numbered from 0, got "),
+        (["de_gsd/test/00001-of-00002.jsonl"], "there once, in 2 files numbered from 0, got "),
+        (["de_gsd/test.jsonl", "de_gsd/test-00000-of-00001.jsonl"], "should be there once, got "),
+        (["de_gsd/test.jsonl", "copy/de_gsd/test.jsonl"], "should be there once, got "),
+        (
+            [f"de_gsd/test-0000{i}-of-0000{n}.jsonl" for n in (1, 2) for i in range(n)],
+            "there once, in 2 files numbered from 0, got ",
+        ),
+    ],
+)
+def test_a_split_that_is_there_twice_or_in_part(
+    files: list[str], message: str, tmp_path: Path
+) -> None:
+    whole = "train.de.tsv" if files[0] == "test.de.tsv" else "de_gsd/train.jsonl"
+    for name in [whole, *files]:
+        path = tmp_path / name
+        if path.suffix == ".jsonl":
+            jsonl(path, [{"tokens": ["a"], "upos": ["X"]}])
+        elif path.suffix == ".parquet":
+            parquet(path, {"tokens": [["a"]], "upos": [["X"]]})
+        else:
+            write(path, "a\tX\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_task("pos", "de", tmp_path)
+    assert all(str(tmp_path / name) in str(caught.value) for name in files)
+    # The other split is read as before.
+    assert list(load_task("pos", "de", tmp_path, splits=["train"])) == ["train"]
+
+
 def test_topics_as_on_the_hub(tmp_path: Path) -> None:
     folder = tmp_path / "sib200" / "data" / "arb_Arab"
     folder.mkdir(parents=True)

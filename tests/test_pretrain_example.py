@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, XLMRobertaForMaskedLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, XLMRobertaForMaskedLM
 
 from test_cli import make_bert
-from test_examples import launch
+from test_examples import EXAMPLES, launch
 from torchalignprune.crosslingual import LanguageSpec, generate_corpus
 
 
@@ -76,21 +79,69 @@ def test_it_pretrains_and_goes_on(data: Path, tmp_path: Path) -> None:
     assert set(scores["masked_lm_loss"]) == {"en", "de", "id"}
     assert set(scores["retrieval"]) == {"de", "id"}
 
-    kept = out / "teacher" / "words.safetensors"
-    written = kept.stat().st_mtime_ns
+    made = [*out.glob("tokenizer/*"), *out.glob("lexicons/*"), *out.glob("teacher/*")]
+    assert {path.parent.name for path in made} == {"tokenizer", "lexicons", "teacher"}
+    assert not [*out.rglob("*partial*")]
+    written = [path.stat().st_mtime_ns for path in made]
     # It was killed before the model was written, and finds that there is nothing left to do.
     (out / "model" / "model.safetensors").unlink()
     again = launch("pretrain_mini_xlmr.py", *arguments)
     assert again.returncode == 0, again.stderr
     resumed = XLMRobertaForMaskedLM.from_pretrained(out / "model")
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    assert kept.stat().st_mtime_ns == written
-
-    # What the teacher said is made again for other sentences.
-    (data / "wordnet" / "data.verb").write_text("0 03 n 01 more 0 000 | a definition\n" * 2)
+    assert [path.stat().st_mtime_ns for path in made] == written
     other = launch("pretrain_mini_xlmr.py", *arguments, "--seed", 1)
-    assert kept.stat().st_mtime_ns > written
     assert other.returncode == 1 and "should be of a run with" in other.stderr
+
+
+def test_a_folder_is_of_one_set_of_settings(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("pretrain_mini_xlmr")
+    # The example sets it for its process, which is that of the tests here.
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    out, teacher = tmp_path / "out", make_bert(tmp_path / "bert")
+    arguments = ["--data", data, "--out", out, "--languages", "en", "de", "id"]
+    arguments += ["--vocabulary", 500]
+    capsys.readouterr()
+
+    class FarEnough(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise FarEnough
+
+    def main(*more: object) -> str:
+        with pytest.raises((FarEnough, SystemExit)):
+            example.main([*map(str, arguments), "--teacher", *map(str, more)])
+        return capsys.readouterr().err
+
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def killed(self: Any, folder: Path) -> None:
+        save(self, folder)
+        raise FarEnough
+
+    # What was killed before its tokenizer was whole begins with it anew.
+    monkeypatch.setattr(example.AutoTokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", killed)
+    assert main(teacher) == "" and not (out / "tokenizer").exists()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
+    assert main(teacher) == "" and (out / "tokenizer" / "tokenizer.json").exists()
+    assert main(teacher) == ""
+
+    other = shutil.copytree(teacher, tmp_path / "other")
+    assert main(other) == ""
+    (other / "config.json").write_text("{}")
+    message = "one of the same texts, vocabulary, teacher, got one of other "
+    assert f"{message}teacher\n" in main(other)
+    assert f"{message}vocabulary\n" in main(teacher, "--vocabulary", 400)
+    assert f"{message}texts\n" in main(teacher, "--wordnet", data / "wordnet")
+    assert "--teacher should be a folder, got " in main(tmp_path / "none")
+    # Nor is one taken that does not say what it was made of.
+    (out / "settings.json").unlink()
+    assert f"{message}texts, vocabulary, teacher\n" in main(teacher)
 
 
 def test_what_is_missing_is_said(data: Path, tmp_path: Path) -> None:

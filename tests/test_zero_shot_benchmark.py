@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -284,6 +285,29 @@ def test_the_page_finds_what_is_there() -> None:
     assert "Not significantly better at any sparsity: none." in found
 
 
+def test_calibration_texts_are_compared() -> None:
+    from zero_shot_page import page
+
+    title = "### Calibration text: many languages against English"
+    drops = {
+        ("wanda-en", "none"): languages(0.1, 0.1, 0.1, 0.1),
+        ("wanda-multi", "none"): languages(0.1, 0.4, 0.4, 0.4),
+        ("aligned-inputs-en", "none"): languages(0.1, 0.4, 0.4, 0.4),
+    }
+    found = page([*made_up(drops)]).split(title)[1]
+    assert "Significantly better: none. Significantly worse: Wanda, multilingual" in found
+    assert found.count("| 5 |") == 1
+    drops[("aligned-inputs-multi", "none")] = languages(0.1, 0.4, 0.4, 0.25)
+    found = page([*made_up(drops)]).split(title)[1]
+    assert "Significantly better: aligned, multilingual inputs (50%, 90%). " in found
+    assert "Significantly worse: Wanda, multilingual inputs (50%, 90%)." in found
+    row = next(line for line in found.splitlines() if line.startswith("| aligned, multiling"))
+    # 15 points in one of three languages; half of it at 50%.
+    cells = [float(cell.split("±")[0].strip(" *")) for cell in row.split("|")[3:5]]
+    assert cells == pytest.approx([2.5, 5.0], abs=0.5)
+    assert title not in page([*made_up({("wanda-en", "none"): languages(0, 0, 0, 0)})])
+
+
 def test_what_is_corrected_together() -> None:
     """Neither rows of the dense model nor those of a single seed make others harder to show."""
     from zero_shot_page import Cell, _corrected
@@ -532,6 +556,14 @@ def test_the_grid_goes_on(
     text = (out / "README.md").read_text()
     assert "**4 of the 300 runs" in text and "![scores by sparsity](topics.png)" in text
     assert (out / "topics.png").read_bytes().startswith(b"\x89PNG")
+    # Other data, of as many sentences, does not go with the lines that there are.
+    path = data / "sib200" / "test.vi.tsv.gz"
+    write(path, gzip.decompress(path.read_bytes()).decode().replace("travel", "sports", 1))
+    before = (out / "runs.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        zero_shot.main([*arguments, "--seeds", "1"])
+    assert "evaluated on, got other sentences in vi; --out takes" in capsys.readouterr().err
+    assert not ran and (out / "runs.jsonl").read_bytes() == before
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1000"])
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_several_seeds_and_bad_options(
     assert "aligned, 2 seeds: score (drop), in points" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert summary["aligned"]["0.5"]["languages"]["ar"]["hits"].split() == summed
+    # Nor are seeds of other sentences put together.
+    lines = (out / "runs.jsonl").read_text()
+    path = data / "sib200" / "test.ar.tsv.gz"
+    texts = gzip.decompress(path.read_bytes()).decode()
+    write(path, texts.replace("travel", "sports", 1))
+    with pytest.raises(SystemExit):
+        main([*given, "--seeds", "3"])
+    assert "got other sentences in ar; --out takes another folder" in capsys.readouterr().err
+    assert (out / "runs.jsonl").read_text() == lines
+    write(path, texts)
     for bad, message in (
         (["--languages", "xx"], "languages should be among those of topics, ar, en, vi"),
         (["--seeds", "0"], "--seeds should be at least 1, got 0"),

@@ -19,6 +19,7 @@ from torchalignprune.crosslingual import (
     GeneratedCorpus,
     ZeroShotReport,
     evaluate_zero_shot,
+    finetune,
     finetune_and_prune,
     generate_corpus,
 )
@@ -160,6 +161,22 @@ def test_dense_training_that_is_taken_over_changes_nothing(
     )
 
 
+def test_dense_training_is_not_taken_over_by_a_run_of_other_stages(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def remember(*args: Any, seed: int, **options: Any) -> None:
+        seeds.append(seed)
+        finetune(*args, seed=seed, **options)
+
+    monkeypatch.setattr("torchalignprune.crosslingual.sweep.finetune", remember)
+    experiment = load(data)
+    for levels in ((0.5,), (0.9,), (0.5, 0.9)):
+        experiment.run("magnitude", "none", 0.0, 3, TRAINING, sparsities=levels)
+    assert seeds == [6, 7, 7, 9, 10, 11]
+
+
 def test_what_is_read(data: Path) -> None:
     experiment = load(data, languages=["ru"], sentences=4)
     assert list(experiment.test) == ["en", "ru"]
@@ -173,6 +190,8 @@ def test_what_is_read(data: Path) -> None:
     assert {"Это", "The"} <= {word for text in texts["multilingual"] for word in text.split()}
     report = experiment.run("magnitude", "none", 0.0, 0, TRAINING, validation=True)[0.95]
     assert report.split == "validation" and list(report.languages) == ["en"]
+    dense = experiment.run("dense", "none", 0.0, 0, TRAINING, sparsities=LEVELS)[0.0]
+    assert experiment.digests() == {c: own.digest for c, own in dense.languages.items()}
     assert experiment.digest() == load(data).digest()
     with pytest.raises(ValueError, match="languages should be among those of topics, ar, en, ru"):
         load(data, languages=["xx"])

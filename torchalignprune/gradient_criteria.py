@@ -263,7 +263,8 @@ class Movement(GradientCriterion):
 
     Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", equation 4;
     :math:`\alpha_t` is the learning rate of the step. The lowest values go first, whatever their
-    sign, and the sums go on over all of the training.
+    sign, and the sums go on over all of the training. In the paper pruned weights can come back:
+    that takes ``Pruner(..., regrow=True)``, since by default they do not.
 
     Args:
         params: ``(module, name)`` pairs; tied weights count once.

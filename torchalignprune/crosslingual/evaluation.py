@@ -137,7 +137,7 @@ def evaluate_zero_shot(
             splits = load_task(task, code, data, splits=[split])
         read[code] = _rows(splits, task, code, split)
     runner = _Runner(model, tokenizer, task, places, longest, batch_size, bare_pieces)
-    digests = {code: _digests(rows, task) for code, rows in read.items()}
+    digests = {code: row_digests(rows, task) for code, rows in read.items()}
     parallel = task.parallel and len({ids for _, ids in digests.values()}) == 1
     scores = {}
     with evaluating(model), _bar(sum(map(len, read.values())), progress) as advance:
@@ -257,7 +257,7 @@ class _Runner:
             advance(len(rows))
 
 
-def _digests(rows: Any, task: Task) -> tuple[str, str]:
+def row_digests(rows: Any, task: Task) -> tuple[str, str]:
     """Hashes of the sentences with their labels, and of their ids."""
     content, ids = hashlib.sha256(), hashlib.sha256()
     names = column_names(task)

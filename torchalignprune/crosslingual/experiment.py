@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchalignprune.calibration import Calibration
 from torchalignprune.checkpoints import quiet_transformers
 from torchalignprune.crosslingual.columns import import_datasets
-from torchalignprune.crosslingual.evaluation import evaluate_zero_shot
+from torchalignprune.crosslingual.evaluation import evaluate_zero_shot, row_digests
 from torchalignprune.crosslingual.inputs import longest_input, padded
 from torchalignprune.crosslingual.readers import available_languages, load_task
 from torchalignprune.crosslingual.recipes import RECIPES, Collect, make_penalty
@@ -174,8 +174,8 @@ class Experiment:
 
         With the same seed all methods and regularizers begin with the same classifier and see the
         same batches with the same dropout. So the dense training is the same for all methods, and
-        a run takes it over from the one before, if that had the same seed and regularizer;
-        criteria that watch the gradients need their own.
+        a run takes it over from the one before, if that had the same seed and regularizer and as
+        many sparsities; criteria that watch the gradients need their own.
 
         Args:
             method: one of :data:`~torchalignprune.crosslingual.recipes.RECIPES`, or ``"dense"``.
@@ -235,7 +235,9 @@ class Experiment:
             return recipe.pruner(params, schedule, collect, reference)
 
         trained = None
-        settings = (regularizer, strength, seed, training, validation, str(device))
+        # What the seed of the dense stage is depends on the number of stages.
+        stages = len(sparsities)
+        settings = (regularizer, strength, seed, stages, training, validation, str(device))
         if settings in self._dense and (recipe is None or recipe.criterion is None):
             weights, trained = self._dense[settings]
             model.load_state_dict(weights)
@@ -295,6 +297,13 @@ class Experiment:
                 counts[label] += 1
             found[code] = max(counts) / max(sum(counts), 1)
         return found
+
+    def digests(self) -> dict[str, str]:
+        """For each language a hash of its test rows, as reports have it."""
+        return {
+            code: row_digests(splits["test"], self.evaluated)[0]
+            for code, splits in self.test.items()
+        }
 
     def digest(self) -> str:
         """A hash of the model's weights as they were pretrained."""

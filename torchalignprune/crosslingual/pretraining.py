@@ -411,7 +411,8 @@ def pretrain(
             nearest of those of the batch counts once. It is the weight of the teacher of words too.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
         seed: of everything drawn, dropout included.
-        folder: where the state and ``log.jsonl`` are kept; None: nowhere.
+        folder: where the state and ``log.jsonl`` are kept; None: nowhere. For one run:
+            that its state is of other texts, teachers or lexicons is not noticed.
         save_every: steps between two states.
         progress: show a progress bar on standard error; needs tqdm.
 
@@ -422,7 +423,8 @@ def pretrain(
 
     Raises:
         ValueError: no parallel text, a language alone, a number out of range, more tokens than the
-            model takes, a state in the folder that is of another run. The model is as it was then.
+            model takes, a state in the folder that was made with other options or has parameters
+            of other shapes. The model is as it was then.
         RuntimeError: the loss is not finite.
         ImportError: safetensors is missing, for a folder, or tqdm, for ``progress``.
 

@@ -22,6 +22,7 @@ _SPLITS = {"train": "train", "validation": "validation", "valid": "validation"}
 _SPLITS |= {"val": "validation", "dev": "validation", "test": "test"}
 _SMALL = re.compile(r"(?P<split>train|dev|test)\.(?P<language>[\w-]+)\.tsv(\.gz)?")
 _SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+_PART = re.compile(r"(?P<name>.*?)(-?(?P<number>\d+)-of-(?P<count>\d+))?")
 
 # For each language and split its files.
 _Files = dict[str, dict[str, list[Path]]]
@@ -54,6 +55,8 @@ def load_task(
       the split is ``train``, ``dev`` or ``test``: ``TOKEN TAB TAG`` lines with an empty line after
       each sentence, or ``ID TAB LABEL TAB TEXT`` lines. Tokens may hold spaces.
 
+    A split is there once: in one format, and with all of its files where their names number them.
+
     Args:
         task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
         language: its code, such as ``"de"``, or the name of a configuration of the repository,
@@ -75,8 +78,8 @@ def load_task(
 
     Raises:
         ValueError: an unknown task; a language that is not there (the error lists those that
-            are), one of ``splits`` that is not there, a column that is missing, a label that the
-            task does not have.
+            are), one of ``splits`` that is not there, a split that is there twice or in part, a
+            column that is missing, a label that the task does not have.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
 
@@ -101,6 +104,8 @@ def load_task(
             f"{root} has no {task.name} data in {language!r}, only in {', '.join(sorted(files))}"
         )
     wanted = _wanted(own, splits, f"{task.name} in {language}, in {root},")
+    for split in wanted:
+        _check_files(own[split])
     return import_datasets().DatasetDict({split: _read(own[split], task) for split in wanted})
 
 
@@ -243,6 +248,25 @@ def _is_small(path: Path, task: Task) -> bool:
 def _split_of(stem: str) -> str | None:
     words = [word for word in re.split(r"[^A-Za-z]+", stem) if word in _SPLITS]
     return _SPLITS[words[-1]] if words else None
+
+
+def _check_files(paths: Sequence[Path]) -> None:
+    """Refuses copies of a split, in another format or place, and a part of one."""
+    names = ", ".join(map(str, paths))
+    if len({path.suffix for path in paths}) > 1:
+        raise ValueError(f"the files of a split should be of one format, got {names}")
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for path in paths:
+        found = _PART.fullmatch(path.stem)
+        assert found is not None
+        # A file without numbers is the first of one.
+        part = int(found["number"] or 0), int(found["count"] or 1)
+        parts.setdefault(found["name"], []).append(part)
+    for own in parts.values():
+        count = max(count for _, count in own)
+        if sorted(own) != [(number, count) for number in range(count)]:
+            whole = f", in {count} files numbered from 0" if count > 1 else ""
+            raise ValueError(f"a split should be there once{whole}, got {names}")
 
 
 def _read(paths: list[Path], task: Task) -> datasets.Dataset:

@@ -158,8 +158,10 @@ RECIPES: Mapping[str, Recipe] = {
     "magnitude-layer": Recipe("magnitude, per layer", {"budget": "layer"}),
     "lamp": Recipe("LAMP", scores=_lamp),
     "taylor": Recipe("Taylor", criterion=Taylor),
-    "movement": Recipe("movement", criterion=Movement),
-    "lookahead": Recipe("lookahead", scores=_lookahead),
+    # Sanh et al. let pruned weights come back; here, as with all others, they do not.
+    "movement": Recipe("movement, without regrowth", criterion=Movement),
+    # As in its paper: raw scores cannot be compared between layers.
+    "lookahead": Recipe("lookahead, per layer", {"budget": "layer"}, scores=_lookahead),
     "aligned": Recipe("aligned", aligned=True),
     "aligned-both": Recipe("aligned, units=both", {"units": "both"}, aligned=True),
     "aligned-pretrained": Recipe("aligned with pretrained", aligned=True, pretrained=True),

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The run was killed after its last step. The names fit, because the pruner has put its
         # masks into the model.
         print(f"the training has come to its end in {checkpoint}")
-        model.load_state_dict(load_file(Path(checkpoint) / "model.safetensors"))
+        load_model(model, Path(checkpoint) / "model.safetensors")
     else:
         print(f"resuming from {checkpoint}" if checkpoint else "starting from the pretrained model")
         trainer.train(resume_from_checkpoint=checkpoint)

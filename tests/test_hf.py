@@ -486,6 +486,10 @@ def test_the_best_model_may_be_less_sparse(tmp_path: Path) -> None:
         trainer.train()
     masked_zeros(pruner)
     assert pruner.sparsity() == pytest.approx(cubic()(4), abs=1e-3)
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = False, None
+    trainer.compute_metrics = Metric(0.5, 0.5, 0.5, 0.5)
+    trainer.train()  # goes on from there, to the target
+    assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
     pruner.finalize()
     assert not prune.is_pruned(trainer.model)
 
@@ -520,6 +524,51 @@ def test_the_state_is_there_before_an_older_checkpoint_goes(
     monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", rotate)
     trainer.train()
     assert found == [str(tmp_path / f"checkpoint-{step}") for step in (3, 6, 8)]
+
+
+def test_a_later_checkpoint_stays_as_it_is_when_a_failed_run_is_resumed(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                raise OSError("the disk is gone")
+
+    fails = Fails()
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "callbacks": [fails]}
+    trainer, pruner = plain_trainer(tmp_path, **options)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    later = tmp_path / "checkpoint-6" / "pruner.safetensors"
+    before = later.read_bytes()
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(later.read_bytes() == before)
+
+    trainer.remove_callback(fails)
+    trainer.add_callback(Looks)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert seen == [True] and pruner.steps == 8
+
+
+def test_each_node_has_a_complete_checkpoint_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a disk that they share, with ``save_on_each_node``."""
+    trainer, _ = plain_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    trainer.train()
+    folder = tmp_path / "checkpoint-8"
+    (folder / "rng_state.pth").rename(folder / "rng_state_1.pth")
+    callback = trainer.callback_handler.callbacks[0]
+    assert isinstance(callback, hf.PruningCallback)
+    for each, found in ((False, "checkpoint-6"), (True, "checkpoint-8")):
+        callback._args = types.SimpleNamespace(
+            save_on_each_node=each, world_size=2, process_index=1, local_process_index=0
+        )
+        callback._state = trainer.state
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        callback._save(folder)
+        assert hf.last_complete_checkpoint(tmp_path) == str(tmp_path / found)
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +607,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(saved: Path, tmp_path: P
     shutil.rmtree(folder / "checkpoint-8")
     shutil.copytree(saved / "checkpoint-8", folder / "checkpoint-8")
     state = load_state(folder / "checkpoint-8" / "pruner.safetensors")
-    for other in ({"files": None}, {"world_size": None}):
+    for other in ({"files": None}, {"ranks": None}):
         save_state(folder / "checkpoint-8" / "pruner.safetensors", {**state, **other})
         assert hf.last_complete_checkpoint(folder) == str(folder / "checkpoint-6"), other
     # The Trainer's own way would fail on such a folder, and this one goes on.
@@ -846,6 +895,7 @@ def test_a_language_model_with_tied_weights(tmp_path: Path) -> None:
     trainer.train()
     assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
     again, resumed, other = made()
+    other._apply(lambda tensor: tensor.clone())  # as moving it to a device does
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(other.state_dict(), model.state_dict()) and resumed.steps == 8
 

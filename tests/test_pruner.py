@@ -742,3 +742,139 @@ def test_a_copy_between_two_steps_is_independent() -> None:
         model[0].weight_orig.mul_(3)
     assert torch.equal(twin[0].weight, shown)
     assert torch.equal(twin(inputs), expected)
+
+
+def test_what_is_shown_has_a_gradient_before_the_next_forward() -> None:
+    """As after torch's own pruning: a penalty of one's own may read ``layer.weight`` first."""
+    model = mlp()
+    pruner = tap.Pruner(
+        tap.prunable_parameters(model), tap.Magnitude, schedules.linear(0, 0.6, end=3)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layer = model[0]
+    for _ in range(4):
+        shown = layer.weight
+        (grad,) = torch.autograd.grad((shown**3).sum(), layer.weight_orig, create_graph=True)
+        torch.testing.assert_close(grad, 3 * layer.weight_orig**2 * layer.weight_mask)
+        (second,) = torch.autograd.grad(grad.sum(), layer.weight_orig)
+        torch.testing.assert_close(second, 6 * layer.weight_orig * layer.weight_mask)
+        copy.deepcopy(model)
+        train(model, optimizer, pruner, 1)
+        assert torch.equal(layer.weight, layer.weight_orig)
+    with torch.no_grad():
+        pruner = tap.Pruner.freeze(tap.prunable_parameters(model))
+        assert not layer.weight.requires_grad
+
+
+def test_a_weight_that_is_read_but_never_called_still_learns() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedules.linear(0, 0.5, end=2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    nn.functional.linear(torch.ones(2, 4), layer.weight).square().sum().backward()
+    optimizer.step()
+    pruner.step()
+    assert bool((layer.weight != before)[layer.weight_mask].all())
+
+
+def test_each_of_several_optimizers_leaves_the_gradients_of_the_others_whole() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    taylor = tap.criteria.Taylor(params)
+    pruner = tap.Pruner(
+        params, tap.Magnitude, schedules.one_shot(0.5, at=1), criterion=taylor, regrow=True
+    )
+    both = [torch.optim.SGD(model[i].parameters(), lr=0.1, momentum=0.9) for i in (0, 2)]
+    for _ in range(2):
+        model(torch.randn(16, 12)).square().mean().backward()
+        pulls = [module.weight_orig.grad.clone() for module, _ in params]
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+        if pruner.steps == 1:
+            for pair, pull in zip(params, pulls, strict=True):
+                pruned = ~pair[0].weight_mask
+                assert bool((pull[pruned] != 0).any())
+                assert bool((taylor.scores()[pair][pruned] != 0).any())
+                assert not bool(pair[0].weight[pruned].any())
+        pruner.step()
+
+
+class Quantized(Tensor):
+    """Looks like a float of the parameter's shape, as the states of 8-bit optimizers do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{func} of a quantized tensor")
+
+
+def test_states_that_are_no_plain_tensors_are_left_alone() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedules.one_shot(0.5, at=1))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    state = torch.Tensor._make_wrapper_subclass(Quantized, (4, 4), dtype=torch.float32)
+    optimizer.state[layer.weight_orig]["exp_avg"] = state
+    assert pruner.step()
+    assert int((layer.weight == 0).sum()) == 8
+    momentum = optimizer.state[layer.weight_orig]["momentum_buffer"]
+    assert not bool(momentum[~layer.weight_mask].any())
+
+
+def test_a_pruning_that_fails_at_the_end_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1))
+
+    def fails(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruner, "_clear", fails)
+        with pytest.raises(MemoryError):
+            pruner.step()
+    assert pruner.steps == 0
+    assert pruner.step()
+    assert sum(int((w == 0).sum()) for w in weights(params)) == 160
+
+
+def test_tied_parameters_share_the_mask_that_a_state_belongs_to() -> None:
+    """Moving a model makes two of their mask, and a file may have it under one name only."""
+    schedule = schedules.one_shot(0.5, at=1)
+
+    def made() -> tuple[nn.Module, tap.Pruner]:
+        model = Tied()
+        pruner = tap.Pruner([(model.a, "weight"), (model.b, "weight")], tap.Magnitude, schedule)
+        return model, pruner
+
+    model, pruner = made()
+    pruner.step()
+    saved, state = model.state_dict(), pruner.state_dict()
+    for lost in "ab":
+        other, resumed = made()
+        other._apply(lambda tensor: tensor.clone())
+        assert other.a.weight_mask is not other.b.weight_mask
+        part = {key: value for key, value in saved.items() if key != f"{lost}.weight_mask"}
+        other.load_state_dict(part, strict=False)
+        resumed.load_state_dict(state)
+        assert other.a.weight_mask is other.b.weight_mask
+        assert torch.equal(other.a.weight_mask, model.a.weight_mask)
+        assert resumed.sparsity() == pruner.sparsity()
+
+
+def test_masks_that_were_loaded_on_the_way_are_pruned_to_the_target_again() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({1: 0.3, 2: 0.6}))
+    pruner.step()
+    earlier = copy.deepcopy(model.state_dict())
+    pruner.step()
+    model.load_state_dict(earlier)
+    pruner.look_again()
+    assert pruner.log()["pruning/target_sparsity"] == pytest.approx(0.3)
+    assert pruner.step()
+    assert pruner.sparsity() == pytest.approx(0.6, abs=2e-3)
+    pruner.finalize()
+    with pytest.raises(RuntimeError, match="finished"):
+        pruner.look_again()

@@ -181,6 +181,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._compare_with_best(Path(state.best_model_checkpoint))
             return
         sparsity, target = self.pruner.sparsity(), self.pruner.log()["pruning/target_sparsity"]
+        if not self.pruner.finished:
+            self.pruner.look_again()
         if sparsity < target - 1e-3:
             warnings.warn(
                 f"load_best_model_at_end has loaded {state.best_model_checkpoint}, which was saved "
@@ -207,7 +209,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Called by the Trainer in the middle of saving a checkpoint: after the model and the
         optimizer, before its own state, and before it deletes older checkpoints."""
-        if self._state is not None and not self._state.is_hyper_param_search:
+        if self._state is not None and not self._state.is_hyper_param_search and _is_saving():
             folder = Path(self._args.output_dir) / f"checkpoint-{self._state.global_step}"
             if folder.is_dir():
                 self._save(folder)
@@ -246,7 +248,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         state: dict[str, Any] = {
             "version": _VERSION,
             "global_step": self._state.global_step,
-            "world_size": self._args.world_size,
+            "ranks": _ranks_of_this_disk(self._args),
             "files": sorted(path.as_posix() for path in files if path.name not in left_out),
             "pruner": self.pruner.state_dict(),
         }
@@ -290,6 +292,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             assert target.mask is not None
             target.mask.copy_(masks[target.name])
             target.weight.masked_fill_(~target.mask, 0)
+            for module, name in target.places:  # Moving a model unties the masks of tied weights.
+                module.register_buffer(f"{name}_mask", target.mask)
 
 
 class AlignmentTrainerMixin:
@@ -479,6 +483,18 @@ def _running_trainer() -> tuple[Any, str | None]:
     return None, None
 
 
+def _is_saving() -> bool:
+    """Whether the Trainer has called to save a checkpoint. It does so too when it begins to train,
+    when an earlier run that failed may have left its state here."""
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        own = isinstance(frame.f_locals.get("self"), Trainer)
+        if own and frame.f_code.co_name == "_save_checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _check_setup(args: Any, trainer: Any) -> None:
     for what in ("fsdp", "deepspeed"):
         if getattr(trainer, f"is_{what}_enabled", False):
@@ -506,6 +522,14 @@ def _checked_strength(strength: Any, when: str = "") -> float:
     return float(strength)
 
 
+def _ranks_of_this_disk(args: Any) -> list[int]:
+    """The ranks that save to the disk that this process saves to."""
+    if not args.save_on_each_node:
+        return list(range(args.world_size))
+    first = args.process_index - args.local_process_index
+    return list(range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))))
+
+
 def _is_complete(folder: Path) -> bool:
     if (folder / _SENTINEL).exists():
         return False
@@ -513,7 +537,7 @@ def _is_complete(folder: Path) -> bool:
         state = load_state(folder / _FILE)
         step = json.loads((folder / _TRAINER_STATE).read_bytes())["global_step"]
         names = {str(name) for name in state["files"]}
-        ranks = range(state["world_size"])
+        ranks = [int(rank) for rank in state["ranks"]]
         if step != state["global_step"]:
             return False
     except (ValueError, KeyError, TypeError, OSError):

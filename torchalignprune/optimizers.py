@@ -15,6 +15,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from torchalignprune.dtensors import local
+
 __all__ = ["OptimizerWatch"]
 
 
@@ -55,8 +57,9 @@ class OptimizerWatch:
 
         Returns:
             The position of the parameter, and a floating-point tensor of its shape, for each; such
-            as the momentum of SGD and the two moments of Adam. States of another shape (Adafactor)
-            or of integers (8-bit optimizers) belong to no single entry.
+            as the momentum of SGD and the two moments of Adam. States of another shape (Adafactor),
+            of integers or of quantized kinds of tensors (8-bit optimizers) belong to no single
+            entry.
         """
         found = []
         parameters = list(parameters)
@@ -66,6 +69,7 @@ class OptimizerWatch:
                 for value in optimizer.state.get(parameter, {}).values():
                     if (
                         isinstance(value, Tensor)
+                        and type(local(value)) is Tensor
                         and value.dim() > 0
                         and value.shape == parameter.shape
                         and value.is_floating_point()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
-from torchalignprune import ddp, ops, schedules
+from torchalignprune import ddp, ops, schedules, sharded_hooks
 from torchalignprune.dtensors import is_dtensor, like, local, own_part
 from torchalignprune.gradient_criteria import GradientCriterion
 from torchalignprune.hooks import put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
-from torchalignprune.optimizers import OptimizerWatch
+from torchalignprune.optimizers import OptimizerWatch, gradients
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.pruning import Budget, PruningMethod
 from torchalignprune.regularizers import CosineAlignment
@@ -248,13 +248,12 @@ class Pruner:
         """Whether :meth:`finalize` has been called."""
         return self._finished
 
-    @torch.no_grad()
     def step(self) -> bool:
         """Count one step of training, and prune if the schedule asks for it.
 
         To be called after ``optimizer.step()``. Where a criterion has seen no gradient since the
         last pruning, as when a gradient scaler has skipped the optimizer, the pruning is left to
-        the next step, with a warning.
+        the next step (that of ``regrow=N`` to the next of its steps), with a warning.
 
         Returns:
             Whether masks were chosen anew.
@@ -296,12 +295,13 @@ class Pruner:
             return False
         self._target, before = sparsity, self._target
         try:
-            targets = self._targets()
-            masks = self._new_masks(targets)
+            with torch.no_grad():
+                targets = self._targets()
+                masks = self._new_masks(targets)
+            self._put(targets, masks)
         except BaseException:
             self._target = before
             raise
-        self._put(targets, masks)
         if self.criterion is not None:
             self.criterion.restart()
         self._step = step
@@ -407,6 +407,7 @@ class Pruner:
             ValueError: as :meth:`load_state_dict`.
         """
         self._check_unfinished()
+        self._tie_masks(state)
         expected = self.state_dict()
         if state.get("version") != _VERSION:
             raise ValueError(
@@ -447,6 +448,17 @@ class Pruner:
         if "generator" in state:
             found, own = ({"generator": each["generator"]} for each in (state, expected))
             _check_tensors(found, own, "the state")
+
+    def look_again(self) -> None:
+        """Take the masks as they are now, when a model's state has been loaded in the middle of a
+        run: the next step prunes to what the schedule says.
+
+        :meth:`load_state_dict` does more, for a run that goes on where it was.
+        """
+        self._check_unfinished()
+        self._target = self.sparsity()
+        self._clear()
+        self._watch.look_again()
 
     def finalize(self) -> None:
         """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
@@ -507,6 +519,11 @@ class Pruner:
     def _put(self, targets: Sequence[Target], masks: Sequence[Tensor]) -> None:
         """Put the masks in place, and zeros wherever they prune."""
         parameters = [stored(*places[0]) for places in self._places]
+        for parameter, places in zip(parameters, self._places, strict=True):
+            if is_dtensor(parameter):
+                # Raises in the middle of a forward, when nothing has changed yet.
+                for module, name in places:
+                    sharded_hooks.reshard(module, name)
         if self.regrow:
             for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
                 weight = target.weight
@@ -556,6 +573,23 @@ class Pruner:
             here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
             ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])
 
+    def _tie_masks(self, state: Mapping[str, Any]) -> None:
+        """Let tied parameters share the mask that belongs to the state.
+
+        ``model.to`` makes two of a mask that they share, and a checkpoint of Transformers has it
+        under one of its names only.
+        """
+        counts = state.get("pruned", {})
+        for name, places in zip(self._names, self._places, strict=True):
+            masks = [mask_of(module, attribute) for module, attribute in places]
+            if all(mask is masks[0] for mask in masks) or any(map(is_dtensor, masks)):
+                continue
+            for mask in masks:
+                if mask is not None and int((mask == 0).sum()) == counts.get(name):
+                    for module, attribute in places:
+                        module.register_buffer(f"{attribute}_mask", mask)
+                    break
+
     def _restored(self, number: int, weight: Tensor) -> Tensor:
         """The weight with the values that pruned entries had."""
         left = self._left[number]
@@ -585,9 +619,10 @@ class Pruner:
         return left
 
     def _mask_gradients(self, optimizer: Optimizer) -> None:
-        """The criterion has read them whole; the optimizer is to see those of what is left."""
-        for places in self._places:
-            grad, mask = stored(*places[0]).grad, mask_of(*places[0])
+        """The criterion has read the optimizer's whole; it is to see those of what is left."""
+        parameters = [stored(*places[0]) for places in self._places]
+        for places, grad in zip(self._places, gradients(optimizer, parameters), strict=True):
+            mask = mask_of(*places[0])
             if grad is not None and mask is not None:
                 local(grad).masked_fill_(local(mask) == 0, 0)
 

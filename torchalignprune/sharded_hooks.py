@@ -23,7 +23,7 @@ from torchalignprune.parameters import mask_of, stored
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["FullyShardedMaskHook", "ShardedMaskHook", "prepare"]
+__all__ = ["FullyShardedMaskHook", "ShardedMaskHook", "prepare", "reshard"]
 
 
 class ShardedMaskHook(MaskHook):
@@ -184,6 +184,17 @@ def prepare(
         )
     entry.reshard(where)
     return functools.partial(_put_fully_sharded, module, name, own, original, entry)
+
+
+def reshard(module: nn.Module, name: str) -> None:
+    """Free what ``fully_shard`` has gathered of a parameter, if anything.
+
+    Raises:
+        RuntimeError: as :func:`prepare`.
+    """
+    entry = _entry(module, name)
+    if entry is not None:
+        entry.reshard(f"{name} of {type(module).__name__}")
 
 
 def _put_fully_sharded(

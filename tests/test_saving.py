@@ -960,3 +960,17 @@ def test_safetensors_is_named_when_it_is_missing(
             call()
     shutil.rmtree(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is written: a rename would fail, or take the ground from the process."""
+    model = mlp()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the current folder, which cannot be replaced"):
+        tap.save_pruned(model, ".")
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with pytest.raises(ValueError, match="out is a mount point, which cannot be replaced: name a"):
+        tap.save_pruned(model, out)
+    assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())

@@ -267,8 +267,8 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 
     Raises:
         ValueError: ``out`` exists and ``overwrite`` is not given, is not a folder, is not a
-            checkpoint, or holds more than one, such as the ``checkpoint-*`` of a Trainer; or it is
-            ``source``, in it or around it.
+            checkpoint, or holds more than one, such as the ``checkpoint-*`` of a Trainer; it is a
+            mount point or the current folder; or it is ``source``, in it or around it.
     """
     out, source = out.resolve(), source.resolve()
     if out == source or out in source.parents or source in out.parents:
@@ -277,6 +277,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"--out {out} exists and is not a folder")
+    _check_replaceable(out)
     if not overwrite:
         raise ValueError(f"--out {out} exists; --overwrite replaces it")
     if any(out.iterdir()) and not (out / "config.json").is_file():
@@ -289,6 +290,12 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
             f"--out {out} holds more than a checkpoint, so --overwrite does not replace it: "
             f"{', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}"
         )
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and (os.path.ismount(folder) or folder.samefile(os.curdir)):
+        what = "a mount point" if os.path.ismount(folder) else "the current folder"
+        raise ValueError(f"{folder} is {what}, which cannot be replaced: name a folder in it")
 
 
 @contextmanager
@@ -305,9 +312,11 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace a folder that exists.
 
     Raises:
+        ValueError: ``out`` is a mount point or the current folder, which cannot be replaced.
         OSError: ``out`` exists and is not empty, without ``overwrite``.
     """
     out = out.resolve()
+    _check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
     partial, former = (out.with_name(f".{out.name}.{token}.{end}") for end in ("partial", "former"))
@@ -328,9 +337,18 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 former.rename(out)
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if out.exists():
-            shutil.rmtree(former, ignore_errors=True)
+            _remove(former)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, also when it is interrupted."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _flush_all(folder: Path) -> None:

@@ -272,7 +272,9 @@ CASES: dict[str, tuple[tuple[str, ...], Direct]] = {
     ),
     "lookahead": (
         (*HALF, "--criterion", "lookahead"),
-        scored(lambda p, calibration: criteria.lookahead(p, criteria.transformer_chains(p))),
+        scored(
+            lambda p, calibration: criteria.lookahead(p, criteria.transformer_chains(p)), "layer"
+        ),
     ),
     "random criterion": (
         (*HALF, "--criterion", "random", "--seed", "4"),
@@ -373,6 +375,37 @@ def test_a_reader_that_leaves_early(bert: Path, tmp_path: Path) -> None:
         assert process.stderr.read() == ""
     assert process.returncode == 0
     assert (tmp_path / "out").exists()
+
+
+def buffered() -> dict[str, str]:
+    """The environment of processes that print as users' do."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def test_a_reader_that_leaves_before_a_short_output(bert: Path, tmp_path: Path) -> None:
+    for arguments in (["--help"], ["prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out"]):
+        with launch(*arguments, env=buffered()) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 0
+    assert (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written() -> None:
+    code = "import sys; from torchalignprune.cli import main; sys.exit(main(['info', '--json']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=buffered(),
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("torchalignprune info: error: ")
+    assert "No space left on device" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_progress_on_a_terminal(bert: Path, text: Path, tmp_path: Path) -> None:
@@ -991,6 +1024,9 @@ def test_bad_checkpoints(
     printed, err = capsys.readouterr()
     assert printed == "" and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+    # Folders that were made for it are gone too.
+    assert run("prune", source, "--sparsity", 0.5, "--out", tmp_path / "made" / "out") == 2
+    assert not (tmp_path / "made").exists()
 
 
 def test_bad_calibration(
@@ -1036,6 +1072,50 @@ def test_a_tokenizer_without_a_padding_token(bert: Path, text: Path, tmp_path: P
     assert run("prune", bert, *arguments, "--out", tmp_path / "padded") == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "padded"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_tokenizer_without_any_token_to_pad_with(
+    bert: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(bert, source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    del config["pad_token"], config["unk_token"]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "special_tokens_map.json").unlink(missing_ok=True)
+    assert run("prune", source, "--sparsity", 0.5, "--calibration", text, "--out", out) == 2
+    err = capsys.readouterr().err
+    assert "--calibration needs a tokenizer that can pad" in err and len(err.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_model_without_a_limit_of_positions(text: Path, tmp_path: Path) -> None:
+    """XLNet's config says -1."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    config = transformers.XLNetConfig(
+        vocab_size=save_tokenizer(source), d_model=16, n_layer=1, n_head=2, d_inner=32
+    )
+    assert config.max_position_embeddings == -1
+    transformers.XLNetModel(config).save_pretrained(source)
+    assert run("prune", source, "--sparsity", 0.5, "--calibration", text, "--out", out) == 0
+
+
+@pytest.mark.parametrize("place", ["file", "/proc"])
+def test_a_place_that_cannot_be_written_to_is_noticed_first(
+    place: str,
+    bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("x")
+    if not (tmp_path / place).exists():
+        pytest.skip(f"needs {place}")
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *_: pytest.fail("loaded first"))
+    assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / place / "out") == 1
+    err = capsys.readouterr().err
+    assert f"--out: {tmp_path / place} cannot be written to: " in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_missing_extra_is_named(
@@ -1171,6 +1251,24 @@ def test_new_folder_puts_the_former_one_back(
     assert tree(tmp_path) == {"out/old": b"old"}
 
 
+def test_new_folder_removes_the_former_one_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Path, **options: Any) -> None:
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_folder(out, overwrite=True) as partial:
+        (partial / "new").write_text("new")
+    assert tree(tmp_path) == {"out/new": b"new"} and leftovers(tmp_path) == []
+
+
 def test_check_output(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -1180,3 +1278,12 @@ def test_check_output(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="exists and is not a folder"):
         check_output(tmp_path / "file", source, overwrite=True)
+
+
+def test_check_output_refuses_what_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="out is the current folder, which cannot be replaced"):
+        check_output(Path("."), tmp_path / "source", overwrite=True)

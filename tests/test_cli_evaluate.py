@@ -249,6 +249,21 @@ def test_models_that_cannot_do_it(
     assert "evaluate needs the tokenizer of" in refused(capsys, other, *task)
 
 
+def test_a_place_that_cannot_be_written_to_is_noticed_first(
+    dense: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_evaluation", lambda *_: pytest.fail("evaluated for nothing"))
+    (tmp_path / "file").write_text("x")
+    out = ["--out", tmp_path / "made" / "r.json", tmp_path / "file" / "r.json"]
+    err = refused(capsys, dense, "--task", "pos", "--data", data, *out, code=1)
+    assert f"--out: {tmp_path / 'file'} cannot be written to: Not a directory" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_without_datasets(
     dense: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

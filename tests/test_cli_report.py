@@ -142,6 +142,30 @@ def test_files(
     assert f"written: {files[0]}" in capsys.readouterr().out
 
 
+def test_files_are_replaced_together(
+    dense: Path,
+    pruned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = [tmp_path / name for name in ("r.json", "r.png")]
+    for file in files:
+        file.write_text("former")
+
+    def full(self: object, path: Path, title: str) -> None:
+        path.write_text("half of")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tap.AlignmentReport, "plot", full)
+    assert run("report", dense, pruned, "--out", *files) == 1
+    assert capsys.readouterr().err == "torchalignprune report: error: no space left on device\n"
+    assert tree(tmp_path) == {"r.json": b"former", "r.png": b"former"}
+    # Of folders that were made for them nothing is left.
+    assert run("report", dense, pruned, "--out", tmp_path / "made" / "deep" / "r.png") == 1
+    assert not (tmp_path / "made").exists()
+
+
 def test_include_and_exclude(dense: Path, pruned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = report_of(capsys, dense, pruned, "--include", "encoder.layer.1", "--exclude", "*.query")
     assert len(some["layers"]) == 5

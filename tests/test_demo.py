@@ -101,6 +101,20 @@ def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == "" and err.startswith("torchalignprune demo: error: sentences should be")
 
 
+def test_places_that_cannot_be_written_to_are_noticed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: pytest.fail("run for nothing"))
+    (tmp_path / "demo.png").mkdir()
+    (tmp_path / "demo.json").write_text("former")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "demo.png is a folder" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path / "demo.json" / "out")]) == 1
+    assert "out cannot be written to: Not a directory" in capsys.readouterr().err
+    assert (tmp_path / "demo.json").read_text() == "former"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_without_the_encoder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import platform
+import secrets
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,7 @@ from torchalignprune.calibration import Calibration
 from torchalignprune.parameters import PrunableParameters, mask_of, prunable_parameters, stored
 from torchalignprune.pruning import PruningMethod, global_unstructured
 from torchalignprune.realign import Realigned, What, realign
+from torchalignprune.weight_files import flush
 
 if TYPE_CHECKING:
     from torchalignprune.crosslingual import Comparison, ZeroShotReport
@@ -39,11 +42,12 @@ __all__ = ["main"]
 _CODES = """\
 exit codes:
   0    done
-  1    failure: the output folder is as it was
+  1    failure: what --out names is as it was, unless only printing failed
   2    wrong usage or input: nothing was done
-  130  interrupted (143: terminated): the output folder is as it was
+  130  interrupted (143: terminated): what --out names is as it was, or complete
 """
 _BATCH = 32
+_BUDGETS = {"wanda": "unit", "lookahead": "layer"}  # by criterion, as in their papers
 _TASKS = ("pos", "pud", "topics", "xnli", "pawsx", "ner")
 _SUFFIXES = (".json", ".png", ".pdf", ".svg")
 _Scores = dict[tuple[nn.Module, str], Tensor]
@@ -76,17 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
+        _drop_output()
         return stop.code if isinstance(stop.code, int) else 2
     options.command_line = shlex.join(["torchalignprune", *arguments])
     prefix = f"torchalignprune {options.command}: error:"
     try:
         with _sigterm_raises(), _without_others_warnings():
             options.run(options)
+            print(end="", flush=True)  # what cannot be printed is noticed here
     except _InputError as error:
         print(prefix, error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads the output has seen enough; the work is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        pass  # whoever reads the output has seen enough; the work is done
     except (OSError, ImportError, MemoryError) as error:
         print(prefix, error or "out of memory", file=sys.stderr)
         return 1
@@ -99,7 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+    finally:
+        _drop_output()
     return 0
+
+
+def _drop_output() -> None:
+    """Drops what could not be printed; Python would try again, and exit with a code of its own."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--budget",
         choices=["global", "layer", "unit"],
-        help="where the share is counted (default: global; unit with --criterion wanda)",
+        help="where the share is counted (default: global; unit with --criterion wanda, layer with "
+        "lookahead)",
     )
     prune.add_argument(
         "--calibration",
@@ -371,7 +388,7 @@ def _prune(options: argparse.Namespace) -> None:
             *["report", "write", "verify"],
         ]
     )
-    with checkpoints.quiet_transformers(), stages:
+    with _writable([options.out.resolve().parent]), checkpoints.quiet_transformers(), stages:
         with stages("load"), _input():
             if is_bitmask(options.checkpoint):
                 checkpoint = saving.load_checkpoint(options.checkpoint)
@@ -468,31 +485,32 @@ def _report(options: argparse.Namespace) -> None:
     if any(file.suffix != ".json" for file in options.out):
         require_matplotlib()
     started = time.perf_counter()
-    with checkpoints.quiet_transformers(), _input():
-        report, params = checkpoint_report(
-            options.dense,
-            options.pruned,
-            options.include,
-            options.exclude,
-            matching=not options.no_matching,
-            progress=sys.stderr.isatty(),
-        )
-    written = {
-        "dense": str(options.dense),
-        "pruned": str(options.pruned),
-        "totals": report.totals,
-        "layers": list(report),
-        "left_out": params.left_out,
-        "seconds": round(time.perf_counter() - started, 3),
-        "versions": _versions(),
-        "command": options.command_line,
-    }
-    for file in options.out:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".json":
-            _write_json(file, written)
-        else:
-            report.plot(file, _report_title(options, report))
+    with _writable(file.resolve().parent for file in options.out):
+        with checkpoints.quiet_transformers(), _input():
+            report, params = checkpoint_report(
+                options.dense,
+                options.pruned,
+                options.include,
+                options.exclude,
+                matching=not options.no_matching,
+                progress=sys.stderr.isatty(),
+            )
+        written = {
+            "dense": str(options.dense),
+            "pruned": str(options.pruned),
+            "totals": report.totals,
+            "layers": list(report),
+            "left_out": params.left_out,
+            "seconds": round(time.perf_counter() - started, 3),
+            "versions": _versions(),
+            "command": options.command_line,
+        }
+        with _new_files(options.out) as files:
+            for file in files:
+                if file.suffix == ".json":
+                    _write_json(file, written)
+                else:
+                    report.plot(file, _report_title(options, report))
     if options.json:
         _print_json(written)
         return
@@ -518,7 +536,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     task = TASKS[options.task]
     device = _device(options.device)
-    with _quiet_datasets(), checkpoints.quiet_transformers():
+    folders = [file.resolve().parent for file in options.out]
+    with _writable(folders), _quiet_datasets(), checkpoints.quiet_transformers():
         with _input():
             if options.languages is None and options.data is None:
                 raise ValueError("--languages is needed without --data")
@@ -544,27 +563,27 @@ def _evaluate(options: argparse.Namespace) -> None:
         reports = [
             _evaluation(folder, task, data, supervised, device, options) for folder in models
         ]
-    report = reports[0]
-    comparison = None
-    written: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
-    written |= report.to_dict()
-    if options.compare is not None:
-        with _input():
-            comparison = report.compare(earlier or reports[1])
-        written |= {"compared_with": str(options.compare), "comparison": comparison.to_dict()}
-    written |= {
-        "seconds": round(time.perf_counter() - started, 3),
-        "versions": _versions(),
-        "command": options.command_line,
-    }
-    for file in options.out:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".json":
-            _write_json(file, written)
-        elif comparison is not None:
-            comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
-        else:
-            report.plot(file)
+        report = reports[0]
+        comparison = None
+        written: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
+        written |= report.to_dict()
+        if options.compare is not None:
+            with _input():
+                comparison = report.compare(earlier or reports[1])
+            written |= {"compared_with": str(options.compare), "comparison": comparison.to_dict()}
+        written |= {
+            "seconds": round(time.perf_counter() - started, 3),
+            "versions": _versions(),
+            "command": options.command_line,
+        }
+        with _new_files(options.out) as files:
+            for file in files:
+                if file.suffix == ".json":
+                    _write_json(file, written)
+                elif comparison is not None:
+                    comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
+                else:
+                    report.plot(file)
     if options.json:
         _print_json(written)
         return
@@ -731,7 +750,7 @@ class _Plan:
             n, m = options.nm or (2, 4)
             self.options = {"n": n, "m": m}
         else:
-            budget = options.budget or ("unit" if options.criterion == "wanda" else "global")
+            budget = options.budget or _BUDGETS.get(options.criterion, "global")
             self.options = {"amount": options.sparsity, "budget": budget}
         if aligned:
             self.options["alignment"] = options.alignment or "cosine"
@@ -824,40 +843,35 @@ class _Stages:
 
 def _demo(options: argparse.Namespace) -> None:
     from torchalignprune.demo import SPARSITIES, run_demo
-    from torchalignprune.figures import draw_comparison, require_matplotlib
+    from torchalignprune.figures import require_matplotlib
 
     if options.out:
         require_matplotlib()
         if options.out.exists() and not options.out.is_dir():
             raise _InputError(f"--out {options.out} exists and is not a folder")
+    folders = [options.out.resolve()] if options.out else []
+    outputs = [folder / name for folder in folders for name in ("demo.json", "demo.png")]
+    for file in outputs:
+        if file.is_dir():
+            raise _InputError(f"--out: {file} is a folder")
 
     def progress(runs: Iterable[Any], total: int) -> Iterable[Any]:
         bar: Iterable[Any] = _tqdm()(runs, total=total, desc="pruning", unit="run", leave=False)
         return bar
 
-    with _input():
-        found = run_demo(
-            options.sparsity or SPARSITIES,
-            options.sentences,
-            progress=progress if sys.stderr.isatty() else None,
-        )
-    results = found["results"]
-    found |= {"versions": _versions(), "command": options.command_line}
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        _write_json(options.out / "demo.json", found)
-        curves: dict[str, dict[float, tuple[float, float, float]]] = {}
-        for result in results:
-            point = (result["cosine"], result["low"], result["high"])
-            curves.setdefault(result["method"], {})[result["requested"]] = point
-        draw_comparison(
-            curves,
-            {result["method"] for result in results if result["calibrated"]},
-            "mean cosine with the dense encoder's embeddings",
-            f"{found['encoder']['name']}, pruned once, not retrained "
-            f"({found['sentences']['judged']} sentences; broken lines saw calibration text)",
-            options.out / "demo.png",
-        )
+    with _writable(folders):
+        with _input():
+            found = run_demo(
+                options.sparsity or SPARSITIES,
+                options.sentences,
+                progress=progress if sys.stderr.isatty() else None,
+            )
+        results = found["results"]
+        found |= {"versions": _versions(), "command": options.command_line}
+        with _new_files(outputs) as files:
+            if files:
+                _write_json(files[0], found)
+                _draw_demo(found, files[1])
     if options.json:
         _print_json(found)
         return
@@ -882,6 +896,24 @@ def _demo(options: argparse.Namespace) -> None:
     )
     if options.out:
         print(f"written: {options.out / 'demo.json'}, {options.out / 'demo.png'}")
+
+
+def _draw_demo(found: Mapping[str, Any], file: Path) -> None:
+    from torchalignprune.figures import draw_comparison
+
+    results = found["results"]
+    curves: dict[str, dict[float, tuple[float, float, float]]] = {}
+    for result in results:
+        point = (result["cosine"], result["low"], result["high"])
+        curves.setdefault(result["method"], {})[result["requested"]] = point
+    draw_comparison(
+        curves,
+        {result["method"] for result in results if result["calibrated"]},
+        "mean cosine with the dense encoder's embeddings",
+        f"{found['encoder']['name']}, pruned once, not retrained "
+        f"({found['sentences']['judged']} sentences; broken lines saw calibration text)",
+        file,
+    )
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -917,9 +949,14 @@ def _calibration(
     tokenizer = _tokenizer(folder, "--calibration")
     if tokenizer.pad_token is None:  # what is padded does not count, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    # The positions of RoBERTa and its kin start at 2.
-    positions = getattr(model.config, "max_position_embeddings", None) or 514
-    longest = min(tokenizer.model_max_length, positions - 2, 512)
+    if tokenizer.pad_token is None:
+        raise _InputError(
+            f"--calibration needs a tokenizer that can pad: that of {folder} has no padding, end "
+            "or unknown token"
+        )
+    # The positions of RoBERTa and its kin start at 2; XLNet, which has no limit, says -1.
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    longest = min(n for n in (tokenizer.model_max_length, positions - 2, 512) if n > 0)
     ordered = sorted(sentences, key=len)
     batches = [
         tokenizer(
@@ -1030,6 +1067,53 @@ def _print_json(value: Any) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writable(folders: Iterable[Path]) -> Iterator[None]:
+    """Makes folders and tries to write there, before the work whose results go there.
+
+    Those that were made are gone again when the block fails.
+    """
+    made: list[Path] = []
+    try:
+        for folder in folders:
+            try:
+                for path in [*reversed(folder.parents), folder]:
+                    if not path.exists():
+                        path.mkdir()
+                        made.append(path)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                reason = error.strerror or error
+                raise OSError(f"--out: {folder} cannot be written to: {reason}") from error
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with suppress(OSError):  # somebody else uses it by now
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _new_files(files: Iterable[Path]) -> Iterator[list[Path]]:
+    """Temporary files that take the places of ``files`` when the block ends without an error."""
+    places = [file.resolve() for file in files]
+    partials = [
+        place.with_name(f".{secrets.token_hex(4)}.partial.{place.name}") for place in places
+    ]
+    try:
+        for place in places:  # another run, which had made the folder and failed, may have taken it
+            place.parent.mkdir(parents=True, exist_ok=True)
+        yield partials
+        for partial in partials:
+            flush(partial)
+        for partial, place in zip(partials, places, strict=True):
+            partial.replace(place)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
 
 
 def _tqdm() -> Any:

@@ -141,7 +141,9 @@ def lookahead(params: Parameters, chains: Iterable[Sequence[Pair]] | None = None
 
     for the weight between input j and output k of the i-th layer of a chain: the norm of all that
     produces its input, and of all that consumes its output. Before the first and after the last
-    layer of a chain the norm is 1, and so it is on both sides of a parameter in no chain.
+    layer of a chain the norm is 1, and so it is on both sides of a parameter in no chain. The norms
+    make the scores of different layers incomparable: prune with ``budget="layer"``, as the paper
+    does.
 
     Args:
         params: ``(module, name)`` pairs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
 from torchalignprune import Calibration
-from torchalignprune.calibration import InputStatistics
+from torchalignprune.calibration import InputStatistics, _Sums
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
 
 Pair = tuple[nn.Module, str]
@@ -373,6 +375,18 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
     assert out == "" and "calibrating" in err and "0/1" in err
 
 
+def test_progress_over_batches_whose_number_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.ones(3, 2))
+
+    layer = nn.Linear(2, 2)
+    batches = DataLoader(Stream(), batch_size=2)
+    found = Calibration.collect(layer, batches, [(layer, "weight")], progress=True)
+    assert found[layer, "weight"].count == 3
+    assert "calibrating" in capsys.readouterr().err
+
+
 def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -603,6 +617,24 @@ def test_merging_keeps_what_is_shared() -> None:
     assert merged[params[0]] is merged[params[1]] is not merged[params[3]]
 
 
+def test_sums_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    finish = _Sums.finish
+    freed = []
+
+    def watched(sums: _Sums, name: str) -> InputStatistics:
+        assert sums.products is not None
+        products = weakref.ref(sums.products)
+        found = finish(sums, name)
+        freed.append(products() is None)
+        return found
+
+    monkeypatch.setattr(_Sums, "finish", watched)
+    params = prunable_parameters(model)
+    Calibration.collect(model, [torch.randn(8, 3)], params, statistics="covariance")
+    assert freed == [True] * 4
+
+
 def test_bad_merges() -> None:
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
     one, two = (collected(module, torch.randn(2, 3)) for module in (layer, other))
@@ -614,7 +646,7 @@ def test_bad_merges() -> None:
         Calibration.merge([one, collected(layer, torch.randn(2, 3), statistics="covariance")])
     with pytest.raises(ValueError, match="one number for each of the 2 calibrations, got 1"):
         Calibration.merge([one, one], weights=[1])
-    for weights in ([-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1]):
+    for weights in ([-1, 2], [0, 0], [float("nan"), 1], [float("inf"), 1], [1e308, 1e308]):
         with pytest.raises(ValueError, match="finite, not negative and not all 0"):
             Calibration.merge([one, one], weights=weights)
 

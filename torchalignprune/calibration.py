@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -233,7 +234,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
         Raises:
             TypeError: not calibrations.
             ValueError: no calibrations; different parameters or statistics; not one weight for
-                each, or weights that are negative, all zero or not finite.
+                each, or weights that are negative, all zero or, with their sum, not finite.
 
         Example:
             >>> import torch
@@ -272,9 +273,10 @@ class Calibration(Mapping[Pair, InputStatistics]):
                     f"weights should have one number for each of the {len(every)} calibrations, "
                     f"got {len(weights)}"
                 )
-            if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+            if not all(w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
                 raise ValueError(
-                    f"weights should be finite, not negative and not all 0, got {weights}"
+                    "weights should be finite, not negative and not all 0, with a finite sum, got "
+                    f"{weights}"
                 )
         merged: dict[tuple[int, ...], InputStatistics] = {}
         inputs = {}
@@ -477,7 +479,7 @@ def _token_masks(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
-    """The statistics of a pass, whose sums are freed."""
+    """The statistics of a pass, whose sums are freed one by one."""
     inputs: dict[Pair, InputStatistics] = {}
     finished: dict[_Sums, InputStatistics] = {}
     for meter in meters:
@@ -604,7 +606,8 @@ class _Sums:
         if self.covariance:
             assert self.products is not None and self.shift is not None
             apart = mean - self.shift
-            covariance = (self.products / self.count).addr_(apart, apart, alpha=-1)
+            products, self.products = self.products, None  # the memory goes with this call
+            covariance = products.div_(self.count).addr_(apart, apart, alpha=-1)
             finite &= covariance.isfinite().all()
         if not finite:
             raise ValueError(f"NaN or infinity in the inputs of {name}")
@@ -784,7 +787,8 @@ class _Bar:
             raise ImportError(
                 'progress=True needs tqdm: pip install "torchalignprune[transformers]"'
             ) from error
-        total = passes * len(batches) if isinstance(batches, Sized) else None
+        # None where it is not known: the len of a DataLoader over an IterableDataset fails.
+        total = passes * operator.length_hint(batches) or None
         self._bar = tqdm(total=total, desc="calibrating", unit="batch", leave=False)
 
     def update(self) -> None:

@@ -1,5 +1,5 @@
 # Each target makes its own virtual environment in .venv, once, with the versions of
-# requirements.txt. They need nothing but Python, make and a C++ compiler.
+# requirements.txt. They need nothing but Python with its headers and venv, make and a C++ compiler.
 #
 #   make demo         prune a real pretrained encoder by every method and compare them, then
 #                     prune it once more into a folder, which is loaded again and reported on;
@@ -16,15 +16,17 @@
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
 # instead of the pinned one, WORKERS how many processes share the tests, ARGS what to add to the
 # command that a target runs (the first one of the demo; ZERO_SHOT_ARGS: the one with made-up
-# languages).
+# languages, MINI_ARGS: the one with the miniature).
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The environment is made anew when the pins or TORCH change, compiled again when the sources do.
-INSTALLED := $(VENV)/installed-$(subst /,_,$(TORCH))
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+# The environment is made anew when the pins, TORCH or PYTHON change, and compiled again when the
+# sources do.
+INSTALLED := $(VENV)/installed-$(VERSION)-$(subst /,_,$(TORCH))
 COMPILED := $(VENV)/compiled
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 TEST_SOURCES := $(wildcard tests/*.cpp) $(shell find tests/cuda_headers -type f)
@@ -36,7 +38,7 @@ demo: $(COMPILED)
 	$(BIN)/torchalignprune prune "$$($(BIN)/python -c 'from torchalignprune.demo import \
 	  encoder_folder; print(encoder_folder())')" --sparsity 0.5 --out build/demo/pruned --overwrite
 	$(BIN)/python examples/zero_shot_pruning.py --out build/demo/zero_shot $(ZERO_SHOT_ARGS)
-	$(BIN)/python examples/mini_xlmr_pruning.py --out build/demo/mini_xlmr
+	$(BIN)/python examples/mini_xlmr_pruning.py --out build/demo/mini_xlmr $(MINI_ARGS)
 
 # Threads that wait sleep, so that those of one worker do not take the cores from the other's.
 test: $(COMPILED)
@@ -57,14 +59,16 @@ sanitize: $(COMPILED)
 	rm -rf build/sanitized
 	mkdir -p build/sanitized
 	git ls-files -z | xargs -0 cp --parents -t build/sanitized
-	printf '#!/bin/sh\nexec c++ $(SANITIZERS) "$$@"\n' > build/sanitized/c++
-	chmod +x build/sanitized/c++
-	cd build/sanitized && CXX="$$PWD/c++" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd build/sanitized && CXX="$$PWD/c++" PYTHONPATH="$$PWD" OMP_WAIT_POLICY=passive \
+	printf '#!/bin/sh\nexec c++ $(SANITIZERS) "$$@"\n' > build/sanitized/sanitizing-c++
+	chmod +x build/sanitized/sanitizing-c++
+	cd build/sanitized && PATH="$$PWD:$$PATH" CXX=sanitizing-c++ \
+	  ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/sanitized && PATH="$$PWD:$$PATH" CXX=sanitizing-c++ PYTHONPATH="$$PWD" \
+	  OMP_WAIT_POLICY=passive \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0:log_path=$$PWD/report \
-	  UBSAN_OPTIONS=print_stacktrace=1:log_path=$$PWD/report \
-	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) --dist worksteal \
+	  ASAN_OPTIONS="detect_leaks=0:use_sigaltstack=0:log_path='$$PWD/report'" \
+	  UBSAN_OPTIONS="print_stacktrace=1:log_path='$$PWD/report'" \
+	  ../../$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
 	  $(patsubst %,tests/test_%.py,$(OPERATORS)) $(ARGS) || { cat report.*; exit 1; }
 
 bench: $(COMPILED)
@@ -80,6 +84,10 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { \
 	  echo "Python 3.10 to 3.14 is needed, and $(PYTHON) is none of them." \
 	    "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2> /dev/null || { \
+	  echo "Python's headers and its venv are needed, and $(PYTHON) lacks one of them." \
+	    "Debian, Ubuntu: apt-get install python3-dev python3-venv" >&2; exit 1; }
 	@compiler=$${CXX:-c++}; command -v $${compiler%% *} > /dev/null || { \
 	  echo "A C++ compiler is needed, and $$compiler was not found." \
 	    "Debian, Ubuntu: apt-get install g++" >&2; exit 1; }
@@ -110,5 +118,5 @@ $(VENV)/cuda/%.cu.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMP
 $(VENV)/cuda/%.cpp.o: csrc/cuda/%.cpp $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
 	@mkdir -p $(@D)
 	$(NVCC) -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE $$($(BIN)/python -c \
-	  'from torch.utils.cpp_extension import include_paths as i; print(*map("-isystem={}".format, i("cpu")))') \
-	  $< -o $@
+	  'from os.path import relpath; from torch.utils.cpp_extension import include_paths; \
+	  print(*("-isystem=" + relpath(path) for path in include_paths("cpu")))') $< -o $@

@@ -9,6 +9,7 @@ is installed is one asked for.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import json
@@ -50,32 +51,46 @@ class _FrontEnd:
         try:
             variables = os.fsdecode((process / "environ").read_bytes()).split("\0")
             self.variables = dict(each.split("=", 1) for each in variables if "=" in each)
-            self.program = os.fsdecode((process / "cmdline").read_bytes()).split("\0")[0]
+            self.command = os.fsdecode((process / "cmdline").read_bytes()).split("\0")
             self.folder = os.readlink(process / "cwd")
         except OSError:
             hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")  # pip sets both to isolate its builds.
             self.variables = {key: each for key, each in os.environ.items() if key not in hidden}
-            self.program = self.folder = ""
+            self.command, self.folder = [""], ""
 
     def interpreters(self) -> Iterator[str]:
         """The interpreters the package may be going to be installed for, the likeliest first."""
         yield sys.executable
-        name = os.path.basename(self.program)
+        name = os.path.basename(self.command[0])
         if name.startswith("python"):
-            if os.sep in self.program:
-                program: str | None = os.path.join(self.folder, self.program)
-            else:
-                program = shutil.which(self.program, path=self.variables.get("PATH"))
+            program = self._find(self.command[0])
             if program == sys.executable:
                 return  # This is pip, which runs the hooks with the interpreter it installs for.
             if program is not None:
                 yield program  # `python -m build` runs them in a virtual environment of its own.
+        if name == "uv" and (named := self._named_to_uv()) is not None:
+            yield named
+            return
         prefixes = [self.variables.get("VIRTUAL_ENV"), os.environ.get("VIRTUAL_ENV")]
         if name == "uv":
-            prefixes.append(os.path.join(self.folder, ".venv"))
+            prefixes += [self.variables.get("CONDA_PREFIX"), os.path.join(self.folder, ".venv")]
         for prefix in prefixes:
             if prefix:
                 yield os.path.join(prefix, "bin", "python")
+
+    def _named_to_uv(self) -> str | None:
+        """The interpreter of `uv pip install --python`, unless it is named by its version."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-p", "--python", default=self.variables.get("UV_PYTHON"))
+        named = parser.parse_known_args(self.command[1:])[0].python
+        if named and os.path.isdir(os.path.join(self.folder, named, "bin")):
+            named = os.path.join(named, "bin", "python")  # It was an environment's folder.
+        return self._find(named) if named else None
+
+    def _find(self, program: str) -> str | None:
+        if os.sep in program:
+            return os.path.join(self.folder, program)
+        return shutil.which(program, path=self.variables.get("PATH"))
 
 
 def show_torch() -> bool:

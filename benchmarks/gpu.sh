@@ -14,11 +14,14 @@
 # passed and every benchmark found the right masks.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+root=$PWD
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
+# An interrupt ends the command that is running, which --foreground has it reach, and then this.
+trap 'exit 130' INT
 
 capability=$("$python" -c '
 import torch
@@ -26,6 +29,8 @@ print("%d.%d" % torch.cuda.get_device_capability())') || {
   echo "gpu.sh: $python has no torch that sees a GPU" >&2
   exit 1
 }
+python=$("$python" -c 'import sys; print(sys.executable)') # its whole path
+rm -f "$out"/{gpu.json,tests.xml,tests.log,build.log,benchmarks.log}
 
 echo "== build for compute capability $capability"
 begun=$SECONDS
@@ -34,18 +39,19 @@ mkdir "$scratch/source"
 tar --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' \
   --exclude=./benchmarks/results -cf - . | tar -xf - -C "$scratch/source"
 TORCHALIGNPRUNE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} \
-  timeout 200 "$python" -m pip install --verbose --no-index --no-build-isolation --no-deps \
-  --target "$scratch/site" "$scratch/source" > "$out/build.log" 2>&1 || {
+  timeout --foreground 200 "$python" -m pip install --verbose --no-index --no-build-isolation \
+  --no-deps --target "$scratch/site" "$scratch/source" > "$out/build.log" 2>&1 || {
   tail -n 40 "$out/build.log"
   echo "gpu.sh: the build failed; all of it is in $out/build.log" >&2
   exit 1
 }
 echo "-- $((SECONDS - begun)) s"
 
-# -P keeps the package of the working tree, which has no extension for here, out of the way.
+# From elsewhere, since the package of the working tree has no extension for here.
+cd "$scratch" || exit 1
 export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
-"$python" -P -m torchalignprune info
-"$python" -P -c '
+"$python" -m torchalignprune info
+"$python" -c '
 import sys, torch, torchalignprune
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 sys.exit(not has_kernel("torchalignprune::select_global", "CUDA"))' || {
@@ -57,9 +63,9 @@ failed=0
 echo "== tests"
 begun=$SECONDS
 # The other files import more than is needed here, and take time to collect.
-mapfile -t files < <(grep -lE 'mark\.cuda|\bdevice: str' tests/test_*.py)
+mapfile -t files < <(grep -lE 'mark\.cuda|\bdevice: str' "$root"/tests/test_*.py)
 # What other packages warn of on this machine is no failure of this one: -W default.
-timeout -s INT -k 20 240 "$python" -P -m pytest "${files[@]}" -m cuda -q -W default \
+timeout --foreground -s INT -k 20 240 "$python" -m pytest "${files[@]}" -m cuda -q -W default \
   -p no:cacheprovider --continue-on-collection-errors --durations=10 \
   --junit-xml="$out/tests.xml" 2>&1 |
   tee "$out/tests.log" | tail -n 60
@@ -69,8 +75,8 @@ echo "-- $((SECONDS - begun)) s, exit code $status"
 
 echo "== benchmarks"
 begun=$SECONDS
-timeout -s INT -k 20 "$((520 - SECONDS > 30 ? 520 - SECONDS : 30))" \
-  "$python" -u benchmarks/gpu.py --out "$out" --tests "$out/tests.xml" 2>&1 |
+timeout --foreground -s INT -k 20 "$((520 - SECONDS > 30 ? 520 - SECONDS : 30))" \
+  "$python" -u "$root/benchmarks/gpu.py" --out "$out" --tests "$out/tests.xml" 2>&1 |
   tee "$out/benchmarks.log"
 status=${PIPESTATUS[0]}
 echo "-- $((SECONDS - begun)) s, exit code $status"

@@ -5,11 +5,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 from pathlib import Path
 
@@ -68,10 +71,15 @@ def isolated(tmp_path_factory):
     return folder / "venv" / "bin" / "python", str(folder / "site")
 
 
-def ask_backend(isolated, tree, expression, virtual_env=None):
-    """The value of an expression about the backend, in a process that a shell starts."""
+def ask_backend(isolated, tree, expression, virtual_env=None, front_end="sh", **variables):
+    """The value of an expression about the backend, in a process that a shell starts.
+
+    The shell may pass for another front end: its command line is ``sh -c ... FRONT_END``.
+    """
     interpreter, site = isolated
-    environ = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    hidden = ("VIRTUAL_ENV", "CONDA_PREFIX", "UV_PYTHON")
+    environ = {name: value for name, value in os.environ.items() if name not in hidden}
+    environ.update(variables)
     program = (
         f"import sys; sys.path[:0] = [{str(tree)!r}, {site!r}]\n"
         f"import importlib.util, build_backend\nprint('ANSWER', repr({expression}))"
@@ -79,7 +87,9 @@ def ask_backend(isolated, tree, expression, virtual_env=None):
     if virtual_env is not None:
         environ["VIRTUAL_ENV"] = str(virtual_env)
     command = shlex.join([str(interpreter), "-c", program])
-    done = run("sh", "-c", f"{command}; exit $?", cwd=tree, env=environ)
+    name, *arguments = shlex.split(front_end)
+    shell = [name, "-c", f"{command}; exit $?", *arguments]
+    done = run(*shell, executable=shutil.which("sh"), cwd=tree, env=environ)
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(done.stdout.rpartition("ANSWER ")[2])
 
@@ -109,7 +119,38 @@ def test_the_backend_shows_the_installed_torch_and_keeps_its_own_setuptools(isol
     assert found[1].startswith(isolated[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="only Linux shows the parent")
+on_linux = pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="only Linux shows the parent"
+)
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "arguments", ["--python {python} x", "-p {python}", "--python={prefix}", "x -p ../python"]
+)
+def test_the_backend_finds_the_torch_of_the_interpreter_named_to_uv(isolated, tree, arguments):
+    link = tree.parent / "python"
+    link.unlink(missing_ok=True)
+    # Not a link to it, which would be another environment's interpreter.
+    link.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    link.chmod(0o755)
+    named = arguments.format(python=shlex.quote(sys.executable), prefix=shlex.quote(sys.prefix))
+    uv = {"front_end": f"uv {named}"}
+    assert ask_backend(isolated, tree, "build_backend.show_torch()", **uv)
+    # It is the only one that counts.
+    uv["front_end"] = f"uv -p {shlex.quote(str(isolated[0]))}"
+    hook = "build_backend.get_requires_for_build_wheel()"
+    assert ask_backend(isolated, tree, hook, virtual_env=sys.prefix, **uv) == ["torch>=2.11"]
+
+
+@on_linux
+@pytest.mark.parametrize("variable", ["UV_PYTHON", "CONDA_PREFIX"])
+def test_the_backend_finds_the_torch_of_the_environment_that_uv_takes(isolated, tree, variable):
+    uv = {"front_end": "uv --python-version 3.10", variable: sys.prefix}
+    assert ask_backend(isolated, tree, "build_backend.show_torch()", **uv)
+
+
+@on_linux
 def test_the_backend_finds_the_torch_of_the_interpreter_that_runs_the_front_end(isolated, tree):
     interpreter, site = isolated
     environ = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
@@ -362,3 +403,96 @@ print(calls, torch.cuda.is_initialized(), sorted(extras))
 """
     done = run(sys.executable, "-c", program)
     assert done.stdout.strip() == "[] False []", done.stderr
+
+
+def test_the_command_that_refreshes_the_pins_drops_torch_alone():
+    text = (ROOT / "requirements.txt").read_text()
+    dropped = re.search(r"grep -vE '(.+)'", text)[1]
+    pins = [line for line in text.splitlines() if not line.startswith("#")]
+    assert [pin.partition("==")[0] for pin in pins if re.match(dropped, pin)] == ["torch"]
+
+
+def make(folder, *arguments, **variables):
+    """``make`` in a folder with nothing but the Makefile and the pins."""
+    (folder / "tests" / "cuda_headers").mkdir(parents=True, exist_ok=True)
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy2(ROOT / name, folder)
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PYTHON", "TORCH")
+    environ = {name: value for name, value in os.environ.items() if name not in outer}
+    return run("make", *arguments, cwd=folder, env={**environ, **variables})
+
+
+with_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@with_make
+@pytest.mark.parametrize("missing", ["ensurepip", "sysconfig"])
+def test_make_says_what_python_lacks_before_it_downloads(tmp_path, missing):
+    """As where Debian's python3-venv and python3-dev are not installed."""
+    (tmp_path / "fake").mkdir()
+    code = (
+        "def get_path(name):\n    return '/none'\n"
+        if missing == "sysconfig"
+        else "raise ImportError"
+    )
+    (tmp_path / "fake" / f"{missing}.py").write_text(code)
+    done = make(tmp_path, f"PYTHON={sys.executable}", "test", PYTHONPATH=str(tmp_path / "fake"))
+    assert done.returncode != 0
+    assert "apt-get install python3-dev python3-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@with_make
+def test_make_renews_the_environment_for_another_python(tmp_path):
+    ours = f"PYTHON={sys.executable}"
+    stamp = re.search(r"^touch '(.*)'$", make(tmp_path, "-n", ours, "test").stdout, re.MULTILINE)[1]
+    (tmp_path / ".venv").mkdir()
+    for name in (stamp, ".venv/compiled"):
+        (tmp_path / name).touch()
+    assert "venv --clear" not in make(tmp_path, "-n", ours, "test").stdout
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 3.99\n")
+    other.chmod(0o755)
+    assert "venv --clear" in make(tmp_path, "-n", f"PYTHON={other}", "test").stdout
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *sys.executable*) echo "$0" ;;
+  *"-m pytest"*) touch "$OUT/testing" && exec {python} -c '
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise SystemExit(2)' ;;
+  *gpu.py*) touch "$OUT/benchmarking" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gpu.sh needs GNU's tools")
+def test_an_interrupt_stops_the_gpu_run(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(FAKE_PYTHON.format(python=shlex.quote(sys.executable)))
+    fake.chmod(0o755)
+    for name in ("gpu.json", "tests.xml"):
+        (tmp_path / name).write_text("of an earlier run")
+    process = subprocess.Popen(
+        ["bash", ROOT / "benchmarks" / "gpu.sh"],
+        env={**os.environ, "PYTHON": str(fake), "OUT": str(tmp_path), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "testing").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # until the command that is to be interrupted has begun
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"python", "testing", "build.log", "tests.log"}

@@ -200,13 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         if (step + 1) % options.save_every == 0 or step + 1 == options.steps:
             state = state_of(model, optimizer, pruner)
-            checkpoint.save(state, checkpoint_id=checkpoints / f"step-{step + 1:08}")
+            name = f"step-{step + 1:08}"
+            checkpoint.save(state, checkpoint_id=checkpoints / name)
+            print(f"rank {rank}: wrote {name}", flush=True)
 
     sparsity = pruner.sparsity()
     pruner.finalize()
     export(model, options.out / "model", options)
     say(f"wrote {options.out / 'model'} with sparsity {sparsity:.4f}")
     dist.destroy_process_group()
+    print(f"rank {rank}: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ with them: their checks, layouts, workspaces, launches and kernels.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -28,19 +30,22 @@ LAUNCH = re.compile(r"([A-Za-z_]\w*(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\(", re.DOTA
 _libraries = []  # An operator lives as long as the library that defines it.
 
 
-def build(folder: Path) -> None:
-    """Compiles the CUDA sources for the CPU, unless the folder has them, and loads them."""
+def build() -> None:
+    """Compiles the CUDA sources for the CPU, unless that has been done before, and loads them."""
     library = torch.library.Library(NAMESPACE, "DEF")
     _libraries.append(library)
     for name in re.findall(r'm\.impl\("(\w+)"', (CSRC / "cuda" / "glue.cpp").read_text()):
         schema = str(getattr(torch.ops.torchalignprune, name).default._schema)
         library.define(schema.removeprefix("torchalignprune::"))
-    compiled = folder / f"{NAMESPACE}.so"
+    folder = HERE.parent / "build" / "emulated_cuda" / _key()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if compiled.exists():
-            torch.ops.load_library(compiled)
+        if folder.exists():
+            torch.ops.load_library(folder / f"{NAMESPACE}.so")
             return
-        sources = _translate(folder)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        sources = _translate(partial)
         # torch calls ninja by its name, and an environment that is not activated is not on PATH.
         path = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
         os.environ["PATH"] = os.pathsep.join(path)
@@ -49,9 +54,21 @@ def build(folder: Path) -> None:
             sources,
             extra_cflags=["-O2", "-g0", "-ffp-contract=off", "-w"],
             extra_include_paths=[str(HERE / "cuda_headers")],
-            build_directory=str(folder),
+            build_directory=str(partial),
             is_python_module=False,
         )
+        partial.rename(folder)
+
+
+def _key() -> str:
+    """Another one for whatever would compile to something else."""
+    found = hashlib.sha256(repr((sys.version, torch.__version__, os.environ.get("CXX"))).encode())
+    files = [Path(__file__), CSRC / "checks.h"]
+    for folder in (CSRC / "cuda", HERE / "cuda_headers"):
+        files += sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _translate(folder: Path) -> list[str]:

@@ -2,27 +2,33 @@
 
     python killed_run.py FOLDER KIND SEED KILLS
 
-Each start is a fork of this process, which has imported everything but holds nothing of the run:
-all that one start knows of those before lies in FOLDER. Prints how many were really killed.
+Before that the same run is left alone, in FOLDER/whole. Each start is a fork of this process, which
+has imported everything but holds nothing of the run: all that one start knows of those before lies
+in FOLDER/killed. Prints how many were really killed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_model
 from torch import nn
 
 import torchalignprune as tap
 from torchalignprune import hf, schedules
 
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 60, 3
+
+may_save = math.inf  # how often this start may save: see has_saved
 
 
 def run(folder: Path, kind: str) -> None:
@@ -76,8 +82,14 @@ def run(folder: Path, kind: str) -> None:
                 },
                 checkpoint,
             )
+            has_saved()
     pruner.finalize()
     save(model.state_dict(), folder / "final.pt")
+
+
+class Saved(transformers.TrainerCallback):
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        has_saved()
 
 
 def run_trainer(folder: Path) -> None:
@@ -96,7 +108,7 @@ def run_trainer(folder: Path) -> None:
     params = tap.prunable_parameters(model)
     reference = tap.Reference.capture(params)
     penalty = tap.CosineAlignment(params, reference)
-    schedule = schedules.cubic(0.0, 0.8, begin=2, end=20, every=2)
+    schedule = schedules.cubic(0.0, 0.8, begin=2, end=20, every=3)
     pruner = tap.Pruner(
         params, tap.AlignedMagnitude, schedule, reference=reference, penalty=penalty
     )
@@ -104,11 +116,11 @@ def run_trainer(folder: Path) -> None:
     rows = [{"input_ids": row, "labels": row.sum() % 3} for row in words]
     arguments = transformers.TrainingArguments(
         str(folder),
-        max_steps=24,
+        max_steps=40,
         per_device_train_batch_size=8,
         learning_rate=1e-2,
         weight_decay=0.1,
-        save_steps=3,
+        save_steps=2,
         save_total_limit=2,
         logging_steps=1000,
         report_to=[],
@@ -122,9 +134,14 @@ def run_trainer(folder: Path) -> None:
         train_dataset=rows,
         penalty=penalty,
         strength=0.1,
-        callbacks=[hf.PruningCallback(pruner)],
+        callbacks=[hf.PruningCallback(pruner), Saved()],
     )
-    trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(folder))
+    checkpoint = hf.last_complete_checkpoint(folder)
+    if checkpoint is not None and checkpoint.endswith("checkpoint-40"):
+        # It was killed after its last step.
+        load_model(model, Path(checkpoint) / "model.safetensors")
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     pruner.finalize()
     save(model.state_dict(), folder / "final.pt")
 
@@ -136,30 +153,56 @@ def save(state: object, path: Path) -> None:
     os.replace(beside, path)
 
 
-def saved(folder: Path) -> list[tuple[str, int]]:
-    """What is there, and when it was written."""
-    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+def has_saved() -> None:
+    """A start that is to be killed waits for it after two saves: with 20 of them in a run, it takes
+    ten at least, on a machine of any speed."""
+    global may_save
+    may_save -= 1
+    while may_save <= 0:
+        time.sleep(1)
+
+
+def start(folder: Path, kind: str, to_be_killed: bool) -> int:
+    """A process that goes on with the run."""
+    global may_save
+    child = os.fork()
+    if child == 0:
+        may_save = 2 if to_be_killed else math.inf
+        run_trainer(folder) if kind == "trainer" else run(folder, kind)
+        os._exit(0)
+    return child
+
+
+def was_killed(child: int) -> bool:
+    """After its end; one that fails by itself ends all."""
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:
+        sys.exit("a start has failed by itself")
+    return os.WIFSIGNALED(status)
 
 
 def main(folder: Path, kind: str, seed: int, kills: int) -> None:
+    whole, killed_often = folder / "whole", folder / "killed"
+    whole.mkdir()
+    killed_often.mkdir()
+    begin = time.monotonic()
+    was_killed(start(whole, kind, to_be_killed=False))
+    duration = time.monotonic() - begin
+
     chance = random.Random(seed)
-    killed, longest = 0, 0.05
-    while not (folder / "final.pt").exists():
-        child = os.fork()
-        if child == 0:
-            run_trainer(folder) if kind == "trainer" else run(folder, kind)
-            os._exit(0)
-        before = saved(folder)
+    killed = 0
+    while not (killed_often / "final.pt").exists():
+        before = killed_often.stat().st_mtime_ns
+        child = start(killed_often, kind, to_be_killed=killed < kills)
         if killed < kills:
-            time.sleep(chance.uniform(0.0, longest))
+            # Every other one by the time that it begins to save, the others soon after.
+            soon = killed % 2 == 0
+            end = time.monotonic() + (chance.uniform(0.0, duration / 2) if soon else 60)
+            while killed_often.stat().st_mtime_ns == before and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(0 if soon else chance.uniform(0.0, duration / 20))
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            killed += 1
-            # On a slow machine a start needs longer until it saves anything.
-            longest *= 1.0 if saved(folder) != before else 1.2
-        elif os.waitstatus_to_exitcode(status) != 0:
-            sys.exit("a start has failed by itself")
+        killed += was_killed(child)
     print(f"killed {killed}")
 
 

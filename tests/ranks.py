@@ -16,7 +16,9 @@ import torch
 from torch import distributed as dist
 
 MOST = 4
-_LIMIT = 60  # seconds
+# In seconds. The first is for starting and importing a test module on a busy machine; the last is
+# the longer one so that a rank that waits for the others in vain can say where.
+_START, _COLLECTIVE, _ANSWER = 300, 60, 90
 
 
 class Ranks:
@@ -37,22 +39,37 @@ class Ranks:
             store = str(Path(folder) / "store")
             for rank in range(world):
                 self._pipes[rank].send((rank, world, store, function, arguments))
-            answers = []
-            for rank in range(world):
-                there = self._pipes[rank].poll(_LIMIT)
-                answers.append(self._pipes[rank].recv() if there else (False, "no answer"))
-                if not answers[-1][0]:
-                    break
+            answers = self._answers(world, _START)
+            if all(ready for ready, _ in answers):
+                for rank in range(world):
+                    self._pipes[rank].send("go")
+                answers = self._answers(world, _ANSWER)
         failed = [(rank, problem) for rank, (well, problem) in enumerate(answers) if not well]
         if failed:
             # A rank that waited in vain says so; the one that went wrong is worth more.
             for rank in range(len(answers), world):
                 if self._pipes[rank].poll(1):
-                    well, problem = self._pipes[rank].recv()
+                    well, problem = self._answer(rank, 0)
                     failed += [] if well else [(rank, problem)]
             self.stop()
             raise AssertionError("\n".join(f"rank {rank}: {problem}" for rank, problem in failed))
         return [answer for _, answer in answers]
+
+    def _answers(self, world: int, seconds: int) -> list[tuple[bool, Any]]:
+        """What the ranks say, up to the first that has failed."""
+        answers = []
+        for rank in range(world):
+            answers.append(self._answer(rank, seconds))
+            if not answers[-1][0]:
+                break
+        return answers
+
+    def _answer(self, rank: int, seconds: int) -> tuple[bool, Any]:
+        pipe = self._pipes[rank]
+        try:
+            return pipe.recv() if pipe.poll(seconds) else (False, f"no answer in {seconds} seconds")
+        except (EOFError, ConnectionResetError):
+            return False, "the process has ended"
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -78,6 +95,9 @@ def _serve(pipe: Any) -> None:
     while True:
         try:
             rank, world, store, function, arguments = pipe.recv()
+            # To receive the function was to import its module.
+            pipe.send((True, "ready"))
+            pipe.recv()
         except EOFError:
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
@@ -86,7 +106,7 @@ def _serve(pipe: Any) -> None:
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=20),
+            timeout=timedelta(seconds=_COLLECTIVE),
         )
         try:
             torch.manual_seed(0)

@@ -19,6 +19,17 @@ GRID = (0.0, -0.0, 0.25, -0.25, 0.5, -0.5, 1.0, -1.0, 1.5, -2.0, 3.0, -4.0)
 ODD = (*GRID, 2.0**-126, -(2.0**-133), 2.0**100, -(2.0**100), float("inf"), float("-inf"))
 
 
+# Shares of which a few in a row prune something each time, and not everything, of a dozen entries.
+PARTIAL = st.integers(20, 60).map(lambda percent: percent / 100)
+SHARES = PARTIAL | st.floats(0.125, 0.875, width=32) | st.floats(0, 1, width=32)
+
+
+def amounts(others: Sequence[int | float] = ()) -> st.SearchStrategy[list[int | float]]:
+    """For pruning once or several times; mostly several times partially."""
+    anything = SHARES | st.sampled_from(others) if others else SHARES
+    return st.lists(PARTIAL, min_size=2, max_size=4) | st.lists(anything, min_size=1, max_size=4)
+
+
 def shapes(min_dims: int = 0, max_dims: int = 4, min_side: int = 0) -> st.SearchStrategy:
     return st.lists(st.integers(min_side, 5), min_size=min_dims, max_size=max_dims).map(tuple)
 

@@ -32,10 +32,8 @@ def with_dtypes(cases: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
 
 
 @pytest.fixture(scope="session")
-def _built(tmp_path_factory: pytest.TempPathFactory) -> None:
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    emulated_cuda.build(shared / "emulated_cuda")
+def _built() -> None:
+    emulated_cuda.build()
 
 
 @pytest.fixture(autouse=True)

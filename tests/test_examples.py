@@ -96,24 +96,47 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
             # A rank that is not to die says where it did.
             env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         ) as process:
-            deadline = time.monotonic() + 120
-            while kills and time.monotonic() < deadline:
-                if (folder / "checkpoints" / "step-00000008" / ".metadata").exists():
-                    os.kill(children(process.pid)[-1], signal.SIGKILL)
-                    break
-                time.sleep(0.01)
-            output, errors = process.communicate(timeout=180)
+            try:
+                last = kill_a_rank(process, folder / "checkpoints") if kills else "no checkpoint"
+                output, errors = process.communicate(timeout=180)
+            finally:
+                process.terminate()
         assert process.returncode == 0, output + errors
-        assert ("goes on from step-" in output) == kills, output + errors
+        assert (f"goes on from {last}" in output) == kills, output + errors
         assert "with sparsity 0.7" in output
-        ends.append(load_file(folder / "model" / "model.safetensors"))
+        for rank in range(2):
+            assert f"rank {rank}: wrote step-00000024" in output
+            assert f"rank {rank}: done" in output
+        ends.append(folder)
     # The run that was killed ends bit for bit as the other one.
-    whole, killed = ends
+    whole, killed = (load_file(folder / "model" / "model.safetensors") for folder in ends)
     assert whole.keys() == killed.keys()
     for key, value in whole.items():
         assert torch.equal(value, killed[key]), key
     pruned = sum(int((value == 0).sum()) for key, value in whole.items() if "encoder" in key)
     assert pruned > 0.6 * sum(v.numel() for k, v in whole.items() if "encoder" in k)
+    # So do its checkpoints, one of which was written over what the killed ones had left.
+    for path in (ends[0] / "checkpoints").glob("step-*/*.distcp"):
+        other = ends[1] / path.relative_to(ends[0])
+        assert other.with_name(".metadata").exists()
+        assert other.read_bytes() == path.read_bytes(), other
+
+
+def kill_a_rank(process: subprocess.Popen[str], checkpoints: Path) -> str:
+    """After the second checkpoint, and as if while it wrote the next; which one is the last."""
+    deadline = time.monotonic() + 120
+    while not (checkpoints / "step-00000008" / ".metadata").exists():
+        assert process.poll() is None, "".join(process.communicate())
+        assert time.monotonic() < deadline, f"only {sorted(checkpoints.glob('*'))} after 120 s"
+        time.sleep(0.01)
+    ranks = children(process.pid)
+    assert ranks, "the ranks had ended before one of them could be killed"
+    os.kill(ranks[-1], signal.SIGKILL)
+    last = max(path.parent for path in checkpoints.glob("step-*/.metadata"))
+    torn = checkpoints / f"step-{int(last.name.removeprefix('step-')) + 4:08}" / "__0_0.distcp"
+    torn.parent.mkdir(exist_ok=True)
+    torn.write_bytes((last / torn.name).read_bytes()[:-100])
+    return last.name
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
 from models import (
@@ -27,7 +28,7 @@ from models import (
     pairs,
     weights_of,
 )
-from strategies import laid_out, masks, shapes, tensors, thorough
+from strategies import SHARES, amounts, laid_out, masks, shapes, tensors, thorough
 from torchalignprune.hooks import MaskHook
 
 METHODS: dict[str, tuple[type[tap.PruningMethod], dict[str, Any]]] = {
@@ -324,7 +325,7 @@ def models(draw: st.DrawFn, values: str) -> nn.Module:
 
     ``"distinct"``: no two entries have the same magnitude, in any dtype and in all of the model.
     """
-    sizes = draw(st.lists(shapes(max_dims=4), min_size=1, max_size=4))
+    sizes = draw(st.lists(shapes(max_dims=4) | shapes(2, 2, 4), min_size=1, max_size=4))
     sizes = [shape for shape in sizes if torch.Size(shape).numel() <= 60] or [(3, 4)]
     total = sum(torch.Size(shape).numel() for shape in sizes)
     if total == 0:
@@ -342,9 +343,7 @@ def models(draw: st.DrawFn, values: str) -> nn.Module:
     return holder(*(piece.reshape(shape).to(draw(dtypes)) for piece, shape in both))
 
 
-amounts = st.lists(
-    st.floats(0, 1, width=32) | st.sampled_from([0, 0.5, 1, 2, 1.0]), min_size=1, max_size=3
-)
+AMOUNTS = amounts(others=[0, 0.5, 1, 2, 1.0])
 
 
 def possible(model: nn.Module, wanted: list[float]) -> list[float]:
@@ -361,7 +360,7 @@ def possible(model: nn.Module, wanted: list[float]) -> list[float]:
 
 
 @thorough
-@given(data=st.data(), model=models("distinct"), wanted=amounts)
+@given(data=st.data(), model=models("distinct"), wanted=AMOUNTS)
 def test_magnitude_prunes_the_entries_that_l1_unstructured_prunes(
     data: st.DataObject, model: nn.Module, wanted: list[float]
 ) -> None:
@@ -377,7 +376,7 @@ def kept_magnitudes(params: list[tuple[nn.Module, str]]) -> Tensor:
 
 
 @thorough
-@given(model=models("ties"), wanted=amounts)
+@given(model=models("ties"), wanted=AMOUNTS)
 def test_magnitude_prunes_as_many_and_as_small_entries_among_ties(
     model: nn.Module, wanted: list[float]
 ) -> None:
@@ -386,7 +385,7 @@ def test_magnitude_prunes_as_many_and_as_small_entries_among_ties(
     assert torch.equal(kept_magnitudes(ours), kept_magnitudes(theirs))
 
 
-@given(data=st.data(), model=models("distinct"), wanted=amounts)
+@given(data=st.data(), model=models("distinct"), wanted=AMOUNTS)
 def test_magnitude_of_scores_is_that_of_l1_unstructured(
     data: st.DataObject, model: nn.Module, wanted: list[float]
 ) -> None:
@@ -401,7 +400,7 @@ def test_magnitude_of_scores_is_that_of_l1_unstructured(
     assert_same_masks(ours, theirs)
 
 
-@given(data=st.data(), shape=shapes(min_dims=1, min_side=1), amount=st.floats(0, 1))
+@given(data=st.data(), shape=shapes(1, 4, 1) | shapes(2, 2, 4), amount=SHARES)
 def test_apply_is_that_of_l1_unstructured(
     data: st.DataObject, shape: tuple[int, ...], amount: float
 ) -> None:
@@ -506,7 +505,15 @@ def test_every_kind_of_layer(name: str, device: str) -> None:
     params = pairs(model)
     if name == "2:4":
         params = [(m, n) for m, n in params if isinstance(m, (nn.Conv1d, nn.Conv2d))]
-    size = sum(w.numel() for w in weights_of(params))
     tap.global_unstructured(params, method, **options)
-    if "budget" not in options:
-        assert kept(params) == (size // 2 if name == "2:4" else size - round(0.4 * size))
+    found = mask_list(params)
+    budget = options.get("budget", "global")
+    if budget == "unit":
+        transposed = (Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d)
+        dims = [1 if isinstance(module, transposed) else 0 for module, _ in params]
+        found = [unit for mask, dim in zip(found, dims, strict=True) for unit in mask.unbind(dim)]
+    elif budget == "global":
+        found = [torch.cat([mask.flatten() for mask in found])]
+    for mask in found:
+        size = mask.numel()
+        assert int(mask.sum()) == (size // 2 if name == "2:4" else size - round(0.4 * size))

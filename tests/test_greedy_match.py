@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -137,31 +134,6 @@ def test_the_sum_is_at_least_half_of_the_optimum() -> None:
         index = ops.greedy_match(similarity)
         best = similarity.numpy()[optimize.linear_sum_assignment(similarity.numpy(), maximize=True)]
         assert float(similarity.gather(1, index[:, None]).sum()) >= 0.5 * best.sum()
-
-
-LEVELS = """
-import torch
-from torchalignprune import ops
-torch.manual_seed(0)
-for values in (torch.randn(300, 333), torch.randn(300, 333).double(), torch.randn(70, 99).round()):
-    print(ops.greedy_match(values).tolist())
-"""
-
-
-def test_every_level_of_simd_matches_the_same() -> None:
-    found = set()
-    for level in ("portable", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", LEVELS],
-            env={**os.environ, "TORCHALIGNPRUNE_SIMD": level},
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode == 0:
-            found.add(run.stdout)
-        else:  # The processor does not have it.
-            assert "TORCHALIGNPRUNE_SIMD should be one of" in run.stderr
-    assert len(found) == 1
 
 
 def test_opcheck(device: str) -> None:

@@ -747,7 +747,6 @@ def test_folders_without_an_exchange(
 KILLED = """
 import sys, torch, torchalignprune as tap
 model = torch.nn.Linear(256, 256)
-print("ready", flush=True)
 while True:
     for value in (1.0, 2.0):
         torch.nn.init.constant_(model.weight, value)
@@ -761,10 +760,14 @@ def test_a_process_that_is_killed_leaves_a_whole_folder(tmp_path: Path) -> None:
     """At any moment: what is there is one of the two models."""
     folder = tmp_path / "x"
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
     while not folder.exists():
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.001)
     # It is stopped at many moments, and killed at the last of them.
     for i in range(60):

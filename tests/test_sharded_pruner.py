@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torchalignprune as tap
 from ranks import Ranks
@@ -213,6 +215,26 @@ def test_pruned_entries_come_back_with_their_values(ranks: Ranks) -> None:
     ranks.run(2, regrown)
 
 
+def regrown_in_a_forward() -> None:
+    model = shard(net())
+    params = tap.prunable_parameters(model)
+    schedule = tap.schedules.steps({0: 0.5, 1: 0.25})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, regrow=True)
+    before = [whole(stored(*pair)).clone() for pair in params]
+    handle = params[0][0].register_forward_hook(lambda *_: pruner.step() and None)
+    with pytest.raises(RuntimeError, match=r"prune between the steps"):
+        model(torch.randn(2, SIZES[0], dtype=torch.float64))
+    handle.remove()
+    for pair, weight in zip(params, before, strict=True):
+        assert torch.equal(whole(stored(*pair)), weight)
+    assert pruner.steps == 0 and pruner.sparsity() == 0.5
+    assert pruner.log()["pruning/target_sparsity"] == 0.5
+
+
+def test_nothing_comes_back_in_the_middle_of_a_forward(ranks: Ranks) -> None:
+    ranks.run(2, regrown_in_a_forward)
+
+
 def regrown_in_parallel() -> None:
     """Under a tensor parallel plan the gradients of pruned entries reach the criterion as well."""
     torch.manual_seed(0)
@@ -377,39 +399,58 @@ def test_frozen(ranks: Ranks) -> None:
     ranks.run(2, frozen)
 
 
-def sent() -> int:
-    """The bytes of all collectives in one pruning step of some thousand entries."""
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes of all collectives: whoever calls them, they are operators in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls operators on its local tensors, which come here
+        result = func(*args, **kwargs or {})
+        # Waiting for a result is counted like sending it: rather too much than too little.
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"):
+            values = [*args, *(kwargs or {}).values(), result]
+            self.bytes += max(
+                sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+                for value in values
+            )
+        return result
+
+
+def sent() -> dict[str, int]:
+    """The bytes of one pruning step, and of things that send much."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     params = tap.prunable_parameters(model)
     pruner = tap.Pruner(params, tap.AlignedMagnitude, tap.schedules.one_shot(0.5, at=1))
-    sizes: list[int] = []
-
-    def counted(call: Any) -> Any:
-        def count(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            sizes.append(max(t.numel() * t.element_size() for t in tensors))
-            return call(*args, **kwargs)
-
-        return count
-
-    names = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
-    originals = {name: getattr(dist, name) for name in names}
-    for name, call in originals.items():
-        setattr(dist, name, counted(call))
-    try:
+    with Traffic() as step:
         pruner.step()
-    finally:
-        for name, call in originals.items():
-            setattr(dist, name, call)
     assert pruner.sparsity() == 0.5
-    return sum(sizes)
+    with Traffic() as weight:
+        stored(*params[0]).full_tensor()
+    with Traffic() as objects:
+        dist.all_gather_object([None] * dist.get_world_size(), bytes(100_000))
+    with Traffic() as forward:
+        model(torch.randn(2, 256))
+    return {
+        "step": step.bytes,
+        "full_tensor": weight.bytes,
+        "all_gather_object": objects.bytes,
+        "forward": forward.bytes,
+    }
 
 
 def test_a_pruning_step_sends_little(ranks: Ranks) -> None:
-    for size in ranks.run(2, sent):
-        assert 0 < size < 64 * 1024
+    for found in ranks.run(2, sent):
+        assert 0 < found["step"] < 64 * 1024
+        # What would be too much is counted.
+        assert found["full_tensor"] >= 4 * 256 * 256
+        assert found["all_gather_object"] >= 2 * 100_000
+        assert found["forward"] >= 4 * 4 * 256 * 256
 
 
 def moved_by_the_optimizer() -> None:

@@ -398,6 +398,9 @@ class Pruner:
     ) -> None:
         """Whether :meth:`load_state_dict` would take a state, without taking it.
 
+        Masks of tied parameters that have come apart are tied again, where one of them is that of
+        the state.
+
         Args:
             state: as for :meth:`load_state_dict`.
             masks: those that the model is going to have, by the names of the parameters. Default:

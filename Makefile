@@ -24,8 +24,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-# The environment is made anew when the pins, TORCH or PYTHON change, and compiled again when the
-# sources do.
+# The environment is made anew when the pins, TORCH or the version of PYTHON change, and compiled
+# again when the sources do.
 INSTALLED := $(VENV)/installed-$(VERSION)-$(subst /,_,$(TORCH))
 COMPILED := $(VENV)/compiled
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)

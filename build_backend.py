@@ -68,7 +68,7 @@ class _FrontEnd:
                 return  # This is pip, which runs the hooks with the interpreter it installs for.
             if program is not None:
                 yield program  # `python -m build` runs them in a virtual environment of its own.
-        if name == "uv" and (named := self._named_to_uv()) is not None:
+        if name == "uv" and (named := self._named_to_uv_pip()) is not None:
             yield named
             return
         prefixes = [self.variables.get("VIRTUAL_ENV"), os.environ.get("VIRTUAL_ENV")]
@@ -78,11 +78,16 @@ class _FrontEnd:
             if prefix:
                 yield os.path.join(prefix, "bin", "python")
 
-    def _named_to_uv(self) -> str | None:
+    def _named_to_uv_pip(self) -> str | None:
         """The interpreter of `uv pip install --python`, unless it is named by its version."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        if "pip" not in self.command:
+            return None  # Other commands install into an environment of the project.
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("-p", "--python", default=self.variables.get("UV_PYTHON"))
-        named = parser.parse_known_args(self.command[1:])[0].python
+        try:
+            named = parser.parse_known_args(self.command[1:])[0].python
+        except argparse.ArgumentError:
+            return None
         if named and os.path.isdir(os.path.join(self.folder, named, "bin")):
             named = os.path.join(named, "bin", "python")  # It was an environment's folder.
         return self._find(named) if named else None

@@ -135,10 +135,10 @@ def test_the_backend_finds_the_torch_of_the_interpreter_named_to_uv(isolated, tr
     link.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     link.chmod(0o755)
     named = arguments.format(python=shlex.quote(sys.executable), prefix=shlex.quote(sys.prefix))
-    uv = {"front_end": f"uv {named}"}
+    uv = {"front_end": f"uv pip install {named}"}
     assert ask_backend(isolated, tree, "build_backend.show_torch()", **uv)
     # It is the only one that counts.
-    uv["front_end"] = f"uv -p {shlex.quote(str(isolated[0]))}"
+    uv["front_end"] = f"uv pip install -p {shlex.quote(str(isolated[0]))}"
     hook = "build_backend.get_requires_for_build_wheel()"
     assert ask_backend(isolated, tree, hook, virtual_env=sys.prefix, **uv) == ["torch>=2.11"]
 
@@ -146,8 +146,20 @@ def test_the_backend_finds_the_torch_of_the_interpreter_named_to_uv(isolated, tr
 @on_linux
 @pytest.mark.parametrize("variable", ["UV_PYTHON", "CONDA_PREFIX"])
 def test_the_backend_finds_the_torch_of_the_environment_that_uv_takes(isolated, tree, variable):
-    uv = {"front_end": "uv --python-version 3.10", variable: sys.prefix}
+    uv = {"front_end": "uv pip install --python-version 3.10", variable: sys.prefix}
     assert ask_backend(isolated, tree, "build_backend.show_torch()", **uv)
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "command",
+    ["uv run train.py -p -v", "uv run x --python 3.10 -p", "uv sync", "uv pip install -p"],
+)
+def test_other_commands_of_uv_install_into_the_environment(isolated, tree, command):
+    uv = {"front_end": command, "virtual_env": sys.prefix}
+    assert ask_backend(isolated, tree, "build_backend.show_torch()", **uv)
+    if command == "uv sync":
+        assert ask_backend(isolated, tree, "build_backend.show_torch()", UV_PYTHON="python3", **uv)
 
 
 @on_linux

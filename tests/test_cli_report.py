@@ -439,3 +439,21 @@ def test_the_models_are_never_in_memory(tmp_path: Path) -> None:
     assert found["totals"]["mean_alignment"] == pytest.approx(0.5**0.5)
     # Two of the largest matrices take 34 MB, next to some buffers.
     assert int(done.stderr.splitlines()[-1]) < 100e6
+
+
+def test_outputs_may_be_links(
+    dense: Path, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The format is that of the name that was given, and the file keeps its permissions."""
+    (tmp_path / "store").mkdir()
+    places = [tmp_path / "store" / "blob", tmp_path / "store" / ("long" * 60)]
+    links = [tmp_path / "r.json", tmp_path / "r.png"]
+    for link, place in zip(links, places, strict=True):
+        place.write_text("former")
+        place.chmod(0o600)
+        link.symlink_to(place)
+    report_of(capsys, dense, pruned, "--out", *links)
+    assert json.loads(places[0].read_text())["layers"]
+    assert places[1].read_bytes().startswith(b"\x89PNG")
+    for link, place in zip(links, places, strict=True):
+        assert link.is_symlink() and place.stat().st_mode & 0o777 == 0o600

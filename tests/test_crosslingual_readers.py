@@ -199,6 +199,11 @@ def test_several_files_of_a_split(tmp_path: Path) -> None:
         (["de_gsd/test/00001-of-00002.jsonl"], "there once, in 2 files numbered from 0, got "),
         (["de_gsd/test.jsonl", "de_gsd/test-00000-of-00001.jsonl"], "should be there once, got "),
         (["de_gsd/test.jsonl", "copy/de_gsd/test.jsonl"], "should be there once, got "),
+        (["de_gsd/test/0000.jsonl", "de_gsd/test-00000-of-00001.jsonl"], "there once, got "),
+        (["de_gsd/test/0000.jsonl", "de_gsd/test/0002.jsonl"], "in 2 files numbered from 0, got "),
+        (["de_gsd/de_gsd-ud-test.jsonl", "de_gsd/test.jsonl"], "should be there once, got "),
+        (["de_gsd/test-00000-of-00002-0a1b2c3d4e5f6789.jsonl"], "in 2 files numbered from 0, got "),
+        (["de_gsd/test.jsonl", "test.de.tsv"], "should be of one format, got "),
         (
             [f"de_gsd/test-0000{i}-of-0000{n}.jsonl" for n in (1, 2) for i in range(n)],
             "there once, in 2 files numbered from 0, got ",

@@ -654,6 +654,15 @@ def test_scores_that_lead_to_a_parameter_are_scores() -> None:
     assert_same_masks(ours, torchs)
 
 
+def test_scores_that_are_the_weights_are_scores() -> None:
+    """Ranked by their magnitude, as by the function here."""
+    ours, torchs = pairs(mlp()), pairs(mlp())
+    for params, call in ((ours, tap.global_unstructured), (torchs, prune.global_unstructured)):
+        scores = {pair: pair[0].weight.detach().clone() for pair in params}
+        call(params, tap.AlignedMagnitude, scores, amount=0.5)
+    assert_same_masks(ours, torchs)
+
+
 def test_a_structure_in_another_order() -> None:
     params = [(nn.Linear(4, 4), "weight"), (nn.Linear(4, 4), "weight")]
     match = "in their order: it has Linear.weight in place 0, where they have Linear.weight of an"

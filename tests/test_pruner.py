@@ -766,6 +766,32 @@ def test_what_is_shown_has_a_gradient_before_the_next_forward() -> None:
         assert not layer.weight.requires_grad
 
 
+def test_what_is_shown_lets_the_gradients_of_entries_that_may_come_back_through() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    movement = tap.criteria.Movement(params)
+    schedule = schedules.one_shot(0.5, at=1)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement, regrow=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, pruner, 1)
+    layer = model[0]
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(layer.weight.sum(), layer.weight_orig)
+        assert bool((grad == 1).all()) and not bool(layer.weight_mask.all())
+        model(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize("make", [tap.Pruner.freeze, None])
+def test_masks_that_were_made_in_inference_mode(make: Any) -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    with torch.inference_mode():
+        tap.global_unstructured(params, tap.Magnitude, amount=0.5)
+    pruner = make(params) if make else tap.Pruner(params, tap.Magnitude, schedules.steps({2: 0.75}))
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, 3)
+    assert pruner.sparsity() == (0.5 if make else 0.75)
+
+
 def test_a_weight_that_is_read_but_never_called_still_learns() -> None:
     layer = nn.Linear(4, 4, bias=False)
     pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedules.linear(0, 0.5, end=2))
@@ -861,6 +887,27 @@ def test_tied_parameters_share_the_mask_that_a_state_belongs_to() -> None:
         assert other.a.weight_mask is other.b.weight_mask
         assert torch.equal(other.a.weight_mask, model.a.weight_mask)
         assert resumed.sparsity() == pruner.sparsity()
+
+
+def test_of_tied_masks_with_as_many_entries_the_right_one_is_taken() -> None:
+    def made() -> tuple[nn.Module, tap.Pruner]:
+        model = Tied()
+        params = [(model.a, "weight"), (model.b, "weight")]
+        return model, tap.Pruner(params, tap.Magnitude, schedules.constant(0.5), regrow=1)
+
+    model, pruner = made()
+    with torch.no_grad():
+        model.a.weight_orig.add_(torch.randn(12, 12))
+    pruner.step()
+    saved, state = model.state_dict(), pruner.state_dict()
+    for lost in "ab":
+        other, resumed = made()
+        other._apply(lambda tensor: tensor.clone())
+        part = {key: value for key, value in saved.items() if key != f"{lost}.weight_mask"}
+        other.load_state_dict(part, strict=False)
+        resumed.load_state_dict(state)
+        assert torch.equal(other.a.weight_mask, model.a.weight_mask)
+        assert other.a.weight_mask is other.b.weight_mask
 
 
 def test_masks_that_were_loaded_on_the_way_are_pruned_to_the_target_again() -> None:

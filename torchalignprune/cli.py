@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -1099,16 +1100,21 @@ def _writable(folders: Iterable[Path]) -> Iterator[None]:
 @contextmanager
 def _new_files(files: Iterable[Path]) -> Iterator[list[Path]]:
     """Temporary files that take the places of ``files`` when the block ends without an error."""
+    files = list(files)
     places = [file.resolve() for file in files]
     partials = [
-        place.with_name(f".{secrets.token_hex(4)}.partial.{place.name}") for place in places
+        # The format goes by the name that was asked for, also where that is a link to another.
+        place.with_name(f".{secrets.token_hex(4)}.partial{file.suffix}")
+        for file, place in zip(files, places, strict=True)
     ]
     try:
         for place in places:  # another run, which had made the folder and failed, may have taken it
             place.parent.mkdir(parents=True, exist_ok=True)
         yield partials
-        for partial in partials:
+        for partial, place in zip(partials, places, strict=True):
             flush(partial)
+            if place.exists():
+                shutil.copymode(place, partial)
         for partial, place in zip(partials, places, strict=True):
             partial.replace(place)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torchalignprune import ddp, ops, schedules, sharded_hooks
 from torchalignprune.dtensors import is_dtensor, like, local, own_part
 from torchalignprune.gradient_criteria import GradientCriterion
-from torchalignprune.hooks import put_masks
+from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
 from torchalignprune.optimizers import OptimizerWatch, gradients
@@ -351,7 +352,7 @@ class Pruner:
             "step": self._step,
             "target_sparsity": self._target,
             "pruned": _counts(targets),
-            "masks": _mask_digest(targets),
+            "masks": _mask_digest([target.mask for target in targets]),
         }
         if self.criterion is not None:
             state["criterion"] = self.criterion.state_dict()
@@ -435,7 +436,7 @@ class Pruner:
                     f"{name} has {count} pruned entries, and {state['pruned'][name]} in the state: "
                     "load the model's state_dict that was saved with it first"
                 )
-        digest = _mask_digest(targets)
+        digest = _mask_digest([target.mask for target in targets])
         if None not in (digest, state["masks"]) and digest != state["masks"]:
             raise ValueError(
                 "the model's masks prune other entries than those that the state was saved with: "
@@ -538,8 +539,10 @@ class Pruner:
             for places, mask in zip(self._places, masks, strict=True)
             for module, name in places
         ]
-        for hook in put_masks(shown, zeroed=True):
+        for hook, (module, name, _) in zip(put_masks(shown, zeroed=True), shown, strict=True):
             hook.straight_through = self.regrow and self.criterion is not None
+            if hook.straight_through and type(hook) is MaskHook:
+                setattr(module, name, hook.apply_mask(module))
         self._clear()
         self._watch.look_again()
 
@@ -582,16 +585,16 @@ class Pruner:
         ``model.to`` makes two of a mask that they share, and a checkpoint of Transformers has it
         under one of its names only.
         """
-        counts = state.get("pruned", {})
-        for name, places in zip(self._names, self._places, strict=True):
-            masks = [mask_of(module, attribute) for module, attribute in places]
-            if all(mask is masks[0] for mask in masks) or any(map(is_dtensor, masks)):
-                continue
-            for mask in masks:
-                if mask is not None and int((mask == 0).sum()) == counts.get(name):
+        found = [{id(m): m for m in (mask_of(*p) for p in places)} for places in self._places]
+        if all(len(masks) == 1 for masks in found):
+            return
+        for chosen in itertools.product(*(masks.values() for masks in found)):
+            digest = _mask_digest(chosen)
+            if digest is not None and digest == state.get("masks"):
+                for places, mask in zip(self._places, chosen, strict=True):
                     for module, attribute in places:
                         module.register_buffer(f"{attribute}_mask", mask)
-                    break
+                return
 
     def _restored(self, number: int, weight: Tensor) -> Tensor:
         """The weight with the values that pruned entries had."""
@@ -655,10 +658,14 @@ def _made(
 
 
 def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
-    return [
-        torch.ones_like(target.weight, dtype=torch.bool) if target.mask is None else target.mask
-        for target in targets
-    ]
+    masks = []
+    for target in targets:
+        mask = target.mask
+        if mask is None:
+            mask = torch.ones_like(target.weight, dtype=torch.bool)
+        # A mask that was made in inference mode cannot be trained with.
+        masks.append(mask.clone() if mask.is_inference() else mask)
+    return masks
 
 
 def _counts(targets: Sequence[Target]) -> dict[str, int]:
@@ -666,9 +673,8 @@ def _counts(targets: Sequence[Target]) -> dict[str, int]:
     return {target.name: target.weight.numel() - target.remaining() for target in targets}
 
 
-def _mask_digest(targets: Sequence[Target]) -> int | None:
+def _mask_digest(masks: Sequence[Tensor | None]) -> int | None:
     """A number that tells masks apart; None of sharded ones, of which each rank has other parts."""
-    masks = [target.mask for target in targets]
     if any(mask is None or is_dtensor(mask) for mask in masks):
         return None
     digests = [ddp.digest(mask != 0).cpu() for mask in masks if mask is not None]

@@ -239,7 +239,8 @@ class PruningMethod(prune.BasePruningMethod):
         if not self.needs_structure() or t.dim() != 1 or mask is not None:
             return self.masks(itself)[0].to(default_mask.dtype)
         if self.structure is not None:
-            targets, scores = _read_structure(t, self.structure)
+            asked = parameters_of_caller()
+            targets, scores = _read_structure(t, self.structure, asked is not None and asked[1])
             _check_structure(self.structure)
         else:
             read = _ask_caller(t)
@@ -420,21 +421,21 @@ def _checked_score(score: Any, target: Target) -> Tensor:
 def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | None:
     """As of ``_read_structure``, for the parameters that torch is pruning; None if that is unknown
     or they do not make up the vector, as tied weights do not, which torch counts twice."""
-    parameters = parameters_of_caller()
-    if parameters is None:
+    asked = parameters_of_caller()
+    if asked is None:
         return None
     try:
-        return _read_structure(t, parameters)
+        return _read_structure(t, *asked)
     except (AttributeError, TypeError, ValueError):
         return None
 
 
 def _check_structure(structure: Sequence[Pair]) -> None:
     """Raises where torch's ``global_unstructured`` is calling with other parameters."""
-    parameters = parameters_of_caller()
-    if parameters is None or len(parameters) != len(structure):
+    asked = parameters_of_caller()
+    if asked is None or len(asked[0]) != len(structure):
         return
-    for i, (own, given) in enumerate(zip(structure, parameters, strict=True)):
+    for i, (own, given) in enumerate(zip(structure, asked[0], strict=True)):
         if own[0] is not given[0] or own[1] != given[1]:
             raise ValueError(
                 "structure should be the parameters that are pruned, in their order: it has "
@@ -445,7 +446,7 @@ def _check_structure(structure: Sequence[Pair]) -> None:
 
 
 def _read_structure(
-    t: Tensor, structure: Parameters
+    t: Tensor, structure: Parameters, scored: bool = False
 ) -> tuple[list[Target], list[Tensor | None] | None]:
     """The targets of the structure, and scores if that is what the vector holds."""
     targets = targets_of(structure)
@@ -456,7 +457,7 @@ def _read_structure(
             f"are not pruned yet, but there are {t.numel()}"
         )
     values = t.detach().split(sizes)
-    if all(map(_holds, targets, values)):
+    if not scored and all(map(_holds, targets, values)):
         return targets, None
     scores: list[Tensor | None] = []
     for target, own in zip(targets, values, strict=True):

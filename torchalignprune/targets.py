@@ -302,16 +302,18 @@ def _per_target(
     return [(target, own.detach()) for target, own in zip(targets, found, strict=True)]
 
 
-def parameters_of_caller() -> list[Pair] | None:
-    """The parameters that torch's ``global_unstructured``, which is calling, is about to prune.
+def parameters_of_caller() -> tuple[list[Pair], bool] | None:
+    """The parameters that torch's ``global_unstructured``, which is calling, is about to prune, and
+    whether by scores.
 
-    It hands a method their entries alone, but has them at hand itself.
+    It hands a method their entries alone, but has the rest at hand itself.
     """
     frame = sys._getframe(1).f_back
     while frame is not None:
         if frame.f_code is prune.global_unstructured.__code__:
             parameters = frame.f_locals.get("parameters")
-            return list(parameters) if isinstance(parameters, list | tuple) else None
+            scored = bool(frame.f_locals.get("importance_scores"))
+            return (list(parameters), scored) if isinstance(parameters, list | tuple) else None
         frame = frame.f_back
     return None
 

@@ -22,7 +22,8 @@ _SPLITS = {"train": "train", "validation": "validation", "valid": "validation"}
 _SPLITS |= {"val": "validation", "dev": "validation", "test": "test"}
 _SMALL = re.compile(r"(?P<split>train|dev|test)\.(?P<language>[\w-]+)\.tsv(\.gz)?")
 _SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
-_PART = re.compile(r"(?P<name>.*?)(-?(?P<number>\d+)-of-(?P<count>\d+))?")
+# test, test-00000-of-00002, test-00000-of-00002-0123456789abcdef
+_PART = re.compile(r"(?P<name>.*?)(-?(?P<number>\d+)-of-(?P<count>\d+)(-[\da-f]{16})?)?")
 
 # For each language and split its files.
 _Files = dict[str, dict[str, list[Path]]]
@@ -223,7 +224,9 @@ def _find(task: Task, root: Path) -> _Files:
         if split is not None:
             language = languages.get(folder.name, folder.name)
             files.setdefault(language, {}).setdefault(split, []).append(path)
-    files |= plain
+    for language, own in plain.items():
+        for split, paths in own.items():
+            files.setdefault(language, {}).setdefault(split, []).extend(paths)
     if not files:
         small_files = ", SPLIT.LANGUAGE.tsv.gz" if task.kind != "pair" else ""
         raise ValueError(
@@ -255,18 +258,19 @@ def _check_files(paths: Sequence[Path]) -> None:
     names = ", ".join(map(str, paths))
     if len({path.suffix for path in paths}) > 1:
         raise ValueError(f"the files of a split should be of one format, got {names}")
-    parts: dict[str, list[tuple[int, int]]] = {}
+    series, parts = set(), []
     for path in paths:
+        numbered = path.stem.isdecimal()  # of how many is not said
         found = _PART.fullmatch(path.stem)
         assert found is not None
-        # A file without numbers is the first of one.
-        part = int(found["number"] or 0), int(found["count"] or 1)
-        parts.setdefault(found["name"], []).append(part)
-    for own in parts.values():
-        count = max(count for _, count in own)
-        if sorted(own) != [(number, count) for number in range(count)]:
-            whole = f", in {count} files numbered from 0" if count > 1 else ""
-            raise ValueError(f"a split should be there once{whole}, got {names}")
+        series.add((path.parent, None if numbered else found["name"]))
+        count = len(paths) if numbered else int(found["count"] or 1)
+        parts.append((int(path.stem) if numbered else int(found["number"] or 0), count))
+    count = max(count for _, count in parts)
+    if len(series) > 1 or sorted(parts) != [(number, count) for number in range(count)]:
+        several = count > 1 and len(series) == 1
+        whole = f", in {count} files numbered from 0" if several else ""
+        raise ValueError(f"a split should be there once{whole}, got {names}")
 
 
 def _read(paths: list[Path], task: Task) -> datasets.Dataset:

@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -506,12 +506,9 @@ def _report(options: argparse.Namespace) -> None:
             "versions": _versions(),
             "command": options.command_line,
         }
-        with _new_files(options.out) as files:
-            for file in files:
-                if file.suffix == ".json":
-                    _write_json(file, written)
-                else:
-                    report.plot(file, _report_title(options, report))
+        _write_files(
+            options.out, written, lambda file: report.plot(file, _report_title(options, report))
+        )
     if options.json:
         _print_json(written)
         return
@@ -577,14 +574,14 @@ def _evaluate(options: argparse.Namespace) -> None:
             "versions": _versions(),
             "command": options.command_line,
         }
-        with _new_files(options.out) as files:
-            for file in files:
-                if file.suffix == ".json":
-                    _write_json(file, written)
-                elif comparison is not None:
-                    comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
-                else:
-                    report.plot(file)
+
+        def plot(file: Path) -> None:
+            if comparison is not None:
+                comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
+            else:
+                report.plot(file)
+
+        _write_files(options.out, written, plot)
     if options.json:
         _print_json(written)
         return
@@ -869,10 +866,7 @@ def _demo(options: argparse.Namespace) -> None:
             )
         results = found["results"]
         found |= {"versions": _versions(), "command": options.command_line}
-        with _new_files(outputs) as files:
-            if files:
-                _write_json(files[0], found)
-                _draw_demo(found, files[1])
+        _write_files(outputs, found, lambda file: _draw_demo(found, file))
     if options.json:
         _print_json(found)
         return
@@ -1120,6 +1114,16 @@ def _new_files(files: Iterable[Path]) -> Iterator[list[Path]]:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+def _write_files(files: Iterable[Path], value: Any, plot: Callable[[Path], object]) -> None:
+    """All of them or none: JSON by the suffix, pictures by the function."""
+    with _new_files(files) as partials:
+        for partial in partials:
+            if partial.suffix == ".json":
+                _write_json(partial, value)
+            else:
+                plot(partial)
 
 
 def _tqdm() -> Any:

@@ -239,9 +239,10 @@ class PruningMethod(prune.BasePruningMethod):
         if not self.needs_structure() or t.dim() != 1 or mask is not None:
             return self.masks(itself)[0].to(default_mask.dtype)
         if self.structure is not None:
-            asked = parameters_of_caller()
-            targets, scores = _read_structure(t, self.structure, asked is not None and asked[1])
-            _check_structure(self.structure)
+            pruned, scored = parameters_of_caller() or (None, False)
+            targets, scores = _read_structure(t, self.structure, scored)
+            if pruned is not None:
+                _check_structure(self.structure, pruned)
         else:
             read = _ask_caller(t)
             if read is None:
@@ -430,12 +431,12 @@ def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | 
         return None
 
 
-def _check_structure(structure: Sequence[Pair]) -> None:
-    """Raises where torch's ``global_unstructured`` is calling with other parameters."""
-    asked = parameters_of_caller()
-    if asked is None or len(asked[0]) != len(structure):
+def _check_structure(structure: Sequence[Pair], pruned: Sequence[Pair]) -> None:
+    """Raises where torch prunes other parameters, as far as there is one for each; tied weights,
+    which it counts twice, need not be listed twice."""
+    if len(pruned) != len(structure):
         return
-    for i, (own, given) in enumerate(zip(structure, asked[0], strict=True)):
+    for i, (own, given) in enumerate(zip(structure, pruned, strict=True)):
         if own[0] is not given[0] or own[1] != given[1]:
             raise ValueError(
                 "structure should be the parameters that are pruned, in their order: it has "

@@ -541,6 +541,7 @@ class Pruner:
         ]
         for hook, (module, name, _) in zip(put_masks(shown, zeroed=True), shown, strict=True):
             hook.straight_through = self.regrow and self.criterion is not None
+            # Otherwise the gradients of pruned entries would pass from the next forward on only.
             if hook.straight_through and type(hook) is MaskHook:
                 setattr(module, name, hook.apply_mask(module))
         self._clear()

@@ -174,6 +174,19 @@ def test_a_permuted_layer_has_moved_whole() -> None:
     assert tap.alignment_report([pair])[0]["moved_share"] == 0
 
 
+def test_nothing_to_compare_with() -> None:
+    model = mlp()
+    params = prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.one_shot(0.5, 1))
+    assert tap.alignment_report(params).totals["mean_alignment"] == 1  # nothing is pruned yet
+    pruner.step()
+    with pytest.warns(UserWarning, match=r"are zero under the masks.*: give a reference"):
+        found = tap.alignment_report(params)
+    assert found.totals["sparsity"] == 0.5
+    assert tap.alignment_report(params, reference).totals["mean_alignment"] < 1
+
+
 def test_close_calls_are_decided_in_float64() -> None:
     # The cosines differ by 5e-7, which float32 products of 4096 terms do not tell apart.
     generator = torch.Generator().manual_seed(0)

@@ -241,7 +241,7 @@ def alignment_report(
     if reference is None and report.totals["distortion"] == 0 and any(map(_prunes, targets)):
         warnings.warn(
             f"the weights of {targets[0].name} and of all others are zero under the masks, as a "
-            "Pruner leaves them, so that the report compares them with themselves: give a reference",
+            "Pruner leaves them, so that they are compared with themselves: give a reference",
             stacklevel=2,
         )
     return report

@@ -64,7 +64,7 @@ def save_pruned(
     the weights under them take no room if they are zeros, as :class:`torchalignprune.Pruner`
     leaves them, otherwise they are stored too. In a model whose pruning was made permanent it is
     the zeros of a tensor that are left out, wherever that pays; -0.0, which
-    ``torch.nn.utils.prune.remove`` leaves behind, takes one more bit.
+    ``torch.nn.utils.prune.remove`` leaves behind where torch's own hooks were, takes one more bit.
 
     ``"dense"`` makes the zeros permanent in what is written, not in the model, and drops the masks:
     an ordinary folder for ``from_pretrained``, or, for a model that is not of transformers, plain
@@ -197,8 +197,8 @@ def write_pruned(
             if not tied or "shared tensors" not in str(error):
                 raise
             raise ValueError(
-                f"{name} has ties that it does not declare to transformers, whose files then cannot "
-                f'hold them (of {", ".join(sorted(tied)[:_LISTED])}): use format="bitmask"'
+                f"{name} has ties that it does not declare to transformers, whose files cannot "
+                f'hold those (of {", ".join(sorted(tied)[:_LISTED])}): use format="bitmask"'
             ) from error
     else:
         write_dense(folder, tensors, max_shard_size)
@@ -348,7 +348,7 @@ def _load(model: nn.Module, files: PrunedFiles) -> None:
             state[name] = state[other]
     with torch.no_grad():
         for name, other in ties.items():
-            # One buffer in the files may be several in the model: moving or casting it makes copies.
+            # One buffer in the files may be several in the model, as after moving or casting it.
             if name == other or state[name] is not state[other]:
                 state[name].copy_(files[keys[name]])
     for entry in entries:  # its product is that of the weights before

@@ -418,13 +418,13 @@ def _prune(options: argparse.Namespace) -> None:
                 )
         with stages("prune"), _input():
             plan.prune(params, calibration, options.seed)
-        dense: dict[tuple[nn.Module, str], Tensor] | None = None
+        dense = {pair: stored(*pair).detach() for pair in params}
         realigned: list[Realigned] = []
         if options.realign:
             assert calibration is not None
             with stages("realign"), _input():
                 # What the report compares with: the weights that survive are about to move.
-                dense = {pair: stored(*pair).detach().clone() for pair in params}
+                dense = {pair: weight.clone() for pair, weight in dense.items()}
                 realigned = realign(params, calibration, options.realign)
         with stages("report"):
             report = alignment_report(params, dense, matching=False)

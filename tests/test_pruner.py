@@ -974,6 +974,23 @@ def test_a_layer_that_is_frozen_between_two_rounds_is_not_waited_for() -> None:
     assert pruner.steps == 1 and pruner.sparsity() == 0.1
 
 
+@pytest.mark.parametrize("kind", [tap.criteria.Taylor, tap.criteria.Movement])
+def test_a_layer_that_the_forward_never_uses_is_not_waited_for(kind: Any) -> None:
+    model = mlp()
+    model.append(nn.Linear(4, 4))
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(
+        params, tap.Magnitude, schedules.steps({0: 0.0, 1: 0.1}), criterion=kind(params)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[:3](torch.randn(16, 12)).square().mean().backward()
+    optimizer.step()
+    message = rf"{kind.__name__} has seen no gradient of 3\.weight in any step of its optimizer"
+    with pytest.raises(RuntimeError, match=message):
+        pruner.step()
+    assert pruner.steps == 0 and pruner.sparsity() == 0
+
+
 def test_movement_needs_no_gradient_in_each_round() -> None:
     model = mlp()
     params = tap.prunable_parameters(model)

@@ -38,6 +38,7 @@ from torchalignprune.optimizers import (
     gradients,
     is_inner_step,
     overflowed,
+    own_ids,
 )
 from torchalignprune.parameters import Parameters, stored
 from torchalignprune.targets import Pair, Target, targets_of
@@ -78,6 +79,9 @@ class GradientCriterion(ABC):
         # Those that the step that is under way has added. One that calls another optimizer's step
         # would add them twice, and that one may have a part of the parameters only.
         self._added: set[int] = set()
+        # Those that have ever had a gradient, and those that their optimizer stepped without.
+        self._used: set[int] = set()
+        self._passed_over: set[int] = set()
         self._watch = OptimizerWatch(self._before_step)
 
     @abstractmethod
@@ -109,6 +113,11 @@ class GradientCriterion(ABC):
         if not grads:
             return
         self._added.update(grads)
+        self._used.update(grads)
+        own = own_ids(optimizer)
+        self._passed_over.update(
+            number for number, p in enumerate(parameters) if p.grad is None and id(p) in own
+        )
         scale = gradient_scale(optimizer)
         rates = {
             id(p): float(group.get("lr", 1.0))
@@ -133,14 +142,20 @@ class GradientCriterion(ABC):
         """The names of the parameters that the sums have no gradient of yet.
 
         Raises:
-            RuntimeError: one of them requires no gradient, so that it would be waited for in vain.
+            RuntimeError: one of them requires no gradient, or has never had one although its
+                optimizer stepped, so that it would be waited for in vain.
         """
         names = []
-        for target, parameter, total in zip(
-            self.targets, self.parameters(), self._sums, strict=True
+        for number, (target, parameter) in enumerate(
+            zip(self.targets, self.parameters(), strict=True)
         ):
-            if total is not None:
+            if self._sums[number] is not None:
                 continue
+            if number in self._passed_over - self._used:
+                raise RuntimeError(
+                    f"{type(self).__name__} has seen no gradient of {target.name} in any step of "
+                    "its optimizer: leave what the forward does not use out of the parameters"
+                )
             if not parameter.requires_grad:
                 raise RuntimeError(
                     f"{type(self).__name__} has seen no gradient of {target.name}, which does not "
@@ -205,6 +220,8 @@ class GradientCriterion(ABC):
         """
         sums = self.checked_sums(state)
         self._sums, self.steps = sums, int(state["steps"])
+        # The state does not say which had one in earlier rounds.
+        self._used = set(range(len(self.targets)))
 
     def checked_sums(self, state: Mapping[str, Any]) -> list[Tensor | None]:
         """Copies of the sums in a state, which is looked at and not taken up.

@@ -262,9 +262,9 @@ class Pruner:
             Whether masks were chosen anew.
 
         Raises:
-            RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter that requires no
-                gradient and that the criterion has none of; ranks of a
-                ``DistributedDataParallel`` that choose different masks.
+            RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter that the
+                criterion has no gradient of because it requires none, or because the forward has
+                never used it; ranks of a ``DistributedDataParallel`` that choose different masks.
             ValueError: a sparsity out of range or out of the limits' reach; NaN among the weights.
                 The masks and the count of the steps are as before.
         """

@@ -456,7 +456,8 @@ def _language_table(results: Results, method: str) -> str:
     if not seeds:
         return ""
     dense = np.mean([results.point((DENSE, "none", seed)) for seed in seeds], axis=0)
-    rows = [["language", "dense", *_stages(results)]]
+    last = _stages(results)[-1]
+    rows = [["language", f"dense, at {last}", *_stages(results)]]
     found = []
     for i, code in enumerate(results.languages):
         drops = results.compare(settings, lambda a, b, i=i: a[..., i] - b[..., i])
@@ -478,12 +479,14 @@ def _methods(results: Results, base: str) -> str:
     if not table:
         return ""
     better = [s for s, cells in table.items() if any(cell.sign > 0 for cell in cells)]
-    no_better = [s for s in table if s not in better]
+    no_better = [s for s, cells in table.items() if cells[0].tested and s not in better]
     worse = [s for s, cells in table.items() if any(cell.sign < 0 for cell in cells)]
     text = (
         f"Not significantly better at any sparsity: {_named(no_better) or 'none'}. Significantly "
         f"worse at some: {_named(worse) or 'none'}."
     )
+    if single := _named(s for s, cells in table.items() if not cells[0].tested):
+        text += f" Has run with one seed, and is not tested: {single}."
     return (
         f"{title}\n\nGain of the zero-shot mean over {_label(base)}, without regularizers, in "
         f"points. {text}\n\n{_cells(results, table)}"

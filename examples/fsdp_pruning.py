@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/fsdp_pruning.py --out results
 
 On GPUs, one for each process, or without any on the CPU. The model is a small BERT of random
-weights, or any encoder of a Transformers folder given by ``--model``; the task is made up, so that
-nothing has to be fetched: whether the first or the second of two words occurs more often.
+weights, or any encoder like BERT of a Transformers folder given by ``--model``; the task is made
+up, so that nothing has to be fetched: whether the first or the second of two words occurs more
+often.
 
 - ``fully_shard`` shards the model, layer by layer; every rank has a part of every weight.
 - The Pruner follows a cubic schedule. What the ranks send each other in a pruning step are

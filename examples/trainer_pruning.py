@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder or name on the hub (default: all-MiniLM-L6-v2)")
     parser.add_argument("--data", type=Path, help="csv or json with text and label")
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--strength", type=float, default=1.0, help="of the alignment penalty")
+    parser.add_argument("--strength", type=float, default=1000.0, help="of the alignment penalty")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)

@@ -250,7 +250,8 @@ def load_model(
     """The model, with the labels of the task, where it is trained, and its tokenizer."""
     labels = TASKS[task].labels
     with input_errors():
-        own = list((AutoConfig.from_pretrained(options.model).id2label or {}).values())
+        of_ids = AutoConfig.from_pretrained(options.model).id2label or {}
+        own = [name for _, name in sorted(of_ids.items())]
         # CONTRADICTION is contradiction, as in an evaluation: a head that was fine-tuned with the
         # labels in another order would be taken for one with ours.
         names = [str(label).casefold() for label in own]
@@ -447,6 +448,8 @@ def prune(
         for file in finished.glob("model*.safetensors"):
             state |= load_file(file)
         model.load_state_dict(state)
+    # What is saved is in float32; under --bf16 or --fp16 the model still has Accelerate's autocast.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     figures = dict(tap.alignment_report(params, reference).totals)
     if args.process_index == 0:

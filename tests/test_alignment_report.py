@@ -51,6 +51,8 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[key] == (value if exact else pytest.approx(value, abs=1e-12)), key
 
 
+# What is pruned may be zero already.
+@pytest.mark.filterwarnings("ignore:the weights of .* are zero under the masks")
 @given(
     st.integers(1, 8),
     st.integers(1, 5),
@@ -172,6 +174,19 @@ def test_a_permuted_layer_has_moved_whole() -> None:
     dense = layer.weight.detach().roll(1, 0)
     assert tap.alignment_report([pair], {pair: dense})[0]["moved_share"] == 1
     assert tap.alignment_report([pair])[0]["moved_share"] == 0
+
+
+def test_nothing_to_compare_with() -> None:
+    model = mlp()
+    params = prunable_parameters(model)
+    reference = tap.Reference.capture(params)
+    pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.one_shot(0.5, 1))
+    assert tap.alignment_report(params).totals["mean_alignment"] == 1  # nothing is pruned yet
+    pruner.step()
+    with pytest.warns(UserWarning, match=r"are zero under the masks.*: give a reference"):
+        found = tap.alignment_report(params)
+    assert found.totals["sparsity"] == 0.5
+    assert tap.alignment_report(params, reference).totals["mean_alignment"] < 1
 
 
 def test_close_calls_are_decided_in_float64() -> None:

@@ -550,6 +550,18 @@ def a_taken_orig() -> nn.Module:
     return module
 
 
+def a_mask_that_scales() -> nn.Module:
+    module = nn.Linear(4, 4)
+    prune.custom_from_mask(module, "weight", torch.full((4, 4), 0.5))
+    return module
+
+
+def a_mask_of_nan() -> nn.Module:
+    module = nn.Linear(4, 4)
+    prune.custom_from_mask(module, "weight", torch.full((4, 4), NAN))
+    return module
+
+
 def a_mask_of_its_own() -> nn.Module:
     module = nn.Linear(4, 4)
     module.register_buffer("weight_mask", torch.ones(4, 4))
@@ -567,6 +579,8 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "an empty slot": (an_empty_slot, TypeError, "torch.nn.Parameter of its module.*got NoneType"),
     "a taken mask": (a_taken_mask, ValueError, "attribute 'weight_mask' already"),
     "a taken orig": (a_taken_orig, ValueError, "attribute 'weight_orig' already"),
+    "a mask that scales": (a_mask_that_scales, ValueError, "no numbers but 0 and 1, got 0.5"),
+    "a mask of NaN": (a_mask_of_nan, ValueError, "no numbers but 0 and 1, got nan"),
     "a mask of its own": (a_mask_of_its_own, ValueError, "attribute 'weight_mask' already"),
 }
 

@@ -279,6 +279,35 @@ def test_the_fast_path_of_torchs_encoder_does_not_hide_inputs() -> None:
     torch.testing.assert_close(found[params[0]], rms(x.flatten(0, 1)))
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_torchs_encoder_with_padding(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the fast path would turn into nested tensors."""
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", enabled)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.5)
+    model = nn.TransformerEncoder(layer, 2)
+    params = prunable_parameters(model)
+    x = torch.randn(2, 3, 4)
+    padding = torch.tensor([[False, False, False], [False, True, True]])
+    batch = {"src": x, "src_key_padding_mask": padding}
+    assert len(input_norms(model, [batch], params)) == 6
+    assert torch.backends.mha.get_fastpath_enabled() is enabled
+    batch["attention_mask"] = ~padding
+    with pytest.raises(TypeError, match="attention_mask"):
+        input_norms(model, [batch], params)
+    assert torch.backends.mha.get_fastpath_enabled() is enabled
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_modules_are_refused(kind: type[nn.Module]) -> None:
+    """What goes into them at each step is not what they are called with."""
+    module = kind(4, 4)
+    with pytest.raises(ValueError, match=rf"weight_hh.*recurrent module \({kind.__name__}\)"):
+        for name, _ in module.named_parameters():
+            if name.startswith("weight_hh"):
+                input_norms(module, [torch.ones(2, 4)], [(module, name)])
+    assert hooks(module) == 0
+
+
 def test_pruned_models_are_welcome() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -711,6 +740,31 @@ def test_bad_files(tmp_path: Path) -> None:
         Calibration.load(file, params)
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "none", params)
+
+
+@pytest.mark.parametrize(
+    ("key", "damage", "message"),
+    [
+        ("mean", lambda own: own[:1].clone(), r"mean of shape \(1,\), it should be \(3,\)"),
+        ("covariance", lambda own: own[:2].clone(), r"covariance of shape \(2, 3\), it should be"),
+        ("norms", lambda own: own * float("nan"), "norms with NaN or infinity"),
+        ("covariance", lambda own: own * float("inf"), "covariance with NaN or infinity"),
+    ],
+)
+def test_damaged_statistics(key: str, damage: Any, message: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = nn.Sequential(nn.Linear(3, 2))
+    params = prunable_parameters(model)
+    file = tmp_path / "file"
+    Calibration.collect(model, [torch.randn(4, 3)], params, statistics="covariance").save(file)
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    tensors[f"0.weight.{key}"] = damage(tensors[f"0.weight.{key}"])
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=f"file has for 0.weight {message}"):
+        Calibration.load(file, params)
 
 
 def test_a_file_that_is_there_is_kept_when_saving_fails(

@@ -92,6 +92,7 @@ def test_evaluate(task: str, dense: Path, data: Path, capsys: pytest.CaptureFixt
     assert report.parallel == (task == "pud")
     assert {key: found[key] for key in report.to_dict()} == report.to_dict()
     assert found["checkpoint"] == str(dense) and found["seconds"] > 0
+    assert found["bare_pieces"] == "skip" and found["max_length"] is None
     assert found["command"].startswith("torchalignprune evaluate ")
 
 
@@ -225,6 +226,12 @@ def test_wrong_usage(
         assert "should be an evaluation with the supervised language None, got en" in err
         err = refused(capsys, pruned, *pud, "--languages", "en", "ar")
         assert "should have the same languages, en, ar, got ar, en, vi, zh" in err
+        written = json.loads(other.read_text())
+        other.write_text(json.dumps(written | {"bare_pieces": "label", "max_length": 7}))
+        err = refused(capsys, pruned, *pud, "--max-length", "7")
+        assert "should be an evaluation with --bare-pieces skip, got label" in err
+        err = refused(capsys, pruned, *pud, "--bare-pieces", "label")
+        assert "should be an evaluation with --max-length None, got 7" in err
     assert "--cc100 goes with --compare" in refused(capsys, dense, *task, "--cc100")
     for option in ("--batch-size", "--max-length"):
         assert run("evaluate", dense, *task, option, "0") == 2

@@ -433,6 +433,32 @@ def test_replaced_parameters(ranks: Ranks) -> None:
     ranks.run(2, converted)
 
 
+def frozen_and_thawed() -> None:
+    sharded, plain = pair()
+    for model in (sharded, plain):
+        model.layers[1].requires_grad_(False)
+    masks = masks_of(plain)
+    for _ in range(2):  # putting masks on again changes nothing
+        for model in (sharded, plain):
+            put(model, masks)
+    train(sharded, plain, sgd, steps=2)
+    check_same(sharded, plain, masks)
+    layer = sharded.layers[1][0]
+    (hook,) = layer._forward_pre_hooks.values()
+    assert isinstance(hook, FullyShardedMaskHook)
+    assert len(hook._handles) == 1  # what is loaded is masked, and there is no gradient to mask
+    # The next forward notices that it is trained again, once.
+    layer.weight_orig.requires_grad_(True)
+    for _ in range(2):
+        hook.watch(layer)
+        assert len(hook._handles) == 2
+        assert len(layer.weight_orig._post_accumulate_grad_hooks) == 1
+
+
+def test_frozen_weights(ranks: Ranks) -> None:
+    ranks.run(2, frozen_and_thawed)
+
+
 def replicated_and_sharded() -> None:
     torch.manual_seed(0)
     plain = Net().double()

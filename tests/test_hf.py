@@ -500,6 +500,19 @@ def test_the_best_model_may_be_less_sparse(tmp_path: Path) -> None:
     assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
 
 
+def test_the_best_model_may_lack_values_to_take_back(tmp_path: Path) -> None:
+    model = bert()
+    pruner = pruner_of(model, tap.Random, regrow=True)
+    trainer, _ = plain_trainer(tmp_path, model, pruner, **BEST_OF_EVERY_SECOND)
+    trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
+    with (
+        pytest.warns(UserWarning, match="checkpoint-4, which was saved at a sparsity"),
+        pytest.warns(UserWarning, match="have no other value to take back than 0"),
+    ):
+        trainer.train()
+    masked_zeros(pruner)
+
+
 def test_save_only_model_and_a_limit_of_one(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
     trainer, _ = plain_trainer(tmp_path, **options, save_only_model=True)
@@ -857,6 +870,47 @@ def test_lora_is_merged_before_the_pruner_is_finished() -> None:
     with pytest.raises(ValueError, match="pruner should not be finished"):
         hf.merge_lora(model, pruner)
     assert any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_what_has_no_adapters_is_not_merged() -> None:
+    model = bert()
+    pruner = pruner_of(model)
+    with pytest.raises(TypeError, match=r"a peft\.PeftModel .* got BertForSequence"):
+        hf.merge_lora(model, pruner)
+    assert not pruner.finished and prune.is_pruned(model)
+
+
+def test_a_pruner_that_is_finished_on_the_way_has_no_state_to_save(tmp_path: Path) -> None:
+    """As by a callback at the last step: the Trainer saves the model, an ordinary one by then."""
+
+    class Finishes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                pruner.finalize()
+
+    options = {"callbacks": [Finishes()], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer, pruner = plain_trainer(tmp_path, **options)
+    trainer.train()
+    assert (tmp_path / "checkpoint-2" / "pruner.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-4" / "pruner.safetensors").exists()
+    assert not prune.is_pruned(trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_best_adapters_where_the_masks_are_gone(tmp_path: Path) -> None:
+    """There are none to compare with those of the best checkpoint."""
+
+    class Finishes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                pruner.finalize()
+
+    model, pruner = with_lora(None)
+    options = {**BEST_OF_EVERY_SECOND, "callbacks": [Finishes()], "max_steps": 4}
+    trainer, _ = plain_trainer(tmp_path, model, pruner, **options)
+    trainer.compute_metrics = Metric(0.9, 0.1)
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -447,6 +447,27 @@ def test_transforms_within_a_scope() -> None:
         torch.testing.assert_close(torch.func.vmap(run)(stacked), torch.stack(expected))
 
 
+def test_transforms_where_the_gradient_reaches_pruned_entries() -> None:
+    model = pruned()
+    for layer in (model[0], model[2]):
+        (hook,) = layer._forward_pre_hooks.values()
+        hook.straight_through = True
+    x = inputs()
+    model(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, values, (x,))
+        return out.square().sum()
+
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = torch.func.grad(loss)(values, x)
+    of_samples = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, x)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad)
+        torch.testing.assert_close(of_samples[name].sum(0), grad)
+
+
 def test_an_error_ends_the_scope() -> None:
     with pytest.raises(KeyError), tap.cached_weights():
         raise KeyError

@@ -215,6 +215,31 @@ def test_what_a_hook_could_not_reach_is_left_out() -> None:
         prunable_parameters(model, include="quantized")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("form", ["a wrapper", "in the model"])
+def test_adapters_of_peft_are_left_out(form: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = transformers.BertModel(bert_config())
+    names = prunable_parameters(base).names
+    config = peft.LoraConfig(target_modules=["query", "word_embeddings"], use_dora=True)
+    if form == "a wrapper":
+        model = peft.get_peft_model(base, config)
+    else:
+        model = base
+        model.add_adapter(config)
+    params = prunable_parameters(model)
+    check_complete(model, params)
+    prefix = "base_model.model." if form == "a wrapper" else ""
+    assert params.names == [
+        prefix + name.replace("query.weight", "query.base_layer.weight") for name in names
+    ]
+    adapter = f"{prefix}encoder.layer.0.attention.self.query.lora_B.default.weight"
+    assert params.left_out[adapter] == "adapter (PEFT)"
+    assert "4 adapter" in repr(params)
+    assert len(prunable_parameters(model, include="*lora_[AB]*")) == 4
+    assert prunable_parameters(model, include="*.0.*.lora_B").names == [adapter]
+
+
 def test_include_and_exclude() -> None:
     model = transformers.BertModel(bert_config(num_hidden_layers=12))
     names = prunable_parameters(model).names

@@ -380,3 +380,9 @@ def test_states_are_safetensors(tmp_path: Path) -> None:
     save_file(state, tmp_path / "state.safetensors", {"step": "1"})
     with pytest.raises(ValueError, match="got None"):
         run(make_model(), folder=tmp_path)
+    save_file(state, tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match="got None"):
+        run(make_model(), folder=tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"state\.safetensors is no state of a run: "):
+        run(make_model(), folder=tmp_path)

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 import torchalignprune as tap
 from models import Tied, mlp
 from torchalignprune import optimizers, schedules
+from torchalignprune import pruner as pruner_module
 
 
 def train(
@@ -653,7 +654,7 @@ def test_a_skipped_optimizer_step_postpones_the_pruning() -> None:
     pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.step()
-    with pytest.warns(UserWarning, match="due at step 2 waits: Taylor has seen no step"):
+    with pytest.warns(UserWarning, match=r"step 2 waits: Taylor .* of 0\.weight, 2\.weight since"):
         assert not pruner.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -925,3 +926,260 @@ def test_masks_that_were_loaded_on_the_way_are_pruned_to_the_target_again() -> N
     pruner.finalize()
     with pytest.raises(RuntimeError, match="finished"):
         pruner.look_again()
+
+
+def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
+    """As where a gradient scaler has skipped one of two optimizers: the layer would go first."""
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    taylor = tap.criteria.Taylor(params)
+    schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    both = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+
+    def step(*steps: torch.optim.Optimizer) -> bool:
+        model.zero_grad()
+        model(torch.randn(16, 12)).square().mean().backward()
+        for optimizer in steps:
+            optimizer.step()
+        return pruner.step()
+
+    assert step(*both)
+    masks = [module.weight_mask.clone() for module, _ in params]
+    state = copy.deepcopy(pruner.state_dict())
+    with pytest.warns(UserWarning, match=r"due at step 2 waits: .* no gradient of 2\.weight since"):
+        assert not step(both[0])
+    assert all(torch.equal(m.weight_mask, mask) for (m, _), mask in zip(params, masks, strict=True))
+    assert pruner.steps == 2 and pruner.log()["pruning/target_sparsity"] == 0.1
+    # So it does where a run is resumed right after a pruning.
+    assert state["criterion"]["without_gradient"] == ["0.weight", "2.weight"]
+    pruner.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"step 2 waits: .* no gradient of 0\.weight since"):
+        assert not step(both[1])
+    assert step(*both) and pruner.sparsity() == 0.4
+
+
+def test_a_layer_that_is_frozen_between_two_rounds_is_not_waited_for() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    taylor = tap.criteria.Taylor(params)
+    schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, pruner, 1)
+    model[2].requires_grad_(False)
+    message = r"Taylor has seen no gradient of 2\.weight, which does not require one"
+    with pytest.raises(RuntimeError, match=message):
+        train(model, optimizer, pruner, 1)
+    assert pruner.steps == 1 and pruner.sparsity() == 0.1
+
+
+@pytest.mark.parametrize("kind", [tap.criteria.Taylor, tap.criteria.Movement])
+def test_a_layer_that_the_forward_never_uses_is_not_waited_for(kind: Any) -> None:
+    model = mlp()
+    model.append(nn.Linear(4, 4))
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(
+        params, tap.Magnitude, schedules.steps({0: 0.0, 1: 0.1}), criterion=kind(params)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[:3](torch.randn(16, 12)).square().mean().backward()
+    optimizer.step()
+    message = rf"{kind.__name__} has seen no gradient of 3\.weight in any step of its optimizer"
+    with pytest.raises(RuntimeError, match=message):
+        pruner.step()
+    assert pruner.steps == 0 and pruner.sparsity() == 0
+
+
+def test_movement_needs_no_gradient_in_each_round() -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    movement = tap.criteria.Movement(params)
+    schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, 1)
+    assert pruner.step() and pruner.sparsity() == 0.4
+
+
+class Outer(torch.optim.Optimizer):
+    """Steps by another optimizer that has a part of its parameters, as ZeroRedundancyOptimizer
+    does."""
+
+    def __init__(self, params: list[Tensor], part: list[Tensor]) -> None:
+        super().__init__(params, {})
+        self.inner = torch.optim.SGD(part, lr=0.1)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        self.inner.step()
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_an_optimizer_within_an_optimizer_counts_once(regrow: bool) -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    pulled = tap.criteria.GradientMagnitude(params)
+    schedule = schedules.one_shot(0.5, at=9)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=pulled, regrow=regrow)
+    assert pruner.sparsity() == 0
+    if regrow:
+        # So that the pruner changes the gradients once the criterion has seen them.
+        model[0].weight_mask[0] = False
+    matrices = [module.weight_orig for module, _ in params]
+    outer = Outer(matrices, matrices[:1])
+    expected = [torch.zeros_like(matrix) for matrix in matrices]
+
+    def backward() -> None:
+        model.zero_grad()
+        model(torch.randn(16, 12)).square().mean().backward()
+        for total, matrix in zip(expected, matrices, strict=True):
+            total += matrix.grad.abs()
+
+    for _ in range(2):
+        backward()
+        outer.step()
+    assert pulled.steps == 2
+    for pair, total in zip(params, expected, strict=True):
+        assert torch.equal(pulled.scores()[pair], total)
+    # What only the inner one sees is counted too, and a step that failed hides no later one.
+    model.zero_grad()
+    outer.step(backward)
+    assert torch.equal(pulled.scores()[params[0]], expected[0])
+
+    def fails() -> None:
+        raise ValueError
+
+    model.zero_grad()
+    with pytest.raises(ValueError):
+        outer.step(fails)
+    backward()
+    outer.inner.step()
+    assert torch.equal(pulled.scores()[params[0]], expected[0])
+
+
+def test_an_optimizer_for_each_parameter_that_steps_in_the_backward() -> None:
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(3)))
+    optimizers_of = {p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers_of[parameter].step()  # type: ignore[index]
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    model(torch.randn(4, 12)).square().mean().backward()  # momentum, which moves what is pruned
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    for _ in range(3):
+        model(torch.randn(4, 12)).square().mean().backward()
+        pruner.step()
+        for module, _ in params:
+            assert bool((module.weight_orig[~module.weight_mask] == 0).all())
+
+
+def test_a_finished_pruner_has_no_state() -> None:
+    """A fresh pruner would take it, and train the zeros away."""
+    pruner = tap.Pruner(tap.prunable_parameters(mlp()), tap.Magnitude, schedules.constant(0.5))
+    pruner.finalize()
+    with pytest.raises(RuntimeError, match="the pruner is finished"):
+        pruner.state_dict()
+
+
+def test_a_pruning_that_fails_keeps_what_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    schedule = schedules.steps({0: 0.5, 1: 0.25})
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, regrow=True)
+    before = copy.deepcopy(model.state_dict())
+    kept = {name: left.clone() for name, left in pruner.state_dict()["left"].items()}
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchalignprune.pruner.put_masks", fails)
+        with pytest.raises(MemoryError):
+            pruner.step()
+    assert pruner.steps == 0
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    left = pruner.state_dict()["left"]
+    assert all(torch.equal(left[name], value) for name, value in kept.items())
+    assert pruner.step() and pruner.sparsity() == 0.25
+    dense = mlp()
+    for i in (0, 2):
+        assert torch.equal(model[i].weight_orig, dense[i].weight * model[i].weight_mask)
+
+
+def test_masks_of_which_no_values_are_kept() -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    schedule = schedules.steps({0: 0.5, 1: 0.25})
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedule, regrow=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.look_again()
+    layer.weight_mask.copy_(torch.tensor([[False, True, True, False]]))
+    message = r"pruned entries of parameters\[0\] .* no other value to take back than 0: load the"
+    with pytest.warns(UserWarning, match=message):
+        pruner.look_again()
+
+
+def test_a_state_that_does_not_fit_costs_no_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleList(Tied() for _ in range(12))
+    params = [(layer, "weight") for tied in model for layer in (tied.a, tied.b)]
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
+    state = pruner.state_dict()
+    model._apply(lambda tensor: tensor.clone())  # which makes two of each mask
+    with torch.no_grad():
+        for layer, _ in params[:2]:
+            layer.weight_mask.copy_(layer.weight_mask.flip(0))
+    digest, calls = pruner_module._mask_digest, []
+
+    def counted(masks: Any) -> int | None:
+        calls.append(masks)
+        return digest(masks)
+
+    monkeypatch.setattr(pruner_module, "_mask_digest", counted)
+    with pytest.raises(ValueError, match="masks prune other entries"):
+        pruner.load_state_dict(state)
+    assert len(calls) < 5
+
+
+def test_every_mask_is_missed() -> None:
+    params = tap.prunable_parameters(mlp())
+    pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.5, 2: 0.75}))
+    prune.remove(*params[1])
+    assert not pruner.step()
+    for call in (pruner.step, pruner.sparsity, pruner.log):
+        with pytest.raises(RuntimeError, match=r"the mask of 2\.weight is gone"):
+            call()
+    assert pruner.steps == 1
+    pruner.finalize()
+
+
+def test_masks_in_the_dtype_of_the_weight() -> None:
+    """As torch's own pruning and ``model.type`` make them."""
+
+    def made() -> tuple[nn.Module, tap.Pruner]:
+        model = mlp()
+        schedule = schedules.steps({0: 0.25, 2: 0.5})
+        return model, tap.Pruner(tap.prunable_parameters(model), tap.Magnitude, schedule)
+
+    model, pruner = made()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    assert model[0].weight_mask.dtype == torch.float32
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, pruner, 1)
+    pruner.look_again()
+    train(model, optimizer, pruner, 2)
+    assert pruner.sparsity() == 0.5
+
+    model, pruner = made()
+    state = pruner.state_dict()
+    model.type(torch.float64)
+    assert model[0].weight_mask.dtype == torch.float64
+    pruner.load_state_dict(state)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, 3)
+    assert pruner.sparsity() == 0.5 and model[0].weight_mask.dtype == torch.bool

@@ -322,6 +322,29 @@ def test_tied_weights(pruned: bool, format: Any, tmp_path: Path) -> None:
             assert fresh.a.weight_mask is fresh.b.weight_mask
 
 
+class SharedBuffer(nn.Module):
+    """Two modules with one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        shared = torch.zeros(4)
+        self.a.register_buffer("shared", shared)
+        self.b.register_buffer("shared", shared)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_shared_buffer(format: Any, tmp_path: Path) -> None:
+    model = SharedBuffer()
+    model.a.shared.fill_(3)
+    tap.save_pruned(model, tmp_path / "x", format)
+    assert PrunedFiles(tmp_path / "x").tied == {"b.shared": "a.shared"}
+    assert_same(tap.load_pruned(SharedBuffer(), tmp_path / "x"), model)
+    apart = SharedBuffer().double().float()
+    assert apart.a.shared is not apart.b.shared
+    assert_same(tap.load_pruned(apart, tmp_path / "x"), model)
+
+
 def test_copies_of_the_mask_of_tied_weights(tmp_path: Path) -> None:
     model = Tied()
     tap.global_unstructured(tap.prunable_parameters(model), tap.Magnitude, amount=0.5)

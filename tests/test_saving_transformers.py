@@ -242,6 +242,17 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ties_that_transformers_does_not_know_of(tmp_path: Path) -> None:
+    model = bert()
+    first, second = (layer.attention.self for layer in model.encoder.layer[:2])
+    second.query.weight = first.query.weight
+    with pytest.raises(ValueError, match=r"BertModel has ties that it does not declare .*layer\.1"):
+        tap.save_pruned(model, tmp_path / "dense")
+    assert list(tmp_path.iterdir()) == []
+    tap.save_pruned(model, tmp_path / "x", "bitmask")
+    assert_same_state(tap.load_pruned(bert(), tmp_path / "x"), model)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_a_wrapper_of_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -236,6 +236,14 @@ def test_a_product_that_the_library_refuses_changes_nothing(as_if_on_a_gpu: None
     before.assert_untouched()
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(16, 16), Conv1D(16, 16)], ids=["Linear", "Conv1D"])
+def test_the_trial_takes_a_pruned_bias(layer: nn.Module) -> None:
+    tap.magnitude(layer, "bias", 0.5)
+    with pytest.raises(RuntimeError, match=r"x: no 2:4 sparse product on cpu: .*\[3\]"):
+        layer.bias = torch.ones(3)  # of the wrong size, so that it shows
+        semi_structured._try("x", layer, layer.weight.detach())
+
+
 def test_no_parameters_and_no_weights() -> None:
     with pytest.raises(ValueError, match="params should have at least one"):
         tap.to_semi_structured([])

@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -374,6 +374,27 @@ def scored() -> None:
 
 def test_scores_of_shards(ranks: Ranks) -> None:
     ranks.run(2, scored)
+
+
+def pending_sums() -> None:
+    """The gradient of a replicated parameter may come as a sum that is still pending."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole_weight = torch.tensor([[1.0, -2.0]])
+    weight = distribute_tensor(whole_weight, mesh, [Replicate()])
+    grad = DTensor.from_local(torch.tensor([[3.0, 4.0]]), mesh, [Partial()])
+    params = [(nn.Linear(2, 1), "weight")]
+    for criterion, expected in (
+        (criteria.Taylor(params), [[6.0, 16.0]]),
+        (criteria.GradientMagnitude(params), [[6.0, 8.0]]),
+        (criteria.Movement(params), [[-6.0, 16.0]]),
+    ):
+        total = distribute_tensor(torch.zeros(1, 2), mesh, [Replicate()])
+        criterion.add(total, weight, grad, 1.0)
+        assert whole(total).tolist() == expected
+
+
+def test_gradients_that_are_pending_sums(ranks: Ranks) -> None:
+    ranks.run(2, pending_sums)
 
 
 def frozen() -> None:

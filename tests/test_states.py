@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -296,6 +296,51 @@ def test_one_layer_of_a_model_can_be_copied(our_model: Model) -> None:
     assert not torch.equal(layer(x), other(x))
 
 
+def by_grad(run: Callable[..., Tensor], values: Mapping[str, Tensor]) -> None:
+    torch.func.grad(lambda v: run(v).sum())(values)
+
+
+def by_jvp(run: Callable[..., Tensor], values: Mapping[str, Tensor]) -> None:
+    torch.func.jvp(run, (values,), (values,))
+
+
+def by_jacfwd(run: Callable[..., Tensor], values: Mapping[str, Tensor]) -> None:
+    torch.func.jacfwd(run)({"2.bias": values["2.bias"]})
+
+
+def by_hessian(run: Callable[..., Tensor], values: Mapping[str, Tensor]) -> None:
+    torch.func.hessian(lambda v: run(v).sum())({"2.bias": values["2.bias"]})
+
+
+def by_vmap(run: Callable[..., Tensor], values: Mapping[str, Tensor]) -> None:
+    torch.func.vmap(run)({name: torch.stack([value, value]) for name, value in values.items()})
+
+
+# torch makes use of its own deprecated function for forward-mode derivatives.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("transform", [by_grad, by_jvp, by_jacfwd, by_hessian, by_vmap])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_deep_copy_after_a_transform(
+    gradient: bool, transform: Callable[[Callable[..., Tensor], Mapping[str, Tensor]], None]
+) -> None:
+    """The weight that is shown is what the transform has left."""
+    model = fresh()
+    x = inputs(model)
+
+    def run(values: Mapping[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(model, dict(values), (x,))
+        return out
+
+    with torch.set_grad_enabled(gradient):
+        transform(run, {name: p.detach() for name, p in model.named_parameters()})
+    copy.deepcopy(model[0]._forward_pre_hooks)
+    other = copy.deepcopy(model)
+    for module, _ in pairs(other):
+        assert torch.equal(module.weight, module.weight_orig * module.weight_mask)
+    assert_same_model(model, other)
+    assert_apart(model, other)
+
+
 def test_a_deep_copy_can_be_pruned_through_torch_at_once() -> None:
     """Its weight has a history of its own, that leads to its own parameter."""
     for state in (fresh, after_forward, trained):
@@ -478,6 +523,36 @@ def test_loads_into_a_model_that_is_pruned_otherwise(model: Model) -> None:
     assert_works_on(other)
 
 
+def tied_with_masks_that_differ() -> Tied:
+    model = Tied()
+    tap.magnitude(model.a, "weight", 0.3)
+    tap.random(model.b, "weight", 0.5)
+    assert not torch.equal(model.a.weight_mask, model.b.weight_mask)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "other", [Tied, tied, tied_with_masks_that_differ], ids=["dense", "one mask", "two masks"]
+)
+def test_tied_places_keep_masks_that_differ(other: Callable[[], Model], assign: bool) -> None:
+    model, loaded = tied_with_masks_that_differ(), other()
+    tap.load_state_dict(loaded, state_of(model), assign=assign)
+    assert_same_masks(pairs(model), pairs(loaded))
+    assert torch.equal(model(inputs(model)), loaded(inputs(loaded)))
+    assert assign or loaded.a.weight_orig is loaded.b.weight_orig
+    copied = copy.deepcopy(model)
+    tap.load_state_dict(copied, state_of(model), assign=assign)
+    assert_same_masks(pairs(model), pairs(copied))
+
+
+def test_tied_masks_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model, other = ours(Tied()), Tied()
+    tap.load_state_dict(other, model.state_dict())
+    assert other.a.weight_mask is other.b.weight_mask
+
+
 def test_torchs_own_load_state_dict_between_pruned_models(our_model: Model) -> None:
     other = ours(like(our_model))
     other.load_state_dict(state_of(our_model))
@@ -584,6 +659,16 @@ def bad_states(model: Model) -> dict[str, tuple[dict[str, Tensor], type[Exceptio
             {**state, "2.weight_mask": torch.ones(3, 3) > 0},
             RuntimeError,
             r"2.weight_mask: expected \(8, 16\), got \(3, 3\)",
+        ),
+        "a mask that scales": (
+            {**state, "2.weight_mask": torch.full((8, 16), 0.5)},
+            ValueError,
+            "the mask of 2.weight should have no numbers but 0 and 1, got 0.5",
+        ),
+        "a mask that is no tensor": (
+            {**state, "2.weight_mask": "words"},  # type: ignore[dict-item]
+            RuntimeError,
+            "2.weight_mask: expected a tensor, got str",
         ),
         "a key missing": (
             {key: value for key, value in state.items() if key != "2.bias"},

@@ -173,6 +173,25 @@ def test_pos_xlmr_on_two_processes(tmp_path: Path) -> None:
     assert share_of_zeros(found) == pytest.approx(0.7, abs=1e-3)
 
 
+def test_the_model_that_is_evaluated_is_the_one_in_the_folder(
+    xnli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after training in bfloat16, of which Accelerate leaves the model an autocast."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    main = importlib.import_module("xnli_xlmr").main
+    evaluated: list[Any] = []
+    monkeypatch.setattr(
+        importlib.import_module("zero_shot_training"),
+        "report",
+        lambda task, model, *_: evaluated.append(model),
+    )
+    main([*xnli, "--output_dir", str(tmp_path), "--bf16", "true", "--max_steps", "4"])
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(evaluated[0].eval()(tokens).logits, saved.eval()(tokens).logits)
+
+
 @pytest.fixture(scope="module")
 def xnli(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that a run would start with."""

@@ -349,6 +349,9 @@ def test_a_single_seed_is_no_setting_of_a_claim() -> None:
     assert "holds: of 2 settings (method and sparsity) 2 are significant for it, 0" in second
     assert "Has run with one seed, and is not tested: LAMP + cosine." in second
     assert "| LAMP + cosine | 1 |" in second and "| dense + cosine | 5 | **-5." in second
+    against = found.split("### Methods against magnitude")[1].split("###")[0]
+    assert "Not significantly better at any sparsity: none. Significantly worse" in against
+    assert "Has run with one seed, and is not tested: LAMP." in against
 
 
 def test_languages_that_drop_alike_but_for_these_sentences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,9 @@ def alignment_report(
         reference: the weights of the unpruned network: a :class:`torchalignprune.Reference`, any
             other mapping by ``(module, name)``, or tensors in the order of the parameters; on any
             device. Default: the weights under the masks (``name_orig``), or the weights themselves
-            for what is not pruned.
+            for what is not pruned. After a :class:`torchalignprune.Pruner`, which makes them zero
+            under the masks, after ``prune.remove`` and after ``realign(..., "weights")`` nothing of
+            the unpruned network is left to compare with, so that a reference is needed.
         matching: look for units that have moved.
 
     Returns:
@@ -206,6 +209,9 @@ def alignment_report(
         ValueError: no parameters, a reference that is missing or of the wrong shape, NaN or
             infinity; the error names the parameter.
 
+    Warns:
+        UserWarning: no reference, and all weights under the masks are zero.
+
     Example:
         >>> import torch, torchalignprune as tap
         >>> from torch import nn
@@ -231,7 +237,18 @@ def alignment_report(
         weight, own = targets[i].weight, targets[i].reference
         return weight, targets[i].mask, weight if own is None else own
 
-    return _report(pairs, targets, load, range(len(targets)), matching)
+    report = _report(pairs, targets, load, range(len(targets)), matching)
+    if reference is None and report.totals["distortion"] == 0 and any(map(_prunes, targets)):
+        warnings.warn(
+            f"the weights of {targets[0].name} and of all others are zero under the masks, as a "
+            "Pruner leaves them, so that they are compared with themselves: give a reference",
+            stacklevel=2,
+        )
+    return report
+
+
+def _prunes(target: Target) -> bool:
+    return target.mask is not None and target.remaining() < target.weight.numel()
 
 
 def checkpoint_report(

@@ -171,7 +171,8 @@ class Calibration(Mapping[Pair, InputStatistics]):
         Raises:
             TypeError: a batch is neither a mapping nor a tensor, or ``batches`` is a single one.
             ValueError: there are no batches, or no tokens in them; a module never ran; NaN or
-                infinity in an input; a module without input features (``nn.Embedding``); the
+                infinity in an input; a module without input features (``nn.Embedding``), or
+                whose inputs at each step cannot be observed (``nn.LSTM`` and the like); the
                 covariance of a convolution, whose inputs overlap; an ``nn.MultiheadAttention``
                 with one matrix for query, key and value was called with different tensors as
                 these; a ``memory_limit`` that one parameter exceeds, or that takes several passes
@@ -334,8 +335,8 @@ class Calibration(Mapping[Pair, InputStatistics]):
 
         Raises:
             TypeError: params without dotted names.
-            ValueError: the file is no calibration, has nothing for a parameter, or its statistics
-                have another number of features than the parameter.
+            ValueError: the file is no calibration, has nothing for a parameter, its statistics
+                have another number of features than the parameter, or are not finite.
             ImportError: safetensors is not installed.
         """
         if not isinstance(params, PrunableParameters):
@@ -363,6 +364,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                             if f"{owner}.{key}" in there
                         }
                         read[owner] = InputStatistics(entries[name]["count"], **found)
+                        _check_statistics(read[owner], f"{path} has for {owner}")
                     features, got = _features(*pair, name), len(read[owner].norms)
                     if got != features:
                         raise ValueError(
@@ -373,6 +375,22 @@ class Calibration(Mapping[Pair, InputStatistics]):
         except (safetensors.SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a calibration: {error}") from error
         return cls(inputs, dict(zip(params, params.names, strict=True)))
+
+
+def _check_statistics(found: InputStatistics, what: str) -> None:
+    features = len(found.norms)
+    for key, shape in (
+        ("norms", (features,)),
+        ("mean", (features,)),
+        ("covariance", (features,) * 2),
+    ):
+        tensor = getattr(found, key)
+        if tensor is None:  # the covariance, which is not always collected
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{what} {key} of shape {tuple(tensor.shape)}, it should be {shape}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{what} {key} with NaN or infinity")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -494,7 +512,11 @@ def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
 
 @contextmanager
 def _observed(model: nn.Module, meters: Sequence[_Meter], observer: _Observer) -> Iterator[None]:
-    """Hooks on the modules, and evaluation mode; everything as it was at the end."""
+    """Hooks on the modules, and evaluation mode; everything as it was at the end.
+
+    torch's fast path for attention is off meanwhile: an ``nn.TransformerEncoder`` would pack padded
+    batches into nested tensors for it.
+    """
 
     def hook_of(meter: _Meter) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -503,13 +525,16 @@ def _observed(model: nn.Module, meters: Sequence[_Meter], observer: _Observer) -
         return hook
 
     training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     handles = [
         meter.module.register_forward_pre_hook(hook_of(meter), with_kwargs=True) for meter in meters
     ]
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
         for module, flag in training.items():
@@ -549,7 +574,8 @@ class _Input:
         rows = tensor.reshape(-1, tensor.shape[-1])
         for mask in masks:
             if tensor.shape[:-1] in (mask.shape, (mask.numel(),)):
-                return rows[mask.reshape(-1) != 0]
+                # A model may be spread over devices; the mask is where its first layers are.
+                return rows[mask.to(rows.device).reshape(-1) != 0]
         return rows
 
 
@@ -767,6 +793,11 @@ def _features(module: nn.Module, attribute: str, name: str) -> int:
     """How many numbers one input of a parameter has."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         raise ValueError(f"{name} belongs to an embedding, which has no input features")
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        raise ValueError(
+            f"{name} belongs to a recurrent module ({type(module).__name__}), whose inputs at each "
+            "step cannot be observed: leave it out"
+        )
     weight = stored(module, attribute)
     if weight.dim() < 2:
         raise ValueError(f"{name} should have outputs and inputs, got shape {tuple(weight.shape)}")

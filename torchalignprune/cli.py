@@ -50,6 +50,8 @@ exit codes:
 _BATCH = 32
 _BUDGETS = {"wanda": "unit", "lookahead": "layer"}  # by criterion, as in their papers
 _TASKS = ("pos", "pud", "topics", "xnli", "pawsx", "ner")
+# Options by which sentences are read, so that evaluations with others are not of the same.
+_READ_BY = ("max_length", "bare_pieces")
 _SUFFIXES = (".json", ".png", ".pdf", ".svg")
 _Scores = dict[tuple[nn.Module, str], Tensor]
 
@@ -416,13 +418,13 @@ def _prune(options: argparse.Namespace) -> None:
                 )
         with stages("prune"), _input():
             plan.prune(params, calibration, options.seed)
-        dense: dict[tuple[nn.Module, str], Tensor] | None = None
+        dense = {pair: stored(*pair).detach() for pair in params}
         realigned: list[Realigned] = []
         if options.realign:
             assert calibration is not None
             with stages("realign"), _input():
                 # What the report compares with: the weights that survive are about to move.
-                dense = {pair: stored(*pair).detach().clone() for pair in params}
+                dense = {pair: weight.clone() for pair, weight in dense.items()}
                 realigned = realign(params, calibration, options.realign)
         with stages("report"):
             report = alignment_report(params, dense, matching=False)
@@ -565,6 +567,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         comparison = None
         written: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
         written |= report.to_dict()
+        written |= {key: getattr(options, key) for key in _READ_BY}
         if options.compare is not None:
             with _input():
                 comparison = report.compare(earlier or reports[1])
@@ -670,6 +673,15 @@ def _check_comparable(
             f"--compare {options.compare} should have the same languages, {', '.join(codes)}, got "
             f"{', '.join(earlier.languages)}"
         )
+    # Only the command line writes these down.
+    written = json.loads(options.compare.read_text(encoding="utf-8"))
+    for key in _READ_BY:
+        own = getattr(options, key)
+        if written.get(key, own) != own:
+            raise ValueError(
+                f"--compare {options.compare} should be an evaluation with "
+                f"--{key.replace('_', '-')} {own}, got {written[key]}"
+            )
 
 
 def _legend(report: ZeroShotReport, compared: bool) -> str:

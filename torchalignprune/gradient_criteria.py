@@ -32,7 +32,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchalignprune.dtensors import is_dtensor, like, local, own_part
-from torchalignprune.optimizers import OptimizerWatch, gradient_scale, gradients, overflowed
+from torchalignprune.optimizers import (
+    OptimizerWatch,
+    gradient_scale,
+    gradients,
+    is_inner_step,
+    overflowed,
+    own_ids,
+)
 from torchalignprune.parameters import Parameters, stored
 from torchalignprune.targets import Pair, Target, targets_of
 
@@ -67,7 +74,14 @@ class GradientCriterion(ABC):
         self.steps = 0
         # What a pruned entry's value was, for a Pruner that lets entries come back.
         self.restore: Callable[[int, Tensor], Tensor] = lambda number, weight: weight
+        # None: no gradient yet.
         self._sums: list[Tensor | None] = [None] * len(self.targets)
+        # Those that the step that is under way has added. One that calls another optimizer's step
+        # would add them twice, and that one may have a part of the parameters only.
+        self._added: set[int] = set()
+        # Those that have ever had a gradient, and those that their optimizer stepped without.
+        self._used: set[int] = set()
+        self._passed_over: set[int] = set()
         self._watch = OptimizerWatch(self._before_step)
 
     @abstractmethod
@@ -89,18 +103,29 @@ class GradientCriterion(ABC):
         if overflowed(optimizer):
             return
         parameters = self.parameters()
-        grads = gradients(optimizer, parameters)
-        if all(grad is None for grad in grads):
+        if not is_inner_step():
+            self._added.clear()
+        grads = {
+            number: grad
+            for number, grad in enumerate(gradients(optimizer, parameters))
+            if grad is not None and number not in self._added
+        }
+        if not grads:
             return
+        self._added.update(grads)
+        self._used.update(grads)
+        own = own_ids(optimizer)
+        self._passed_over.update(
+            number for number, p in enumerate(parameters) if p.grad is None and id(p) in own
+        )
         scale = gradient_scale(optimizer)
         rates = {
             id(p): float(group.get("lr", 1.0))
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        for number, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
-            if grad is None:
-                continue
+        for number, grad in grads.items():
+            parameter = parameters[number]
             dtype = _sum_dtype(parameter)
             total = self._sums[number]
             if total is None or total.device != parameter.device:
@@ -113,11 +138,38 @@ class GradientCriterion(ABC):
             self.add(total, weight.to(dtype), grad, rates[id(parameter)])
         self.steps += 1
 
+    def unseen(self) -> list[str]:
+        """The names of the parameters that the sums have no gradient of yet.
+
+        Raises:
+            RuntimeError: one of them requires no gradient, or has never had one although its
+                optimizer stepped, so that it would be waited for in vain.
+        """
+        names = []
+        for number, (target, parameter) in enumerate(
+            zip(self.targets, self.parameters(), strict=True)
+        ):
+            if self._sums[number] is not None:
+                continue
+            if number in self._passed_over - self._used:
+                raise RuntimeError(
+                    f"{type(self).__name__} has seen no gradient of {target.name} in any step of "
+                    "its optimizer: leave what the forward does not use out of the parameters"
+                )
+            if not parameter.requires_grad:
+                raise RuntimeError(
+                    f"{type(self).__name__} has seen no gradient of {target.name}, which does not "
+                    "require one: leave what is frozen out of the parameters"
+                )
+            names.append(target.name)
+        return names
+
     def scores(self) -> dict[Pair, Tensor]:
         """The sums by ``(module, name)``, shaped like the parameters; tied weights share theirs.
 
         Raises:
-            RuntimeError: a parameter has had no gradient in any step so far.
+            RuntimeError: a parameter has had no gradient yet, since the last pruning if that has
+                started the sums anew.
         """
         result: dict[Pair, Tensor] = {}
         for target, total in zip(self.targets, self._sums, strict=True):
@@ -132,9 +184,8 @@ class GradientCriterion(ABC):
     def restart(self) -> None:
         """Start a new round: called by a Pruner after it has pruned."""
         if self.per_round:
-            for total in self._sums:
-                if total is not None:
-                    total.zero_()
+            # Not zeros, which would rank a parameter that gets no gradient below all others.
+            self._sums = [None] * len(self.targets)
             self.steps = 0
 
     def remove(self) -> None:
@@ -169,6 +220,8 @@ class GradientCriterion(ABC):
         """
         sums = self.checked_sums(state)
         self._sums, self.steps = sums, int(state["steps"])
+        # The state does not say which had one in earlier rounds.
+        self._used = set(range(len(self.targets)))
 
     def checked_sums(self, state: Mapping[str, Any]) -> list[Tensor | None]:
         """Copies of the sums in a state, which is looked at and not taken up.
@@ -232,7 +285,7 @@ class Taylor(GradientCriterion):
     """
 
     def add(self, total: Tensor, weight: Tensor, grad: Tensor, lr: float) -> None:
-        total.add_((weight * grad).abs_())
+        total.add_((weight * grad).abs())
 
 
 class GradientMagnitude(GradientCriterion):

@@ -10,7 +10,7 @@ regularizer to the loss. They go together or alone::
     pruner = tap.Pruner(params, tap.AlignedMagnitude, schedule, penalty=penalty)
 
     trainer = hf.AlignmentTrainer(
-        model, args, train_dataset=data, penalty=penalty, strength=0.1,
+        model, args, train_dataset=data, penalty=penalty, strength=1000.0,
         callbacks=[hf.PruningCallback(pruner)],
     )
     trainer.train(resume_from_checkpoint=hf.last_complete_checkpoint(args.output_dir))
@@ -89,6 +89,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
     was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best.
     With PEFT the adapters are those of the best checkpoint then, and the masks those of the end.
+    With ``regrow`` the values that pruned entries may take back are those of the end; a warning
+    says where there are none.
 
     Args:
         pruner: made from the parameters of the model that the Trainer trains.
@@ -178,7 +180,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         if hasattr(model, "peft_config"):
-            self._compare_with_best(Path(state.best_model_checkpoint))
+            if not self.pruner.finished:
+                self._compare_with_best(Path(state.best_model_checkpoint))
             return
         sparsity, target = self.pruner.sparsity(), self.pruner.log()["pruning/target_sparsity"]
         if not self.pruner.finished:
@@ -211,7 +214,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         optimizer, before its own state, and before it deletes older checkpoints."""
         if self._state is not None and not self._state.is_hyper_param_search and _is_saving():
             folder = Path(self._args.output_dir) / f"checkpoint-{self._state.global_step}"
-            if folder.is_dir():
+            # A finished pruner has no state, and the model no masks that one could go on with.
+            if folder.is_dir() and not self.pruner.finished:
                 self._save(folder)
         return {"args": {"pruner": None}, "attributes": {}}
 
@@ -441,8 +445,11 @@ def merge_lora(model: Any, pruner: Pruner) -> Any:
     """Merge LoRA adapters into the pruned weights beneath them, and keep the zeros.
 
     Adapters fill in what was pruned; in the merged model it is set to zero again, which changes the
-    model a little. The pruner is finished then. (``model.merge_and_unload()`` alone, while the
-    masks are in place, would lose the adapters at the next forward.)
+    model a little. The pruner is finished then.
+
+    PEFT's own ``merge_and_unload``, ``merge_adapter`` and ``unmerge_adapter`` do not go with masked
+    weights: what they write goes into a product with the mask, which the next forward makes anew,
+    or past it into the weights beneath, where it is not taken out again.
 
     Args:
         model: a ``peft.PeftModel`` with LoRA adapters on pruned weights.
@@ -452,8 +459,14 @@ def merge_lora(model: Any, pruner: Pruner) -> Any:
         The base model, an ordinary one, as ``model.merge_and_unload()`` returns it.
 
     Raises:
+        TypeError: a model without adapters that can be merged; nothing has changed then.
         ValueError: the pruner is finished.
     """
+    if not callable(getattr(model, "merge_and_unload", None)):
+        raise TypeError(
+            "model should be a peft.PeftModel whose adapters can be merged, such as those of LoRA, "
+            f"got {type(model).__name__}"
+        )
     if pruner.finished:
         raise ValueError(
             "pruner should not be finished: finalize() has taken the masks away that the merged "

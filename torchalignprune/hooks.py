@@ -21,8 +21,8 @@ from torch.nn.utils import prune
 
 from torchalignprune import _C, ops
 from torchalignprune.ddp import keep_mask
-from torchalignprune.dtensors import is_dtensor
-from torchalignprune.parameters import mask_of, stored
+from torchalignprune.dtensors import is_dtensor, local
+from torchalignprune.parameters import check_mask, mask_of, stored
 
 __all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
 
@@ -71,22 +71,23 @@ class MaskHook(prune.BasePruningMethod):
         return made.product
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
-        # After a forward the masked weight has a history, which deepcopy refuses. A module's hooks
-        # are copied after its parameters and buffers and before the masked weight, so the copy's
-        # weight can be made here and put where deepcopy will look for it.
+        # After a forward the masked weight has a history, or is what a transform of torch.func has
+        # left, and deepcopy refuses both. A module's hooks are copied after its parameters and
+        # buffers and before the masked weight, so the copy's weight can be made here and put where
+        # deepcopy will look for it.
         module = self._module()
         copied = memo.get(id(module)) if module is not None else None
         twin = MaskHook(copied if isinstance(copied, nn.Module) else nn.Module(), self._tensor_name)
         twin.straight_through = self.straight_through
         memo[id(self)] = twin
         weight = vars(module).get(self._tensor_name) if module is not None else None
-        if isinstance(weight, Tensor) and not weight.is_leaf:
+        if isinstance(weight, Tensor) and not (weight.is_leaf and _is_unwrapped(weight)):
             assert module is not None
             original = memo.get(id(stored(module, self._tensor_name)))
             mask = memo.get(id(mask_of(module, self._tensor_name)))
             if isinstance(original, Tensor) and isinstance(mask, Tensor):
                 memo[id(weight)] = _product(original, mask)
-            else:
+            elif _is_unwrapped(weight):
                 memo[id(weight)] = weight.detach().clone()
         return twin
 
@@ -128,8 +129,12 @@ _lock = threading.Lock()
 
 
 def _is_plain(original: Tensor) -> bool:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(original)
-    return not wrapped and not torch.compiler.is_compiling()
+    return _is_unwrapped(original) and not torch.compiler.is_compiling()
+
+
+def _is_unwrapped(tensor: Tensor) -> bool:
+    """Whether it belongs to no transform of ``torch.func``, not even to one that is over."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @contextmanager
@@ -233,9 +238,15 @@ def masked_straight_through(original: Tensor, mask: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, original: Tensor, mask: Tensor) -> Tensor:
+    def forward(original: Tensor, mask: Tensor) -> Tensor:
         return _product(original, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to keep, but torch.func transforms no function without it."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -279,7 +290,8 @@ def load_state_dict(
 
     Every parameter of which ``state_dict`` has ``name_orig`` and ``name_mask`` gets its hook and
     mask; parameters that are pruned in the model and dense in ``state_dict`` become dense. Then
-    ``model.load_state_dict`` does the rest.
+    ``model.load_state_dict`` does the rest. Each place of a tied weight gets its own mask of
+    ``state_dict``; those that are equal become one shared tensor.
 
     Args:
         model: a model of the same architecture, pruned or not.
@@ -292,7 +304,7 @@ def load_state_dict(
         What ``torch.nn.Module.load_state_dict`` returns.
 
     Raises:
-        ValueError: a mask without its parameter in the model.
+        ValueError: a mask without its parameter in the model, or with other numbers than 0 and 1.
         RuntimeError: keys or shapes that do not fit, as from ``torch.nn.Module.load_state_dict``,
             but before anything has changed. Keys are compared as they are, before a module's own
             hooks could rename them.
@@ -321,7 +333,10 @@ def load_state_dict(
         if module is None or not _is_parameter(module, name):
             raise ValueError(f"state_dict has a mask for {dense}, no parameter of the model")
         wanted.append((dense, module, name))
-        state[f"{dense}_mask"] = state_dict[f"{dense}_mask"] != 0
+        given = state_dict[f"{dense}_mask"]
+        if isinstance(given, Tensor):
+            check_mask(given, dense)
+            state[f"{dense}_mask"] = given != 0
     dense_again = [
         (dense, module, name)
         for dense, module, name in _masked(modules)
@@ -330,14 +345,29 @@ def load_state_dict(
     _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict)
     for module, name in dict.fromkeys((module, name) for _, module, name in dense_again):
         prune.remove(module, name)
-    shared: dict[int, Tensor] = {}
-    for _, module, name in wanted:
-        original = stored(module, name)
-        shared.setdefault(id(original), torch.ones_like(original, dtype=torch.bool))
-    put_masks((module, name, shared[id(stored(module, name))]) for _, module, name in wanted)
+    # By parameter, what is to be loaded and the mask it will be loaded into.
+    made: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    masks: list[tuple[nn.Module, str, Tensor]] = []
+    for dense, module, name in wanted:
+        original, given = stored(module, name), state[f"{dense}_mask"]
+        shared = made.setdefault(id(original), [])
+        mask = next((mask for other, mask in shared if _are_equal(given, other)), None)
+        if mask is None:
+            mask = torch.ones_like(original, dtype=torch.bool)
+            shared.append((given, mask))
+        masks.append((module, name, mask))
+    put_masks(masks)
     result = model.load_state_dict(state, strict=strict, assign=assign)
     put_masks((module, name, getattr(module, f"{name}_mask")) for _, module, name in wanted)
     return result
+
+
+def _are_equal(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks are the same; on the meta device, where nobody can tell, they count so."""
+    if mask.is_meta or other.is_meta:
+        return True
+    own = local(mask)
+    return torch.equal(own, local(other).to(own.device))
 
 
 def _is_parameter(module: nn.Module, name: str) -> bool:

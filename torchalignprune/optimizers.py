@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ class OptimizerWatch:
     Args:
         before_step: called with the optimizer before each of its steps, when the gradients are
             complete, unscaled and clipped.
-        after_step: called after the first step of each optimizer, and after the first one since
+        after_step: called with the optimizer after its first step, and after the first one since
             :meth:`look_again`; when it returns True, or the step could move nothing (a learning
             rate of 0, gradients that overflowed), after the next one too.
     """
@@ -39,7 +40,7 @@ class OptimizerWatch:
     def __init__(
         self,
         before_step: Callable[[Optimizer], None] | None = None,
-        after_step: Callable[[], bool] | None = None,
+        after_step: Callable[[Optimizer], bool] | None = None,
     ) -> None:
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._before_step = None if before_step is None else weakref.WeakMethod(before_step)
@@ -92,7 +93,7 @@ class OptimizerWatch:
         call = None if self._after_step is None else self._after_step()
         if call is not None:
             with torch.no_grad():
-                if call() or overflowed(optimizer) or _rests(optimizer):
+                if call(optimizer) or overflowed(optimizer) or _rests(optimizer):
                     return
         self._settled.add(optimizer)
 
@@ -109,6 +110,8 @@ class OptimizerWatch:
 # the garbage collector may take a watch.
 _WATCHES: list[weakref.ref[OptimizerWatch]] = []
 _HANDLES: list[RemovableHandle] = []
+# What torch puts around the ``step`` of every optimizer, and what calls the two hooks.
+_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -126,8 +129,30 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def gradients(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients that the optimizer is about to use, times its :func:`gradient_scale`; None for
     parameters that it does not have or that have none."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = own_ids(optimizer)
     return [p.grad if id(p) in own else None for p in parameters]
+
+
+def own_ids(optimizer: Optimizer) -> set[int]:
+    """The ids of the parameters that an optimizer has."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def is_inner_step() -> bool:
+    """Whether the optimizer that is about to step was called by the step of another one, as
+    ``ZeroRedundancyOptimizer`` does, or by a subclass's own: torch calls the hooks for both.
+
+    The stack of calls says it, because a step that raises tells no hook of its end. A step that
+    ``torch.compile`` looks at is taken for none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    steps = 0
+    frame = sys._getframe(1).f_back
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _STEP
+        frame = frame.f_back
+    return steps == 2
 
 
 def gradient_scale(optimizer: Optimizer) -> float:

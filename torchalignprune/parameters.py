@@ -16,13 +16,14 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchalignprune import fsdp
-from torchalignprune.dtensors import is_dtensor
+from torchalignprune.dtensors import is_dtensor, local
 
 __all__ = [
     "DTYPES",
     "HEADS",
     "Parameters",
     "PrunableParameters",
+    "check_mask",
     "known_unit_dimension",
     "mask_of",
     "matches",
@@ -139,9 +140,10 @@ def prunable_parameters(
     float32, float64, float16 or bfloat16. A parameter that is pruned already is listed under its
     plain name again, for repeated pruning.
 
-    Left out by default are biases, norms, embeddings and heads. A head is a module with one of the
-    names in :data:`HEADS`, and in a transformers ``PreTrainedModel`` all that lies outside its
-    ``base_model``. ``include`` brings heads and embeddings back.
+    Left out by default are biases, norms, embeddings, heads and the adapters of PEFT (LoRA and the
+    like), of which a part starts at zero and would be pruned first. A head is a module with one of
+    the names in :data:`HEADS`, and in a transformers ``PreTrainedModel`` all that lies outside its
+    ``base_model``. ``include`` brings heads, embeddings and adapters back.
 
     Always left out are weights that a pruning hook could not reach: ``out_proj`` of
     ``nn.MultiheadAttention`` (its weight is read without calling it), modules with
@@ -241,8 +243,8 @@ def prunable_parameters(
     if not listed:
         kept_out = _summary(left_out) or "it has no parameters"
         raise ValueError(
-            f"nothing to prune in {type(model).__name__}; left out: {kept_out}. Embeddings and "
-            "heads are listed when include= matches them"
+            f"nothing to prune in {type(model).__name__}; left out: {kept_out}. Embeddings, "
+            "heads and adapters are listed when include= matches them"
         )
     for place in listed:
         assert place.parameter is not None
@@ -350,6 +352,28 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(f"{name}_mask")
 
 
+def check_mask(mask: Tensor, name: str) -> None:
+    """Refuses a mask, of any dtype, that scales a weight instead of pruning it.
+
+    Of a DTensor only the part that is here is looked at.
+
+    Args:
+        mask: as a module or a checkpoint has it.
+        name: what to call the parameter in an error.
+
+    Raises:
+        ValueError: numbers other than 0 and 1.
+    """
+    if mask.dtype == torch.bool or mask.is_meta:
+        return
+    part = local(mask)
+    others = (part != 0) & (part != 1)
+    if bool(others.any()):
+        raise ValueError(
+            f"the mask of {name} should have no numbers but 0 and 1, got {part[others][0].item()}"
+        )
+
+
 def _places(model: nn.Module) -> Iterator[_Place]:
     names: dict[nn.Module, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -358,6 +382,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         id(module.out_proj) for module in names if isinstance(module, nn.MultiheadAttention)
     }
     bases = _bases(names)
+    adapters = _adapters(names)
     parametrized = tuple(
         f"{prefix}.parametrizations.".lstrip(".")
         for module in names
@@ -370,7 +395,12 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         new = _Place(module, attribute, dotted, parameter)
         new.barred = _barred(module, attribute, parameter, id(module) in out_projections)
         if new.barred is None:
-            new.default = "embedding" if isinstance(module, _EMBEDDINGS) else _head(new.name, bases)
+            if module in adapters:
+                new.default = "adapter (PEFT)"
+            elif isinstance(module, _EMBEDDINGS):
+                new.default = "embedding"
+            else:
+                new.default = _head(new.name, bases)
         return new
 
     for module, prefixes in names.items():
@@ -437,6 +467,19 @@ def _bases(names: dict[nn.Module, list[str]]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _adapters(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules that PEFT has added to layers; the layers themselves are none of them."""
+    tuner_layer = _loaded("peft.tuners.tuners_utils", "BaseTunerLayer")
+    found: set[nn.Module] = set()
+    for layer in modules if tuner_layer else ():
+        if isinstance(layer, tuner_layer):
+            for name in getattr(layer, "adapter_layer_names", ()):
+                adapter = getattr(layer, name, None)
+                if isinstance(adapter, nn.Module):
+                    found.update(adapter.modules())
+    return found
+
+
 def _head(name: str, bases: list[tuple[str, str]]) -> str | None:
     for part in name.split(".")[:-1]:
         if part in HEADS:
@@ -453,7 +496,7 @@ def transformers_conv1d() -> tuple[type, ...]:
 
 
 def _loaded(module: str, name: str) -> tuple[type, ...]:
-    """A class of transformers, if that has been imported: otherwise no model can be of it."""
+    """A class of a library, if that has been imported: otherwise no model can be of it."""
     found = getattr(sys.modules.get(module), name, None)
     return (found,) if isinstance(found, type) else ()
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,12 @@ from torchalignprune.gradient_criteria import GradientCriterion
 from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
-from torchalignprune.optimizers import OptimizerWatch, gradients
+from torchalignprune.optimizers import OptimizerWatch, gradients, own_ids
 from torchalignprune.parameters import Parameters, mask_of, stored
 from torchalignprune.pruning import Budget, PruningMethod
 from torchalignprune.regularizers import CosineAlignment
 from torchalignprune.schedules import Schedule
-from torchalignprune.targets import PerParameter, Target, targets_of
+from torchalignprune.targets import Pair, PerParameter, Target, targets_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -252,27 +252,27 @@ class Pruner:
     def step(self) -> bool:
         """Count one step of training, and prune if the schedule asks for it.
 
-        To be called after ``optimizer.step()``. Where a criterion has seen no gradient since the
-        last pruning, as when a gradient scaler has skipped the optimizer, the pruning is left to
-        the next step (that of ``regrow=N`` to the next of its steps), with a warning.
+        To be called after ``optimizer.step()``. Where a criterion lacks the gradient of a
+        parameter, as when a gradient scaler has skipped its optimizer, the pruning is left to the
+        next step (that of ``regrow=N`` to the next of its steps), with a warning. Criteria that
+        start anew in each round need one since the last pruning; ``Movement``, which does not, one
+        at any time.
 
         Returns:
             Whether masks were chosen anew.
 
         Raises:
-            RuntimeError: after :meth:`finalize`; a parameter that the criterion has no gradient of;
-                ranks of a ``DistributedDataParallel`` that choose different masks.
+            RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter that the
+                criterion has no gradient of because it requires none, or because the forward has
+                never used it; ranks of a ``DistributedDataParallel`` that choose different masks.
             ValueError: a sparsity out of range or out of the limits' reach; NaN among the weights.
                 The masks and the count of the steps are as before.
         """
         step = self._step + 1
         sparsity = self.schedule(step)
-        module, name = self._places[0][0]
-        if mask_of(module, name) is None and not self._finished:
-            raise RuntimeError(
-                f"the mask of {self._names[0]} is gone: something else, such as prune.remove or "
-                "another pruner's finalize(), has taken it away"
-            )
+        if not self._finished:
+            # All of them are looked at when it prunes: here there may be many, at every step.
+            self._check_masks(1)
         due = sparsity != self._target or (self._every and step % self._every == 0)
         if not due and not self._finished:
             self._step = step
@@ -281,14 +281,19 @@ class Pruner:
 
     def _prune(self, step: int) -> bool:
         self._check_unfinished()
+        self._check_masks()
         sparsity = self._sparsity_at(step)
         if sparsity < self._target and not self.regrow:
             self._step, self._target = step, sparsity
             return False
-        if self.criterion is not None and self.criterion.steps == 0:
+        unseen = [] if self.criterion is None else self.criterion.unseen()
+        if self.criterion is not None and unseen:
+            shown = ", ".join([*unseen[:3], *["..."] * (len(unseen) > 3)])
+            since = " since the last one" if self.criterion.per_round else ""
             warnings.warn(
                 f"the pruning that is due at step {step} waits: {type(self.criterion).__name__} "
-                "has seen no step of an optimizer since the last one",
+                f"has seen no gradient of {shown}{since}. It reads them at each step of an "
+                "optimizer that has the parameter",
                 UserWarning,
                 stacklevel=3,
             )
@@ -309,9 +314,17 @@ class Pruner:
         return True
 
     def sparsity(self) -> float:
-        """The share of all entries that is pruned; after :meth:`finalize`, that was then."""
+        """The share of all entries that is pruned; after :meth:`finalize`, that was then.
+
+        Raises:
+            RuntimeError: a mask is gone.
+        """
         if self._finished:
             return self._final_sparsity
+        self._check_masks()
+        return self._counted_sparsity()
+
+    def _counted_sparsity(self) -> float:
         size, pruned = 0, 0
         for target in targets_of(self.params):
             size += target.weight.numel()
@@ -344,7 +357,11 @@ class Pruner:
             A nested dict of numbers, strings and tensors. The masks are not in it: they are in the
             model's state, and how many entries they prune and, unless they are sharded, a digest
             of them are here to check them by.
+
+        Raises:
+            RuntimeError: after :meth:`finalize`, when there are no masks to go on with.
         """
+        self._check_unfinished()
         targets = targets_of(self.params)
         state: dict[str, Any] = {
             "version": _VERSION,
@@ -380,6 +397,7 @@ class Pruner:
         """
         self.check_state(state)
         left = self._loaded_left(state)
+        self._clear()
         if self.criterion is not None:
             self.criterion.load_state_dict(state["criterion"])
         if self.penalty is not None:
@@ -391,7 +409,6 @@ class Pruner:
             self._method.generator.set_state(state["generator"].cpu())  # type: ignore[attr-defined]
         self._step = int(state["step"])
         self._target = float(state["target_sparsity"])
-        self._clear()
         self._watch.look_again()
 
     def check_state(
@@ -457,12 +474,25 @@ class Pruner:
         """Take the masks as they are now, when a model's state has been loaded in the middle of a
         run: the next step prunes to what the schedule says.
 
-        :meth:`load_state_dict` does more, for a run that goes on where it was.
+        :meth:`load_state_dict` does more, for a run that goes on where it was. With ``regrow`` it
+        is the one to call: the values that pruned entries may take back are in the pruner's state,
+        not in the model's. Entries of which this pruner has none, because it had not pruned them,
+        come back as zeros; a warning says of which parameters.
         """
         self._check_unfinished()
-        self._target = self.sparsity()
+        sparsity = self.sparsity()
         self._clear()
         self._watch.look_again()
+        self._target = sparsity
+        names = self._without_values()
+        if names:
+            warnings.warn(
+                f"pruned entries of {', '.join([*names[:3], *['...'] * (len(names) > 3)])} have no "
+                "other value to take back than 0: load the pruner's state that belongs to the "
+                "model's with load_state_dict",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def finalize(self) -> None:
         """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
@@ -471,7 +501,7 @@ class Pruner:
         """
         if self._finished:
             return
-        self._final_sparsity = self.sparsity()
+        self._final_sparsity = self._counted_sparsity()
         for places in self._places:
             for module, name in places:
                 if mask_of(module, name) is not None:
@@ -498,6 +528,15 @@ class Pruner:
     def _check_unfinished(self) -> None:
         if self._finished:
             raise RuntimeError("the pruner is finished: finalize() has taken its hooks away")
+
+    def _check_masks(self, first: int | None = None) -> None:
+        """Whether all masks are there, or those of the first parameters."""
+        for name, places in zip(self._names[:first], self._places[:first], strict=True):
+            if any(mask_of(*place) is None for place in places):
+                raise RuntimeError(
+                    f"the mask of {name} is gone: something else, such as prune.remove or another "
+                    "pruner's finalize(), has taken it away"
+                )
 
     def _targets(self) -> list[Target]:
         """The parameters as they are now; where entries may come back, all are candidates."""
@@ -528,18 +567,30 @@ class Pruner:
                 # Raises in the middle of a forward, when nothing has changed yet.
                 for module, name in places:
                     sharded_hooks.reshard(module, name)
+        left: list[Tensor | None] = []
         if self.regrow:
-            for number, (target, mask) in enumerate(zip(targets, masks, strict=True)):
+            for target, mask in zip(targets, masks, strict=True):
                 weight = target.weight
                 gone = local(weight.detach()).masked_fill(local(mask), 0)
-                self._left[number] = like(weight, gone) if is_dtensor(weight) else gone
-                local(parameters[number].detach()).copy_(local(weight))
+                left.append(like(weight, gone) if is_dtensor(weight) else gone)
         shown = [
             (module, name, mask)
             for places, mask in zip(self._places, masks, strict=True)
             for module, name in places
         ]
-        for hook, (module, name, _) in zip(put_masks(shown, zeroed=True), shown, strict=True):
+        try:
+            if self.regrow:
+                for parameter, target in zip(parameters, targets, strict=True):
+                    local(parameter.detach()).copy_(local(target.weight))
+            hooks = put_masks(shown, zeroed=True)
+        except BaseException:
+            # The masks are still the old ones, which take out again what has come back.
+            kept = zip(self._places, self._left, strict=True)
+            self._clear([own[0] for own, values in kept if values is not None])
+            raise
+        if self.regrow:
+            self._left = left
+        for hook, (module, name, _) in zip(hooks, shown, strict=True):
             hook.straight_through = self.regrow and self.criterion is not None
             # Otherwise the gradients of pruned entries would pass from the next forward on only.
             if hook.straight_through and type(hook) is MaskHook:
@@ -547,25 +598,33 @@ class Pruner:
         self._clear()
         self._watch.look_again()
 
-    def _keep_zeros(self) -> bool:
+    def _keep_zeros(self, optimizer: Optimizer) -> bool:
         """After a step of an optimizer: whether it has moved what is pruned, which is undone.
 
         Few do: one that had momentum from before the pruner was made, and, after every step, those
         that mix the entries of a parameter (Muon).
         """
+        # The others are not to be touched where an optimizer steps in the middle of a backward.
+        own = own_ids(optimizer)
+        places = [places[0] for places in self._places if id(stored(*places[0])) in own]
         moved = False
-        for places in self._places:
-            weight, mask = local(stored(*places[0]).detach()), mask_of(*places[0])
+        for place in places:
+            weight, mask = local(stored(*place).detach()), _bool_mask(*place)
             if mask is not None:
                 moved = moved or not torch.equal(weight, ops.apply_mask(weight, local(mask)))
         if moved:
-            self._clear()
+            self._clear(places)
         return moved
 
-    def _clear(self) -> None:
-        """Set what is pruned to zero, in the stored weights and in the optimizers' states."""
-        parameters = [stored(*places[0]) for places in self._places]
-        masks = [mask_of(*places[0]) for places in self._places]
+    def _clear(self, places: Iterable[Pair] | None = None) -> None:
+        """Set what is pruned to zero, in the stored weights and in the optimizers' states.
+
+        Args:
+            places: one of each parameter. Default: all parameters.
+        """
+        chosen = [own[0] for own in self._places] if places is None else list(places)
+        parameters = [stored(*place) for place in chosen]
+        masks = [_bool_mask(*place) for place in chosen]
         tensors, covers = [], []
         for parameter, mask in zip(parameters, masks, strict=True):
             if mask is not None:
@@ -586,10 +645,11 @@ class Pruner:
         ``model.to`` makes two of a mask that they share, and a checkpoint of Transformers has it
         under one of its names only.
         """
-        found = [{id(m): m for m in (mask_of(*p) for p in places)} for places in self._places]
-        if all(len(masks) == 1 for masks in found):
+        found = [[mask_of(*place) for place in places] for places in self._places]
+        if all(mask is masks[0] for masks in found for mask in masks):
             return
-        for chosen in itertools.product(*(masks.values() for masks in found)):
+        # Each that differs once, since all their combinations are tried.
+        for chosen in itertools.product(*map(_distinct, found)):
             digest = _mask_digest(chosen)
             if digest is not None and digest == state.get("masks"):
                 for places, mask in zip(self._places, chosen, strict=True):
@@ -607,6 +667,17 @@ class Pruner:
         # The model may have been moved or converted since.
         whole = torch.where(local(mask) == 0, local(left).to(part), part)
         return like(weight, whole) if is_dtensor(weight) else whole
+
+    def _without_values(self) -> list[str]:
+        """The parameters with pruned entries that have no value to take back, where they may."""
+        names = []
+        for name, left, places in zip(self._names, self._left, self._places, strict=True):
+            mask = mask_of(*places[0])
+            if left is not None and mask is not None:
+                pruned = local(mask) == 0
+                if bool((pruned & (local(left).to(pruned.device) == 0)).any()):
+                    names.append(name)
+        return names
 
     def _loaded_left(self, state: Mapping[str, Any]) -> list[Tensor | None]:
         if not self.regrow:
@@ -667,6 +738,28 @@ def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
         # A mask that was made in inference mode cannot be trained with.
         masks.append(mask.clone() if mask.is_inference() else mask)
     return masks
+
+
+def _bool_mask(module: nn.Module, name: str) -> Tensor | None:
+    """The mask of a parameter as the operators take it: torch's own pruning and ``model.type``
+    make one of the weight's dtype."""
+    mask = mask_of(module, name)
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def _distinct(masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The masks without those that prune the same entries as one before."""
+    kept: list[Tensor | None] = []
+    for mask in masks:
+        if not any(_prune_the_same(mask, other) for other in kept):
+            kept.append(mask)
+    return kept
+
+
+def _prune_the_same(mask: Tensor | None, other: Tensor | None) -> bool:
+    if mask is None or other is None:
+        return mask is other
+    return mask is other or torch.equal(local(mask) != 0, local(other) != 0)
 
 
 def _counts(targets: Sequence[Target]) -> dict[str, int]:

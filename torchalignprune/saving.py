@@ -64,7 +64,7 @@ def save_pruned(
     the weights under them take no room if they are zeros, as :class:`torchalignprune.Pruner`
     leaves them, otherwise they are stored too. In a model whose pruning was made permanent it is
     the zeros of a tensor that are left out, wherever that pays; -0.0, which
-    ``torch.nn.utils.prune.remove`` leaves behind, takes one more bit.
+    ``torch.nn.utils.prune.remove`` leaves behind where torch's own hooks were, takes one more bit.
 
     ``"dense"`` makes the zeros permanent in what is written, not in the model, and drops the masks:
     an ordinary folder for ``from_pretrained``, or, for a model that is not of transformers, plain
@@ -91,8 +91,8 @@ def save_pruned(
     Raises:
         FileExistsError: ``folder`` is a file, or holds something else than an earlier model.
         ValueError: another format or size; a mask that is not 0 and 1; weights on the meta device;
-            for ``"dense"``, tied weights of which only some are pruned; a quantized model, or one
-            with adapters.
+            for ``"dense"``, tied weights of which only some are pruned, or ties that a model of
+            transformers does not declare; a quantized model, or one with adapters.
         TypeError: something in the model's state that is no tensor, or a sharded or sparse one, or
             no parameter or buffer (``get_extra_state``).
         ImportError: safetensors is not installed.
@@ -190,8 +190,16 @@ def write_pruned(
     if of_transformers:
         # It drops names of tied weights by rules of its own.
         every = tensors | {name: tensors[first] for name, first in tied.items()}
-        with quiet_transformers():
-            save_pretrained(model, folder, every, max_shard_size=max_shard_size)
+        try:
+            with quiet_transformers():
+                save_pretrained(model, folder, every, max_shard_size=max_shard_size)
+        except RuntimeError as error:
+            if not tied or "shared tensors" not in str(error):
+                raise
+            raise ValueError(
+                f"{name} has ties that it does not declare to transformers, whose files cannot "
+                f'hold those (of {", ".join(sorted(tied)[:_LISTED])}): use format="bitmask"'
+            ) from error
     else:
         write_dense(folder, tensors, max_shard_size)
     contents = dense_contents(folder)
@@ -340,7 +348,8 @@ def _load(model: nn.Module, files: PrunedFiles) -> None:
             state[name] = state[other]
     with torch.no_grad():
         for name, other in ties.items():
-            if name == other:
+            # One buffer in the files may be several in the model, as after moving or casting it.
+            if name == other or state[name] is not state[other]:
                 state[name].copy_(files[keys[name]])
     for entry in entries:  # its product is that of the weights before
         put_masks([entry])

@@ -174,7 +174,7 @@ def _pack(units: Tensor, backend: str) -> Tensor:
 
 
 def _try(name: str, module: nn.Module, weight: Tensor) -> None:
-    bias = module._parameters.get("bias")
+    bias = getattr(module, "bias", None)
     out_dim = unit_dimension(module, "weight")
     x = torch.zeros(16, weight.size(1 - out_dim), dtype=weight.dtype, device=weight.device)
     try:

@@ -97,7 +97,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
         parameter = stored(module, self._tensor_name)
         # A weak reference to the parameter would say it, but torch swaps no tensor that has one.
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        if self._handles and self._handles[0].id in hooks:
+        if self._handles and (not parameter.requires_grad or self._handles[-1].id in hooks):
             return
         self._unwatch()
         owner = weakref.ref(module)
@@ -108,10 +108,10 @@ class FullyShardedMaskHook(ShardedMaskHook):
             if mask is not None and parameter.grad is not None and not self.straight_through:
                 _zero(parameter.grad, mask)
 
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(mask_gradient),
-            module.register_load_state_dict_post_hook(self._loaded),
-        ]
+        self._handles = [module.register_load_state_dict_post_hook(self._loaded)]
+        # A frozen one takes no hook. A forward in which it is trained again comes back here.
+        if parameter.requires_grad:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(mask_gradient))
 
     def _unwatch(self) -> None:
         for handle in self._handles:
@@ -216,4 +216,4 @@ def _entry(module: nn.Module, name: str) -> fsdp.Managed | None:
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Zeros where the mask is false, in place, in the part that is here."""
-    ops.zero_pruned_([local(tensor)], [local(mask)])
+    ops.zero_pruned_([local(tensor)], [local(mask if mask.dtype == torch.bool else mask != 0)])

@@ -23,6 +23,7 @@ from torchalignprune.dtensors import add_up, is_dtensor, like, local, own_part, 
 from torchalignprune.parameters import (
     DTYPES,
     Parameters,
+    check_mask,
     known_unit_dimension,
     mask_of,
     parameter_names,
@@ -121,7 +122,8 @@ def targets_of(parameters: Parameters) -> list[Target]:
     Raises:
         TypeError: not pairs of a module and a name; not a floating-point parameter.
         AttributeError: the module has nothing of that name.
-        ValueError: no pairs; tied weights whose masks differ; a name that is taken.
+        ValueError: no pairs; tied weights whose masks differ; a name that is taken; a mask with
+            other numbers than 0 and 1.
     """
     pairs = list(parameters)
     if not pairs:
@@ -147,7 +149,9 @@ def targets_of(parameters: Parameters) -> list[Target]:
     for (module, name), label in zip(pairs, parameter_names(named), strict=True):
         weight = _parameter(module, name, label)
         mask = mask_of(module, name)
-        mask = mask if mask is None or mask.dtype == torch.bool else mask != 0
+        if mask is not None and mask.dtype != torch.bool:
+            check_mask(mask, label)
+            mask = mask != 0
         if mask is not None and is_dtensor(weight) and not is_dtensor(mask):
             # Pruned first and sharded then: every rank has the whole mask.
             mask = like(weight, own_part(mask, weight, label).contiguous())

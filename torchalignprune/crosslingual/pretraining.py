@@ -33,6 +33,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from torchalignprune import schedules
 from torchalignprune.crosslingual.inputs import longest_input
 from torchalignprune.crosslingual.retrieval import sentence_means
+from torchalignprune.weight_files import flush
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -662,11 +663,15 @@ class _Run:
         """Takes up the last state, if there is one, and says how many steps it had taken."""
         if self.folder is None or not (self.folder / _STATE).exists():
             return 0
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         path = self.folder / _STATE
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no state of a run: {error}") from error
+        with opened as file:
+            metadata = file.metadata() or {}
             if metadata.get("settings") != self.settings:
                 raise ValueError(
                     f"{path} should be of a run with {self.settings}, got "
@@ -726,6 +731,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{_STATE}.partial"
         save_file(tensors, partial, metadata)
+        flush(partial)
         os.replace(partial, self.folder / _STATE)
         lines = "".join(f"{json.dumps(line)}\n" for line in self.lines)
         (self.folder / "log.jsonl").write_text(lines)

@@ -116,8 +116,8 @@ def available_languages(
     """The languages of a task, sorted: those in a folder, or those known to be on the hub.
 
     A folder may hold more than the task's languages: other treebanks than those that stand for
-    languages, such as ``de_hdt``, or XNLI's ``all_languages``. :func:`load_task` reads such a
-    configuration if it is named.
+    languages, such as ``de_hdt``, which :func:`load_task` reads if they are named, or XNLI's
+    ``all_languages``, which it refuses: a row there is in every language at once.
 
     Args:
         task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.

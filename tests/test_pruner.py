@@ -928,13 +928,16 @@ def test_masks_that_were_loaded_on_the_way_are_pruned_to_the_target_again() -> N
         pruner.look_again()
 
 
-def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
-    """As where a gradient scaler has skipped one of two optimizers: the layer would go first."""
+def two_rounds(kind: Any) -> tuple[nn.Sequential, tap.Pruner]:
     model = mlp()
     params = tap.prunable_parameters(model)
-    taylor = tap.criteria.Taylor(params)
     schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
-    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    return model, tap.Pruner(params, tap.Magnitude, schedule, criterion=kind(params))
+
+
+def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
+    """As where a gradient scaler has skipped one of two optimizers: the layer would go first."""
+    model, pruner = two_rounds(tap.criteria.Taylor)
     both = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
 
     def step(*steps: torch.optim.Optimizer) -> bool:
@@ -945,11 +948,12 @@ def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
         return pruner.step()
 
     assert step(*both)
-    masks = [module.weight_mask.clone() for module, _ in params]
+    masks = [module.weight_mask.clone() for module, _ in pruner.params]
     state = copy.deepcopy(pruner.state_dict())
     with pytest.warns(UserWarning, match=r"due at step 2 waits: .* no gradient of 2\.weight since"):
         assert not step(both[0])
-    assert all(torch.equal(m.weight_mask, mask) for (m, _), mask in zip(params, masks, strict=True))
+    found = [module.weight_mask for module, _ in pruner.params]
+    assert all(map(torch.equal, found, masks))
     assert pruner.steps == 2 and pruner.log()["pruning/target_sparsity"] == 0.1
     # So it does where a run is resumed right after a pruning.
     assert state["criterion"]["without_gradient"] == ["0.weight", "2.weight"]
@@ -960,11 +964,7 @@ def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
 
 
 def test_a_layer_that_is_frozen_between_two_rounds_is_not_waited_for() -> None:
-    model = mlp()
-    params = tap.prunable_parameters(model)
-    taylor = tap.criteria.Taylor(params)
-    schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
-    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    model, pruner = two_rounds(tap.criteria.Taylor)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, optimizer, pruner, 1)
     model[2].requires_grad_(False)
@@ -992,11 +992,7 @@ def test_a_layer_that_the_forward_never_uses_is_not_waited_for(kind: Any) -> Non
 
 
 def test_movement_needs_no_gradient_in_each_round() -> None:
-    model = mlp()
-    params = tap.prunable_parameters(model)
-    movement = tap.criteria.Movement(params)
-    schedule = schedules.steps({0: 0.0, 1: 0.1, 2: 0.4})
-    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement)
+    model, pruner = two_rounds(tap.criteria.Movement)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), pruner, 1)
     assert pruner.step() and pruner.sparsity() == 0.4
 

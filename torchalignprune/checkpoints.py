@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchalignprune.parameters import DTYPES
+from torchalignprune.parameters import DTYPES, some
 from torchalignprune.pruned_files import INDEX
 from torchalignprune.weight_files import (
     StoredTensors,
@@ -288,7 +288,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
     if kept := [name for name in folders if _is_foreign(name) or not own]:
         raise ValueError(
             f"--out {out} holds more than a checkpoint, so --overwrite does not replace it: "
-            f"{', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}"
+            f"{some(kept)}"
         )
 
 

@@ -550,8 +550,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 )
             earlier = None
             if options.compare is not None and options.compare.is_file():
-                earlier = _earlier_report(options.compare)
-                _check_comparable(earlier, options, supervised, codes)
+                earlier = _earlier_report(options, supervised, codes)
             models = [options.checkpoint]
             if options.compare is not None and earlier is None:
                 models.append(options.compare)
@@ -642,22 +641,17 @@ def _evaluation(
             raise ValueError(str(error)) from error
 
 
-def _earlier_report(file: Path) -> ZeroShotReport:
+def _earlier_report(
+    options: argparse.Namespace, supervised: str | None, codes: Sequence[str]
+) -> ZeroShotReport:
+    """The evaluation in a file. What it lacks would come out only after the model's own."""
     from torchalignprune.crosslingual import ZeroShotReport
 
     try:
-        return ZeroShotReport.from_json(file.read_text(encoding="utf-8"))
+        text = options.compare.read_text(encoding="utf-8")
+        earlier = ZeroShotReport.from_json(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--compare {file} is no evaluation: {error}") from error
-
-
-def _check_comparable(
-    earlier: ZeroShotReport,
-    options: argparse.Namespace,
-    supervised: str | None,
-    codes: Sequence[str],
-) -> None:
-    """What would come out only after the model has been evaluated."""
+        raise ValueError(f"--compare {options.compare} is no evaluation: {error}") from error
     for what, own, theirs in (
         ("task", options.task, earlier.task),
         ("split", options.split, earlier.split),
@@ -674,7 +668,7 @@ def _check_comparable(
             f"{', '.join(earlier.languages)}"
         )
     # Only the command line writes these down.
-    written = json.loads(options.compare.read_text(encoding="utf-8"))
+    written = json.loads(text)
     for key in _READ_BY:
         own = getattr(options, key)
         if written.get(key, own) != own:
@@ -682,6 +676,7 @@ def _check_comparable(
                 f"--compare {options.compare} should be an evaluation with "
                 f"--{key.replace('_', '-')} {own}, got {written[key]}"
             )
+    return earlier
 
 
 def _legend(report: ZeroShotReport, compared: bool) -> str:

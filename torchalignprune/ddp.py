@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
 from torchalignprune.dtensors import local
+from torchalignprune.parameters import some
 
 __all__ = ["check_same_masks", "digest", "ignore_masks", "keep_mask"]
 
@@ -104,7 +105,7 @@ def check_same_masks(
         if _same(digest(digests)[None], wrapper).all():
             continue
         wrong = [names[own[i]] for i in (~_same(digests, wrapper)).nonzero().flatten().tolist()]
-        shown = ", ".join([*wrong[:3], *["..."] * (len(wrong) > 3)])
+        shown = some(wrong)
         raise RuntimeError(
             f"the ranks of DistributedDataParallel chose different masks for {shown}: what ranks "
             "the entries should be the same on all of them, such as the seed of the generator of "

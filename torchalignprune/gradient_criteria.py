@@ -38,7 +38,6 @@ from torchalignprune.optimizers import (
     gradients,
     is_inner_step,
     overflowed,
-    own_ids,
 )
 from torchalignprune.parameters import Parameters, stored
 from torchalignprune.targets import Pair, Target, targets_of
@@ -114,16 +113,15 @@ class GradientCriterion(ABC):
             return
         self._added.update(grads)
         self._used.update(grads)
-        own = own_ids(optimizer)
-        self._passed_over.update(
-            number for number, p in enumerate(parameters) if p.grad is None and id(p) in own
-        )
         scale = gradient_scale(optimizer)
         rates = {
             id(p): float(group.get("lr", 1.0))
             for group in optimizer.param_groups
             for p in group["params"]
         }
+        self._passed_over.update(
+            number for number, p in enumerate(parameters) if p.grad is None and id(p) in rates
+        )
         for number, grad in grads.items():
             parameter = parameters[number]
             dtype = _sum_dtype(parameter)

@@ -21,8 +21,8 @@ from torch.nn.utils import prune
 
 from torchalignprune import _C, ops
 from torchalignprune.ddp import keep_mask
-from torchalignprune.dtensors import is_dtensor, local
-from torchalignprune.parameters import check_mask, mask_of, stored
+from torchalignprune.dtensors import is_dtensor
+from torchalignprune.parameters import bool_mask, check_mask, mask_of, same_mask, stored
 
 __all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
 
@@ -228,7 +228,7 @@ def _product(original: Tensor, mask: Tensor) -> Tensor:
     if is_dtensor(original):
         return original * mask
     # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
-    return ops.masked_weight(original, mask if mask.dtype == torch.bool else mask != 0)
+    return ops.masked_weight(original, bool_mask(mask))
 
 
 def masked_straight_through(original: Tensor, mask: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def load_state_dict(
     for dense, module, name in wanted:
         original, given = stored(module, name), state[f"{dense}_mask"]
         shared = made.setdefault(id(original), [])
-        mask = next((mask for other, mask in shared if _are_equal(given, other)), None)
+        mask = next((mask for other, mask in shared if same_mask(given, other)), None)
         if mask is None:
             mask = torch.ones_like(original, dtype=torch.bool)
             shared.append((given, mask))
@@ -360,14 +360,6 @@ def load_state_dict(
     result = model.load_state_dict(state, strict=strict, assign=assign)
     put_masks((module, name, getattr(module, f"{name}_mask")) for _, module, name in wanted)
     return result
-
-
-def _are_equal(mask: Tensor, other: Tensor) -> bool:
-    """Whether two masks are the same; on the meta device, where nobody can tell, they count so."""
-    if mask.is_meta or other.is_meta:
-        return True
-    own = local(mask)
-    return torch.equal(own, local(other).to(own.device))
 
 
 def _is_parameter(module: nn.Module, name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchalignprune import ops
-from torchalignprune.parameters import matches
+from torchalignprune.parameters import matches, some
 from torchalignprune.targets import Target, count_true
 
 __all__ = ["LayerShare", "Limits"]
@@ -65,7 +65,7 @@ class Limits:
             given = getattr(self, which)
             for pattern in given if isinstance(given, Mapping) else ():
                 if not any(matches(name, pattern) for name in names):
-                    shown = ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+                    shown = some(names)
                     raise ValueError(
                         f"{which} has a pattern that matches no parameter: {pattern!r}; they are "
                         f"{shown}"

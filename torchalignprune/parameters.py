@@ -23,12 +23,15 @@ __all__ = [
     "HEADS",
     "Parameters",
     "PrunableParameters",
+    "bool_mask",
     "check_mask",
     "known_unit_dimension",
     "mask_of",
     "matches",
     "parameter_names",
     "prunable_parameters",
+    "same_mask",
+    "some",
     "stored",
     "unit_dimension",
 ]
@@ -350,6 +353,25 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
         True
     """
     return module._buffers.get(f"{name}_mask")
+
+
+def bool_mask(mask: Tensor) -> Tensor:
+    """A mask as the operators take it: torch's own pruning makes one of the weight's dtype."""
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def same_mask(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks prune the same entries, of those that are here; on the meta device, where
+    nobody can tell, they count as the same."""
+    if mask is other or mask.is_meta or other.is_meta:
+        return True
+    own = bool_mask(local(mask))
+    return torch.equal(own, bool_mask(local(other)).to(own.device))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for an error or a warning."""
+    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
 
 
 def check_mask(mask: Tensor, name: str) -> None:

@@ -22,7 +22,7 @@ from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
 from torchalignprune.optimizers import OptimizerWatch, gradients, own_ids
-from torchalignprune.parameters import Parameters, mask_of, stored
+from torchalignprune.parameters import Parameters, bool_mask, mask_of, same_mask, some, stored
 from torchalignprune.pruning import Budget, PruningMethod
 from torchalignprune.regularizers import CosineAlignment
 from torchalignprune.schedules import Schedule
@@ -288,11 +288,10 @@ class Pruner:
             return False
         unseen = [] if self.criterion is None else self.criterion.unseen()
         if self.criterion is not None and unseen:
-            shown = ", ".join([*unseen[:3], *["..."] * (len(unseen) > 3)])
             since = " since the last one" if self.criterion.per_round else ""
             warnings.warn(
                 f"the pruning that is due at step {step} waits: {type(self.criterion).__name__} "
-                f"has seen no gradient of {shown}{since}. It reads them at each step of an "
+                f"has seen no gradient of {some(unseen)}{since}. It reads them at each step of an "
                 "optimizer that has the parameter",
                 UserWarning,
                 stacklevel=3,
@@ -487,9 +486,8 @@ class Pruner:
         names = self._without_values()
         if names:
             warnings.warn(
-                f"pruned entries of {', '.join([*names[:3], *['...'] * (len(names) > 3)])} have no "
-                "other value to take back than 0: load the pruner's state that belongs to the "
-                "model's with load_state_dict",
+                f"pruned entries of {some(names)} have no other value to take back than 0: load "
+                "the pruner's state that belongs to the model's with load_state_dict",
                 UserWarning,
                 stacklevel=2,
             )
@@ -609,9 +607,10 @@ class Pruner:
         places = [places[0] for places in self._places if id(stored(*places[0])) in own]
         moved = False
         for place in places:
-            weight, mask = local(stored(*place).detach()), _bool_mask(*place)
+            weight, mask = local(stored(*place).detach()), mask_of(*place)
             if mask is not None:
-                moved = moved or not torch.equal(weight, ops.apply_mask(weight, local(mask)))
+                kept = ops.apply_mask(weight, bool_mask(local(mask)))
+                moved = moved or not torch.equal(weight, kept)
         if moved:
             self._clear(places)
         return moved
@@ -624,17 +623,18 @@ class Pruner:
         """
         chosen = [own[0] for own in self._places] if places is None else list(places)
         parameters = [stored(*place) for place in chosen]
-        masks = [_bool_mask(*place) for place in chosen]
+        masks = [mask_of(*place) for place in chosen]
+        own = [None if mask is None else bool_mask(local(mask)) for mask in masks]
         tensors, covers = [], []
-        for parameter, mask in zip(parameters, masks, strict=True):
-            if mask is not None:
+        for parameter, cover in zip(parameters, own, strict=True):
+            if cover is not None:
                 tensors.append(local(parameter.detach()))
-                covers.append(local(mask))
+                covers.append(cover)
         for number, state in self._watch.states(parameters):
-            cover = masks[number]
+            cover = own[number]
             if cover is not None:
                 tensors.append(local(state))
-                covers.append(local(cover))
+                covers.append(cover)
         for device in {tensor.device for tensor in tensors}:
             here = [n for n, tensor in enumerate(tensors) if tensor.device == device]
             ops.zero_pruned_([tensors[n] for n in here], [covers[n] for n in here])
@@ -645,7 +645,10 @@ class Pruner:
         ``model.to`` makes two of a mask that they share, and a checkpoint of Transformers has it
         under one of its names only.
         """
-        found = [[mask_of(*place) for place in places] for places in self._places]
+        found = [
+            [mask for place in places if (mask := mask_of(*place)) is not None]
+            for places in self._places
+        ]
         if all(mask is masks[0] for masks in found for mask in masks):
             return
         # Each that differs once, since all their combinations are tried.
@@ -740,26 +743,13 @@ def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
     return masks
 
 
-def _bool_mask(module: nn.Module, name: str) -> Tensor | None:
-    """The mask of a parameter as the operators take it: torch's own pruning and ``model.type``
-    make one of the weight's dtype."""
-    mask = mask_of(module, name)
-    return mask if mask is None or mask.dtype == torch.bool else mask != 0
-
-
-def _distinct(masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _distinct(masks: Sequence[Tensor]) -> list[Tensor]:
     """The masks without those that prune the same entries as one before."""
-    kept: list[Tensor | None] = []
+    kept: list[Tensor] = []
     for mask in masks:
-        if not any(_prune_the_same(mask, other) for other in kept):
+        if not any(same_mask(mask, other) for other in kept):
             kept.append(mask)
     return kept
-
-
-def _prune_the_same(mask: Tensor | None, other: Tensor | None) -> bool:
-    if mask is None or other is None:
-        return mask is other
-    return mask is other or torch.equal(local(mask) != 0, local(other) != 0)
 
 
 def _counts(targets: Sequence[Target]) -> dict[str, int]:

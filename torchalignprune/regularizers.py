@@ -32,7 +32,7 @@ from torchalignprune.dtensors import (
     shard_dims,
 )
 from torchalignprune.matching import match_units
-from torchalignprune.parameters import Parameters, mask_of, stored
+from torchalignprune.parameters import Parameters, bool_mask, mask_of, stored
 from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class _Penalty(nn.Module):
             dims = [self._sides(target)[side] for target in targets]
             products = ops.unit_products(
                 parts,
-                masks=[m if m is None or m.dtype == torch.bool else m != 0 for m in masks],
+                masks=[None if m is None else bool_mask(m) for m in masks],
                 references=[r if r is None or r.is_cpu else r.to(device) for r in references],
                 indices=[self._indices[number] for number in numbers],
                 dims=dims,

@@ -26,7 +26,7 @@ from torchalignprune.checkpoints import (
 )
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.hooks import put_masks
-from torchalignprune.parameters import mask_of, stored
+from torchalignprune.parameters import bool_mask, check_mask, mask_of, stored
 from torchalignprune.pruned_files import (
     PrunedFiles,
     dense_contents,
@@ -265,7 +265,9 @@ class _State:
             if known != name:
                 self.tied[name] = known
             else:
-                self.tensors[name] = _as_bool(name, tensor) if name in masks else tensor.detach()
+                if name in masks:
+                    check_mask(tensor, name.removesuffix("_mask"))
+                self.tensors[name] = bool_mask(tensor) if name in masks else tensor.detach()
         self.masks: dict[str, str] = {}
         for name in self.pruned:
             original, mask = (self.first(f"{name}_{end}") for end in ("orig", "mask"))
@@ -553,16 +555,6 @@ def _check_tensor(name: str, tensor: Any) -> None:
     if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
         kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
         raise TypeError(f"{name} is a {kind} tensor, which safetensors cannot hold")
-
-
-def _as_bool(name: str, mask: Tensor) -> Tensor:
-    """A mask; those of torch's own methods are in the dtype of the weights."""
-    if mask.dtype == torch.bool:
-        return mask
-    kept = mask != 0
-    if not torch.equal(kept.to(mask.dtype), mask):
-        raise ValueError(f"{name} should be 0 and 1, got other values, which bits cannot hold")
-    return kept
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

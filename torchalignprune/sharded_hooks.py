@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchalignprune import fsdp, ops
 from torchalignprune.dtensors import check_layout, is_dtensor, like, local, own_part
 from torchalignprune.hooks import MaskHook, masked_straight_through, put_mask
-from torchalignprune.parameters import mask_of, stored
+from torchalignprune.parameters import bool_mask, mask_of, stored
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -216,4 +216,4 @@ def _entry(module: nn.Module, name: str) -> fsdp.Managed | None:
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Zeros where the mask is false, in place, in the part that is here."""
-    ops.zero_pruned_([local(tensor)], [local(mask if mask.dtype == torch.bool else mask != 0)])
+    ops.zero_pruned_([local(tensor)], [bool_mask(local(mask))])

@@ -23,10 +23,12 @@ from torchalignprune.dtensors import add_up, is_dtensor, like, local, own_part, 
 from torchalignprune.parameters import (
     DTYPES,
     Parameters,
+    bool_mask,
     check_mask,
     known_unit_dimension,
     mask_of,
     parameter_names,
+    same_mask,
     stored,
     unit_dimension,
 )
@@ -149,9 +151,9 @@ def targets_of(parameters: Parameters) -> list[Target]:
     for (module, name), label in zip(pairs, parameter_names(named), strict=True):
         weight = _parameter(module, name, label)
         mask = mask_of(module, name)
-        if mask is not None and mask.dtype != torch.bool:
+        if mask is not None:
             check_mask(mask, label)
-            mask = mask != 0
+            mask = bool_mask(mask)
         if mask is not None and is_dtensor(weight) and not is_dtensor(mask):
             # Pruned first and sharded then: every rank has the whole mask.
             mask = like(weight, own_part(mask, weight, label).contiguous())
@@ -162,9 +164,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
             )
             continue
         if (tied.mask is None) != (mask is None) or (
-            mask is not None
-            and tied.mask is not None
-            and not torch.equal(local(mask), local(tied.mask))
+            mask is not None and tied.mask is not None and not same_mask(mask, tied.mask)
         ):
             raise ValueError(f"{label} is tied to {tied.name}, but their masks differ")
         if (module, name) not in tied.places:

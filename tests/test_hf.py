@@ -880,16 +880,22 @@ def test_what_has_no_adapters_is_not_merged() -> None:
     assert not pruner.finished and prune.is_pruned(model)
 
 
+class Finishes(TrainerCallback):
+    """Bakes the zeros in at the last step."""
+
+    def __init__(self) -> None:
+        self.pruner: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.pruner.finalize()
+
+
 def test_a_pruner_that_is_finished_on_the_way_has_no_state_to_save(tmp_path: Path) -> None:
     """As by a callback at the last step: the Trainer saves the model, an ordinary one by then."""
-
-    class Finishes(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == state.max_steps:
-                pruner.finalize()
-
-    options = {"callbacks": [Finishes()], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    trainer, pruner = plain_trainer(tmp_path, **options)
+    finishes = Finishes()
+    options = {"callbacks": [finishes], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer, finishes.pruner = plain_trainer(tmp_path, **options)
     trainer.train()
     assert (tmp_path / "checkpoint-2" / "pruner.safetensors").is_file()
     assert not (tmp_path / "checkpoint-4" / "pruner.safetensors").exists()
@@ -899,14 +905,10 @@ def test_a_pruner_that_is_finished_on_the_way_has_no_state_to_save(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_best_adapters_where_the_masks_are_gone(tmp_path: Path) -> None:
     """There are none to compare with those of the best checkpoint."""
-
-    class Finishes(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == state.max_steps:
-                pruner.finalize()
-
+    finishes = Finishes()
     model, pruner = with_lora(None)
-    options = {**BEST_OF_EVERY_SECOND, "callbacks": [Finishes()], "max_steps": 4}
+    finishes.pruner = pruner
+    options = {**BEST_OF_EVERY_SECOND, "callbacks": [finishes], "max_steps": 4}
     trainer, _ = plain_trainer(tmp_path, model, pruner, **options)
     trainer.compute_metrics = Metric(0.9, 0.1)
     trainer.train()

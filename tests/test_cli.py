@@ -1176,7 +1176,7 @@ def test_unexpected_errors_show_where_they_come_from(
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(cli, "alignment_report", fail)
+    monkeypatch.setattr(cli.prune, "alignment_report", fail)
     assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "AssertionError: a bug" in err

@@ -218,7 +218,7 @@ def test_wrong_usage(
     other = tmp_path / "other.json"
     other.write_text(by_hand(dense, "pud", data).to_json())
     with monkeypatch.context() as patch:  # before the model is evaluated
-        patch.setattr(cli, "_evaluation", lambda *_: pytest.fail("evaluated for nothing"))
+        patch.setattr(cli.evaluate, "_evaluation", lambda *_: pytest.fail("evaluated for nothing"))
         err = refused(capsys, pruned, *task, "--compare", other)
         assert "other.json should be an evaluation with the task pos, got pud" in err
         pud = ["--task", "pud", "--data", data, "--compare", other]
@@ -263,7 +263,9 @@ def test_a_place_that_cannot_be_written_to_is_noticed_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_evaluation", lambda *_: pytest.fail("evaluated for nothing"))
+    monkeypatch.setattr(
+        cli.evaluate, "_evaluation", lambda *_: pytest.fail("evaluated for nothing")
+    )
     (tmp_path / "file").write_text("x")
     out = ["--out", tmp_path / "made" / "r.json", tmp_path / "file" / "r.json"]
     err = refused(capsys, dense, "--task", "pos", "--data", data, *out, code=1)

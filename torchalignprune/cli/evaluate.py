@@ -1,0 +1,307 @@
+"""``torchalignprune evaluate``: score a checkpoint folder in many languages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchalignprune.cli.loading import load_checkpoint, load_tokenizer
+from torchalignprune.cli.options import (
+    SUFFIXES,
+    InputError,
+    input_errors,
+    positive,
+    report_file,
+    seed,
+)
+from torchalignprune.cli.output import print_json, print_report, versions, writable, write_files
+
+if TYPE_CHECKING:
+    from torchalignprune.crosslingual import ZeroShotReport
+
+_TASKS = ("pos", "pud", "topics", "xnli", "pawsx", "ner")
+# Options by which sentences are read, so that evaluations with others are not of the same.
+_READ_BY = ("max_length", "bare_pieces")
+
+
+def add_parser(commands: Any, **shared: Any) -> None:
+    """Adds the command to those of the command line."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a fine-tuned checkpoint folder in many languages",
+        description=(
+            "Score a fine-tuned Transformers checkpoint folder in the language it was trained on\n"
+            "and in others, with bootstrap intervals, and compare it with the dense model.\n"
+            "Words are scored at their first subword with a character. A model that run_ner.py or\n"
+            "XTREME's scripts fine-tuned labels a bare space before a word, and takes\n"
+            "--bare-pieces label.\n"
+            'Needs pip install "torchalignprune[crosslingual]".'
+        ),
+        **shared,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder, with its tokenizer"
+    )
+    parser.add_argument(
+        "--task",
+        required=True,
+        choices=_TASKS,
+        help="pos and pud: parts of speech; topics: SIB-200; ner: WikiANN; xnli, pawsx: pairs",
+    )
+    parser.add_argument(
+        "--languages",
+        nargs="+",
+        metavar="CODE",
+        help="default: all of the task's that are in --data, which is then needed",
+    )
+    parser.add_argument(
+        "--supervised",
+        default="en",
+        metavar="CODE",
+        help="the language it was trained on, or none (default: en)",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="read from this folder, not from the hub"
+    )
+    parser.add_argument(
+        "--split", choices=["test", "validation", "train"], default="test", help="default: test"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DENSE",
+        help="the dense model's folder, or the JSON file of its evaluation",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="sentences at a time (default: 32)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="most subwords of a sentence (default: what the model allows)",
+    )
+    parser.add_argument(
+        "--bare-pieces",
+        choices=["skip", "label"],
+        default="skip",
+        help="whether words are scored at a bare space before them (default: skip)",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the intervals (default: 0)")
+    parser.add_argument(
+        "--out",
+        nargs="+",
+        type=report_file,
+        default=[],
+        metavar="FILE",
+        help=f"write the scores, or the comparison, by suffix: {', '.join(SUFFIXES)}",
+    )
+    parser.add_argument(
+        "--cc100",
+        action="store_true",
+        help="for XLM-R: draw the drops against the text it was pretrained on too",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from torchalignprune import checkpoints
+    from torchalignprune.crosslingual import CC100_GIB, TASKS, available_languages, load_task
+    from torchalignprune.figures import require_matplotlib
+
+    if any(file.suffix != ".json" for file in options.out):
+        require_matplotlib()
+    if options.cc100 and options.compare is None:
+        raise InputError("--cc100 goes with --compare")
+    started = time.perf_counter()
+    task = TASKS[options.task]
+    device = _device(options.device)
+    folders = [file.resolve().parent for file in options.out]
+    with writable(folders), _quiet_datasets(), checkpoints.quiet_transformers():
+        with input_errors():
+            if options.languages is None and options.data is None:
+                raise ValueError("--languages is needed without --data")
+            codes = options.languages or available_languages(task, options.data)
+            supervised = None if options.supervised == "none" else options.supervised
+            if supervised is not None and supervised not in codes:
+                raise ValueError(
+                    f"--supervised {supervised} should be one of the languages, {', '.join(codes)}"
+                    "; or --supervised none"
+                )
+            earlier = None
+            if options.compare is not None and options.compare.is_file():
+                earlier = _earlier_report(options, supervised, codes)
+            models = [options.checkpoint]
+            if options.compare is not None and earlier is None:
+                models.append(options.compare)
+            for folder in models:
+                _check_model(folder, task)
+            data = {
+                code: load_task(task, code, options.data, splits=[options.split]) for code in codes
+            }
+        reports = [
+            _evaluation(folder, task, data, supervised, device, options) for folder in models
+        ]
+        report = reports[0]
+        comparison = None
+        written: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
+        written |= report.to_dict()
+        written |= {key: getattr(options, key) for key in _READ_BY}
+        if options.compare is not None:
+            with input_errors():
+                comparison = report.compare(earlier or reports[1])
+            written |= {"compared_with": str(options.compare), "comparison": comparison.to_dict()}
+        written |= {
+            "seconds": round(time.perf_counter() - started, 3),
+            "versions": versions(),
+            "command": options.command_line,
+        }
+
+        def plot(file: Path) -> None:
+            if comparison is not None:
+                comparison.plot(file, shares=CC100_GIB if options.cc100 else None)
+            else:
+                report.plot(file)
+
+        write_files(options.out, written, plot)
+    if options.json:
+        print_json(written)
+        return
+    print_report(comparison or report)
+    print(_legend(report, comparison is not None))
+    if options.out:
+        print(f"written: {', '.join(map(str, options.out))}")
+
+
+def _check_model(folder: Path, task: Any) -> None:
+    from torchalignprune import checkpoints
+
+    kind = "TokenClassification" if task.kind == "words" else "SequenceClassification"
+    name = type(checkpoints.empty_model(folder)).__name__
+    if not name.endswith(kind):
+        raise ValueError(f"{folder} should be a model for {kind}, as {task.name} is, got {name}")
+
+
+def _evaluation(
+    folder: Path,
+    task: Any,
+    data: Mapping[str, Any],
+    supervised: str | None,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> ZeroShotReport:
+    from torchalignprune.crosslingual import evaluate_zero_shot
+
+    with input_errors():
+        checkpoint = load_checkpoint(folder)
+        if checkpoint.missing:
+            raise ValueError(
+                f"{folder} is not fine-tuned: it has no weights for {min(checkpoint.missing)}"
+            )
+        try:
+            return evaluate_zero_shot(
+                checkpoint.model.to(device),
+                load_tokenizer(folder, "evaluate"),
+                task,
+                data,
+                split=options.split,
+                supervised=supervised,
+                batch_size=options.batch_size,
+                max_length=options.max_length,
+                bare_pieces=options.bare_pieces,
+                seed=options.seed,
+                progress=sys.stderr.isatty(),
+            )
+        except TypeError as error:  # a tokenizer that is not a fast one
+            raise ValueError(str(error)) from error
+
+
+def _earlier_report(
+    options: argparse.Namespace, supervised: str | None, codes: Sequence[str]
+) -> ZeroShotReport:
+    """The evaluation in a file. What it lacks would come out only after the model's own."""
+    from torchalignprune.crosslingual import ZeroShotReport
+
+    try:
+        text = options.compare.read_text(encoding="utf-8")
+        earlier = ZeroShotReport.from_json(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--compare {options.compare} is no evaluation: {error}") from error
+    for what, own, theirs in (
+        ("task", options.task, earlier.task),
+        ("split", options.split, earlier.split),
+        ("supervised language", supervised, earlier.supervised),
+    ):
+        if theirs != own:
+            raise ValueError(
+                f"--compare {options.compare} should be an evaluation with the {what} {own}, got "
+                f"{theirs}"
+            )
+    if set(earlier.languages) != set(codes):
+        raise ValueError(
+            f"--compare {options.compare} should have the same languages, {', '.join(codes)}, got "
+            f"{', '.join(earlier.languages)}"
+        )
+    # Only the command line writes these down.
+    written = json.loads(text)
+    for key in _READ_BY:
+        own = getattr(options, key)
+        if written.get(key, own) != own:
+            raise ValueError(
+                f"--compare {options.compare} should be an evaluation with "
+                f"--{key.replace('_', '-')} {own}, got {written[key]}"
+            )
+    return earlier
+
+
+def _legend(report: ZeroShotReport, compared: bool) -> str:
+    drawn = "the same for all languages" if report.parallel else "for each language on its own"
+    lines = f"intervals: {report.level:.0%}, over {report.resamples:,} draws of sentences, {drawn}"
+    if not compared:
+        return lines
+    return (
+        "dense, pruned: scores in percent; drop: in points; relative: of the dense score\n"
+        f"{lines}; the same for both models"
+    )
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"--device {text} cannot be used: {reason}") from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Has ``datasets`` show progress on a terminal only."""
+    from torchalignprune.crosslingual.columns import import_datasets
+
+    library = import_datasets()
+    hide = not sys.stderr.isatty() and not library.are_progress_bars_disabled()
+    if hide:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            library.enable_progress_bars()

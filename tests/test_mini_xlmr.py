@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from test_examples import EXAMPLES, launch
 from torchalignprune.crosslingual import retrieval_hits, sentence_embeddings
@@ -60,6 +62,26 @@ def test_it_finds_translations_far_more_often_than_by_chance() -> None:
     scores = json.loads((FOLDER / "scores.json").read_text())
     assert set(scores["retrieval"]) == set(shares)
     assert sum(shares.values()) / len(shares) > 0.6
+
+
+def test_it_goes_through_the_first_blocks_of_the_readme() -> None:
+    """As they are pasted: XLM-R is what the README speaks of."""
+    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    assert "prune.global_unstructured(" in blocks[0] and "prune.remove(" in blocks[1]
+    model, other = (
+        AutoModelForSequenceClassification.from_pretrained(FOLDER, dtype=torch.float32).eval()
+        for _ in range(2)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    batch = tokenizer(["a sentence", "ein Satz"], padding=True, return_tensors="pt")
+    names: dict[str, Any] = {"model": model, "other_model": other, "batch": batch}
+    for block in blocks:
+        exec(block, names)
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+    params = names["params"]
+    zeros = sum(int((getattr(*pair) == 0).sum()) for pair in params)
+    assert zeros / sum(getattr(*pair).numel() for pair in params) > 0.82
 
 
 @pytest.mark.slow

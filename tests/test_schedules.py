@@ -101,6 +101,7 @@ def test_ends_are_exact_and_the_way_is_monotone(
         (lambda: schedules.cubic(0.0, 0.5, end=3, every=0), "every should be at least 1, got 0"),
         (lambda: schedules.cubic(0.0, math.inf, end=3), "stop should be finite, got inf"),
         (lambda: schedules.exponential(0.0, 1.0, end=3), "stop should be below 1, got 1.0"),
+        (lambda: schedules.exponential(0.5, 0.5, begin=3, end=3), "begin=3 and end=3"),
         (lambda: schedules.steps({}), "at least one step, got none"),
         (lambda: schedules.steps({-1: 0.0}), "no negative steps, got -1"),
         (lambda: schedules.join([], []), "one fewer than the 0 schedules, got 0"),

@@ -108,7 +108,7 @@ def exponential(start: float, stop: float, *, begin: int = 0, end: int, every: i
         if not value < 1:
             raise ValueError(f"{name} should be below 1, got {value}")
     if start == stop:
-        return constant(start)
+        return linear(start, stop, begin=begin, end=end, every=every)
     kept = (1 - stop) / (1 - start)
     return _between(
         start, stop, begin, end, every, lambda t: (1 - start) * (1 - kept**t) / (stop - start)

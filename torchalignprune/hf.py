@@ -68,7 +68,10 @@ _FILE = "pruner.safetensors"
 _TRAINER_STATE = "trainer_state.json"
 _SENTINEL = "checkpoint-is-incomplete.txt"  # of the Trainer's enable_jit_checkpoint
 _VERSION = 1
-_DELAY = "TrainingArguments(eval_delay=n) lets only checkpoints from step n on be the best."
+_DELAY = (
+    "TrainingArguments(eval_delay=n) lets only later checkpoints be the best; n counts steps, or "
+    'epochs with eval_strategy="epoch".'
+)
 
 
 class PruningCallback(TrainerCallback, ExportableState):
@@ -87,7 +90,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     model is in the checkpoint.
 
     With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
-    was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best.
+    was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best
+    (before epoch ``n`` with ``eval_strategy="epoch"``, as Transformers counts there).
     With PEFT the adapters are those of the best checkpoint then, and the masks those of the end.
     With ``regrow`` the values that pruned entries may take back are those of the end; a warning
     says where there are none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -740,6 +741,8 @@ def test_bad_files(tmp_path: Path) -> None:
         Calibration.load(file, params)
     with pytest.raises(FileNotFoundError):
         Calibration.load(tmp_path / "none", params)
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        Calibration.load(tmp_path, params)
 
 
 @pytest.mark.parametrize(

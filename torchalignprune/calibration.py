@@ -337,6 +337,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
             TypeError: params without dotted names.
             ValueError: the file is no calibration, has nothing for a parameter, its statistics
                 have another number of features than the parameter, or are not finite.
+            OSError: the file cannot be read.
             ImportError: safetensors is not installed.
         """
         if not isinstance(params, PrunableParameters):
@@ -344,6 +345,8 @@ class Calibration(Mapping[Pair, InputStatistics]):
                 f"params should come from prunable_parameters(), got {type(params).__name__}"
             )
         safetensors = _safetensors()
+        with open(path, "rb"):  # safe_open does not say that something is a folder
+            pass
         inputs: dict[Pair, InputStatistics] = {}
         read: dict[str, InputStatistics] = {}
         try:

@@ -286,6 +286,8 @@ def test_patterns_are_checked() -> None:
         prunable_parameters(model, include=[])
     with pytest.raises(TypeError, match="include should be a glob pattern or several, got int"):
         prunable_parameters(model, include=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="exclude should be a glob pattern or several, got int"):
+        prunable_parameters(model, exclude=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model should be an nn\.Module, got list"):
         prunable_parameters([nn.Linear(2, 2)])  # type: ignore[arg-type]
 

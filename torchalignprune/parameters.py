@@ -526,7 +526,9 @@ def _loaded(module: str, name: str) -> tuple[type, ...]:
 def _patterns(patterns: str | Iterable[str] | None, argument: str) -> list[str] | None:
     if patterns is None:
         return None
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]
+    listed = list(patterns)
     for pattern in listed:
         if not isinstance(pattern, str):
             raise TypeError(

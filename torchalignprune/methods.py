@@ -229,6 +229,7 @@ class AlignedNM(PruningMethod):
         structure: as in :class:`AlignedMagnitude`.
 
     Raises:
+        TypeError: n or m is not an int.
         ValueError: not 0 < n <= m; a parameter of one dimension, or whose inputs m does not divide.
 
     Example:
@@ -310,6 +311,11 @@ class Random(PruningMethod):
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every output unit.
         structure: as in :class:`Magnitude`.
+
+    Raises:
+        TypeError: amount is not a number; another generator than torch's; importance_scores, since
+            it draws its own.
+        ValueError: amount is out of range; an unknown budget.
 
     Example:
         >>> import torch, torchalignprune as tap

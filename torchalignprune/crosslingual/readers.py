@@ -81,6 +81,7 @@ def load_task(
         ValueError: an unknown task; a language that is not there (the error lists those that
             are), one of ``splits`` that is not there, a split that is there twice or in part, a
             column that is missing, a label that the task does not have.
+        TypeError: ``splits`` is one string.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,13 @@ from strategies import amounts, shapes, tensors
 
 Pair = tuple[nn.Module, str]
 BLIND = "cannot see which parameters"
+# Somebody's own function, which does what torch's does and is not known.
+like_torchs: Any = types.FunctionType(
+    prune.global_unstructured.__code__.replace(),
+    vars(prune),
+    "like_torchs",
+    prune.global_unstructured.__defaults__,
+)
 
 
 def options_for(params: list[Pair]) -> dict[str, tuple[type[tap.PruningMethod], dict[str, Any]]]:
@@ -327,14 +335,40 @@ def test_without_history_it_is_aligned_all_the_same(
 def test_where_the_parameters_stay_unknown_a_warning_names_structure_and_magnitude_decides() -> (
     None
 ):
-    # torch counts tied weights twice, so that the vector is not what the parameters hold.
-    params, expected = pairs(Tied().requires_grad_(False)), pairs(Tied().requires_grad_(False))
+    params, expected = pairs(mlp().requires_grad_(False)), pairs(mlp().requires_grad_(False))
     with pytest.warns(UserWarning, match=rf"{BLIND}.*structure=parameters") as caught:
-        prune.global_unstructured(params, pruning_method=tap.AlignedMagnitude, amount=0.5)
+        like_torchs(params, pruning_method=tap.AlignedMagnitude, amount=0.5)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     prune.global_unstructured(expected, pruning_method=tap.Magnitude, amount=0.5)
     assert_same_masks(params, expected)
+    params, expected = pairs(mlp().requires_grad_(False)), pairs(mlp())
+    like_torchs(params, pruning_method=tap.AlignedMagnitude, amount=0.5, structure=params)
+    tap.global_unstructured(expected, tap.AlignedMagnitude, amount=0.5)
+    assert_same_masks(params, expected)
+
+
+@pytest.mark.parametrize("run", ["torch's", "torch's, structure", "another's, structure"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (tap.AlignedMagnitude, {"amount": 0.5}),
+        (tap.AlignedMagnitude, {"amount": 0.5, "units": "both"}),
+        (tap.Magnitude, {"amount": 0.5, "budget": "unit"}),
+        (tap.AlignedNM, {"n": 1, "m": 3}),
+    ],
+)
+def test_frozen_tied_weights_are_pruned_as_trained_ones(
+    run: str, method: type[tap.PruningMethod], options: dict[str, Any]
+) -> None:
+    """torch counts them at each of their places, and there is no history."""
+    params, expected = pairs(Tied().requires_grad_(False)), pairs(Tied())
+    call = like_torchs if run.startswith("another's") else prune.global_unstructured
+    given: dict[str, Any] = {"structure": params} if run.endswith("structure") else {}
+    for _ in range(1 if method is tap.AlignedNM else 2):
+        call(params, pruning_method=method, **options, **given)
+        tap.global_unstructured(expected, method, **options)
+        assert_same_masks(params, expected)
 
 
 @pytest.mark.parametrize("method", [tap.Magnitude, tap.Random])
@@ -345,9 +379,9 @@ def test_methods_that_need_no_structure_do_not_warn(method: type[tap.PruningMeth
 
 
 def test_n_of_m_without_structure_is_an_error_that_names_it() -> None:
-    params = pairs(Tied().requires_grad_(False))
+    params = pairs(mlp().requires_grad_(False))
     with pytest.raises(ValueError, match=r"structure=parameters"):
-        prune.global_unstructured(params, pruning_method=tap.AlignedNM)
+        like_torchs(params, pruning_method=tap.AlignedNM)
     assert not prune.is_pruned(params[0][0])
     params = pairs(mlp().requires_grad_(False))
     prune.global_unstructured(params, pruning_method=tap.AlignedNM)

@@ -52,8 +52,9 @@ class Magnitude(PruningMethod):
             their number.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every output unit.
-        structure: for torch's ``global_unstructured`` with another budget than ``"global"``: its
-            ``parameters`` once more, where a warning asks for them (frozen tied weights).
+        structure: for functions like torch's ``global_unstructured``, with another budget than
+            ``"global"``: their ``parameters`` once more, where a warning asks for them (frozen
+            weights, by another function than torch's).
 
     Raises:
         TypeError: amount is not a number.
@@ -124,8 +125,8 @@ class AlignedMagnitude(PruningMethod):
             distance for ``"frobenius"``; outputs after they were multiplied by the input norms.
             Goes with a reference and with ``units="out"`` or ``"in"``: to permute the units of one
             side is to tear those of the other apart. Parameters of one dimension are one unit.
-        structure: for torch's ``global_unstructured``: its ``parameters`` once more, where a
-            warning asks for them (frozen tied weights).
+        structure: for functions like torch's ``global_unstructured``: their ``parameters`` once
+            more, where a warning asks for them (frozen weights, by another function than torch's).
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every unit (with ``units="both"``: every output).
 

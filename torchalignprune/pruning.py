@@ -19,7 +19,7 @@ from torchalignprune import ops, sharded_limits, sharding
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import Limits
-from torchalignprune.parameters import DTYPES, Parameters
+from torchalignprune.parameters import DTYPES, Parameters, parameter_names
 from torchalignprune.ranking import Ranking
 from torchalignprune.targets import (
     Pair,
@@ -283,9 +283,8 @@ class PruningMethod(prune.BasePruningMethod):
             return
         message = (
             f"{type(self).__name__} cannot see which parameters these {t.numel()} entries belong "
-            "to, because no autograd history leads to them, nor does torch's global_unstructured "
-            "(with tied weights){}. Pass structure=parameters, or call "
-            "torchalignprune.global_unstructured."
+            "to, because no autograd history leads to them, nor is it torch's global_unstructured "
+            "that asks{}. Pass structure=parameters, or call torchalignprune.global_unstructured."
         )
         if not self.magnitude_will_do:
             raise ValueError(message.format(""))
@@ -421,7 +420,7 @@ def _checked_score(score: Any, target: Target) -> Tensor:
 
 def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | None:
     """As of ``_read_structure``, for the parameters that torch is pruning; None if that is unknown
-    or they do not make up the vector, as tied weights do not, which torch counts twice."""
+    or they do not make up the vector."""
     asked = parameters_of_caller()
     if asked is None:
         return None
@@ -432,8 +431,8 @@ def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | 
 
 
 def _check_structure(structure: Sequence[Pair], pruned: Sequence[Pair]) -> None:
-    """Raises where torch prunes other parameters, as far as there is one for each; tied weights,
-    which it counts twice, need not be listed twice."""
+    """Raises where torch prunes other parameters, as far as there is one for each; tied weights
+    that it prunes in one of their places may be listed in all."""
     if len(pruned) != len(structure):
         return
     for i, (own, given) in enumerate(zip(structure, pruned, strict=True)):
@@ -450,8 +449,17 @@ def _read_structure(
     t: Tensor, structure: Parameters, scored: bool = False
 ) -> tuple[list[Target], list[Tensor | None] | None]:
     """The targets of the structure, and scores if that is what the vector holds."""
-    targets = targets_of(structure)
+    pairs = list(structure)
+    targets = targets_of(pairs)
     sizes = [target.remaining() for target in targets]
+    if sum(sizes) != t.numel() and len(targets) < len(pairs):
+        # torch counts tied weights at each of their places.
+        targets = [
+            replace(target, name=name)
+            for pair, name in zip(pairs, parameter_names(pairs), strict=True)
+            for target in targets_of([pair])
+        ]
+        sizes = [target.remaining() for target in targets]
     if sum(sizes) != t.numel():
         raise ValueError(
             f"structure should be the parameters that are pruned: it has {sum(sizes)} entries that "

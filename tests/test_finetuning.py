@@ -291,6 +291,8 @@ def other_pruner(model: Any) -> tap.Pruner:
         ({"task": GENERATED_POS}, ValueError, "model should have the labels of generated_pos"),
         ({"rows": "pos"}, ValueError, "should have a column text, got id, tokens, labels"),
         ({"rows": "none"}, ValueError, "has no sentences in 'train'"),
+        ({"rows": "splits"}, TypeError, "should be a datasets.Dataset, .*, got DatasetDict"),
+        ({"rows": "list"}, TypeError, "should be a datasets.Dataset, .*, got list"),
     ],
 )
 def test_bad_input_leaves_the_model_alone(
@@ -301,6 +303,7 @@ def test_bad_input_leaves_the_model_alone(
     before = weights(model)
     rows = corpus().topics["source"]["train"]
     chosen = {"pos": corpus().pos["source"]["train"], "none": rows.select([])}
+    chosen |= {"splits": corpus().topics["source"], "list": list(rows)}
     rows = chosen.get(options.pop("rows", ""), rows)
     task = options.pop("task", GENERATED_TOPICS)
     with pytest.raises(error, match=message):

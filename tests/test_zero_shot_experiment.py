@@ -91,6 +91,14 @@ def test_bad_sweeps(options: dict[str, Any], message: str) -> None:
         sweep(topics_model(), None, **options)
 
 
+def test_a_pruner_in_the_place_of_what_makes_one() -> None:
+    model = topics_model()
+    schedule = tap.schedules.constant(0.0)
+    made: Any = tap.Pruner(tap.prunable_parameters(model), tap.Magnitude, schedule)
+    with pytest.raises(TypeError, match="should be a function that makes the Pruner"):
+        sweep(model, made)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows of real labels in words that the tiny tokenizer knows, and a tiny checkpoint."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchalignprune.crosslingual.columns import column_names
+from torchalignprune.crosslingual.columns import column_names, import_datasets
 from torchalignprune.crosslingual.tasks import Task
 
 __all__ = [
@@ -64,7 +64,13 @@ def checked_rows(rows: Any, task: Task, language: str, split: str) -> Any:
 
     Raises:
         ValueError: a column is missing, there are no rows, or the labels are others.
+        TypeError: they are no ``datasets.Dataset``.
     """
+    if not isinstance(rows, import_datasets().Dataset):
+        raise TypeError(
+            f"{task.name} in {language} should be a datasets.Dataset, as load_task has it for each "
+            f"split, got {type(rows).__name__}"
+        )
     rows = rows.with_format(None)
     missing = [name for name in column_names(task) if name not in rows.column_names]
     if missing:

@@ -79,7 +79,7 @@ def finetune_and_prune(
 
     Raises:
         ValueError: sparsities that do not rise from above 0 to below 1; as that function.
-        TypeError: ``pruner`` among the things that it is not; as that function.
+        TypeError: ``pruner`` is a pruner and not a function that makes one; as that function.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -120,6 +120,11 @@ def finetune_and_prune(
     if len(levels) < 2 or any(not a < b < 1 for a, b in itertools.pairwise(levels)):
         raise ValueError(
             f"sparsities should rise from above 0 to below 1, at least one, got {list(sparsities)}"
+        )
+    if pruner is not None and not callable(pruner):
+        raise TypeError(
+            "pruner should be a function that makes the Pruner from a schedule, or None, got "
+            f"{pruner!r}"
         )
     for name, number in (("epochs", epochs), ("retraining_epochs", retraining_epochs)):
         if not (math.isfinite(number) and number > 0):

@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 examples/pos_xlmr.py --output_dir pruned --bf16 true
 
 Model and data are those of the hub, or of a folder: ``--model``, ``--data`` (the files of
-``commul/universal_dependencies``, such as ``en_ewt/train-00000-of-00001.parquet``, or plain
+``universal-dependencies/universal_dependencies``, such as ``en_ewt/train.parquet``, or plain
 ``train.en.tsv.gz``). The English training data is EWT; a word is labelled at its first subword
 with a character. What else there is to say about arguments, going on after a stop and what is
 written is said in ``xnli_xlmr.py``.

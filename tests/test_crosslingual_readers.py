@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "{}/test-00000-of-00001.parquet",
         "{}/universal_dependencies-test.parquet",
         "{}/test/0000.parquet",
-        "data/{}/test.parquet",
+        "parquet/{}/test.parquet",
     ],
 )
 def test_universal_dependencies(place: str, tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("pud", found["test"]) == [["NOUN"]]
     load_task("pos", "en")
     assert list(load_task("pos", "de_hdt", splits=["test"])) == ["test"]
-    repository = "commul/universal_dependencies"
+    repository = "universal-dependencies/universal_dependencies"
     assert asked == [(repository, config) for config in ("zh_pud", "en_ewt", "de_hdt")]
     with pytest.raises(ValueError, match=r"en_ewt, has no split 'train', only validation, test"):
         load_task("pos", "en", splits=["train"])

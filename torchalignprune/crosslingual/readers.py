@@ -39,9 +39,9 @@ def load_task(
     """A task's data in one language, its splits as far as they are there.
 
     Without ``data`` it comes from the hub, through ``datasets.load_dataset``: ``pos`` and ``pud``
-    from ``commul/universal_dependencies``, ``topics`` from ``Davlan/sib200``, ``xnli`` from
-    ``facebook/xnli``, ``pawsx`` from ``google-research-datasets/paws-x`` and ``ner`` from
-    ``unimelb-nlp/wikiann``.
+    from ``universal-dependencies/universal_dependencies``, ``topics`` from ``Davlan/sib200``,
+    ``xnli`` from ``facebook/xnli``, ``pawsx`` from ``google-research-datasets/paws-x`` and ``ner``
+    from ``unimelb-nlp/wikiann``.
 
     With ``data``, a folder, nothing is downloaded. It, or its folder of the task's name
     (``udpos``, ``pud``, ``sib200``, ``xnli``, ``paws-x``, ``wikiann``), holds either

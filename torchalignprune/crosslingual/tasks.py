@@ -91,7 +91,7 @@ TASKS: Mapping[str, Task] = {
             "pos",
             "words",
             UPOS,
-            repository="commul/universal_dependencies",
+            repository="universal-dependencies/universal_dependencies",
             configs={
                 code: language.treebank
                 for code, language in LANGUAGES.items()
@@ -107,7 +107,7 @@ TASKS: Mapping[str, Task] = {
             "words",
             UPOS,
             parallel=True,
-            repository="commul/universal_dependencies",
+            repository="universal-dependencies/universal_dependencies",
             configs={
                 code: f"{code.partition('-')[0]}_pud"
                 for code, language in LANGUAGES.items()

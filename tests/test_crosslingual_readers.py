@@ -123,6 +123,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "test.en.tsv.gz").write_bytes(b"not packed")
     with pytest.raises(ValueError, match=r"test\.en\.tsv\.gz cannot be read"):
         load_task("pos", "en", tmp_path)
+    packed = gzip.compress("".join(f"{i}\tX\n" for i in range(2000)).encode())
+    broken = packed[:500] + bytes(byte ^ 255 for byte in packed[500:600]) + packed[600:]
+    for number, damaged in enumerate((packed[:-20], broken)):
+        (tmp_path / f"test.l{number}.tsv.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"test\.l{number}\.tsv\.gz cannot be read"):
+            load_task("pos", f"l{number}", tmp_path)
     (tmp_path / "test.de.tsv").write_bytes(b"\xff\xfe\tX\n")
     with pytest.raises(ValueError, match=r"test\.de\.tsv cannot be read"):
         load_task("pos", "de", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -350,7 +351,7 @@ def _read_small(path: Path, task: Task) -> pyarrow.Table:
                 columns = _read_tagged(path, lines)
             else:
                 columns = _read_texts(path, lines)
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be read: {_line(error)}") from error
     if not columns[column_names(task)[-1]]:
         raise ValueError(f"{path} should have a sentence at least, got an empty file")

@@ -991,10 +991,16 @@ def make_nan(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def make_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (shutil.rmtree, "is not a checkpoint folder: it has no config.json"),
+        (make_a_file, "is not a checkpoint folder: it has no config.json"),
         (drop("config.json"), "is not a checkpoint folder: it has no config.json"),
         (drop("model.safetensors"), "has neither model.safetensors nor model.safetensors.index"),
         (write("config.json", "{"), "config.json is not JSON"),
@@ -1002,6 +1008,10 @@ def make_nan(folder: Path) -> None:
         (write("modules.json", '{"a": 1}'), "modules.json should be a list of modules with"),
         (write("model.safetensors", "nonsense"), "model.safetensors cannot be read"),
         (edit_config(model_type="no-such", architectures=None), "transformers cannot load"),
+        (
+            edit_config(model_type="own", architectures=["Own"], auto_map={"AutoConfig": "own.C"}),
+            "contains custom code which must be executed",
+        ),
         (edit_config(hidden_size=32), "LayerNorm.bias in"),
         (edit_config(hidden_size=15), "transformers cannot load"),
         (edit_config(quantization_config={"bits": 4}), "is quantized: only float weights"),

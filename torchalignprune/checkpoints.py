@@ -110,6 +110,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             folder,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,  # otherwise transformers asks on standard output
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -137,7 +138,9 @@ def empty_model(folder: Path) -> Any:
     """
     kind = architecture(folder)
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = _transformers().AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -446,7 +449,7 @@ def _cannot_load(folder: Path, error: Exception) -> ValueError:
 def _json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} is not a checkpoint folder: it has no {name}") from None
     except ValueError as error:
         raise ValueError(f"{folder / name} is not JSON: {error}") from error

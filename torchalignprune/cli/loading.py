@@ -24,7 +24,9 @@ def load_tokenizer(folder: Path, what: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{what} needs the tokenizer of {folder}: {reason}") from error

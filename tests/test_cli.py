@@ -1060,6 +1060,13 @@ def test_bad_calibration(
     for file in bare.glob("tokenizer*"):
         file.unlink()
     assert "--calibration needs the tokenizer of" in refused(bare, text)
+    t5 = tmp_path / "t5"
+    config = transformers.T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=1)
+    config.vocab_size = save_tokenizer(t5)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(t5)
+    capsys.readouterr()
+    message = "with T5ForConditionalGeneration, whose decoder may need text of its own: You must"
+    assert message in refused(t5, text)
 
 
 def test_long_sentences_are_cut(bert: Path, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def _calibration(
         )
         for start in range(0, len(ordered), _BATCH)
     ]
-    with input_errors():
+    try:
         return Calibration.collect(
             model,
             batches,
@@ -318,6 +318,11 @@ def _calibration(
             statistics="covariance" if realign == "weights" else "norms",
             progress=visible,
         )
+    except ValueError as error:
+        # T5 says no more than that something is missing.
+        decoder = getattr(model.config, "is_encoder_decoder", False)
+        own = ", whose decoder may need text of its own" if decoder else ""
+        raise InputError(f"--calibration, with {type(model).__name__}{own}: {error}") from error
 
 
 def _title(checkpoint: Path, plan: Plan, totals: Mapping[str, Any]) -> str:

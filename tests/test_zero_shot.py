@@ -310,6 +310,20 @@ def test_a_model_of_another_kind() -> None:
         evaluate_zero_shot(xlmr(LABELS, "SequenceClassification"), wordpiece(), WORDS, data)
 
 
+@pytest.mark.parametrize("task", [WORDS, TEXTS])
+def test_a_model_that_gives_nan(task: Task) -> None:
+    model = lookup(task, **KNOWN)
+    columns = {
+        "words": {"tokens": [["The", "Hùng"]], "labels": [["A", "B"]]},
+        "text": {"text": ["The Hùng"], "label": ["A"]},
+    }
+    data = {"en": dataset(task, columns[task.kind])}
+    assert evaluate_zero_shot(model, wordpiece(), task, data).scores["en"].value == 1
+    model.table[first_id("The")] = float("nan")
+    with pytest.raises(ValueError, match=f"should give numbers, got NaN for {task.name}"):
+        evaluate_zero_shot(model, wordpiece(), task, data)
+
+
 def test_longest_input() -> None:
     tokenizer = wordpiece()
     assert longest_input(xlmr(LABELS), tokenizer) == 48  # 50 positions, of which two are not used

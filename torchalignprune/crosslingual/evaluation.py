@@ -34,6 +34,9 @@ __all__ = ["evaluate_zero_shot"]
 
 # How many sentences are sorted by length and batched at a time.
 _SORTED = 4096
+# Stands for a label where the model gives NaN, which is the largest of all and would be taken for
+# a prediction; at the padding, which nobody looks at, some models do.
+_NAN = -2
 
 
 def evaluate_zero_shot(
@@ -92,7 +95,8 @@ def evaluate_zero_shot(
         The report.
 
     Raises:
-        ValueError: languages, a split or a column that are not there; labels that do not fit.
+        ValueError: languages, a split or a column that are not there; labels that do not fit; a
+            model that gives NaN.
         TypeError: a slow tokenizer, where words are to be found.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
@@ -217,11 +221,12 @@ class _Runner:
                 inputs, cut = encode_texts(self.tokenizer, self.task, part, self.max_length)
                 cut_off += cut
             for i, predicted in self._predict(inputs, advance):
-                if self.task.kind == "words":
-                    found = [predicted[at] if at >= 0 else -1 for at in sentences[i].first]
-                    counts = self._count_words(labels[i], found)
-                else:
-                    counts = int(predicted[0] == labels[i]), 1
+                words = self.task.kind == "words"
+                places = sentences[i].first if words else [0]
+                found = [predicted[at] if at >= 0 else -1 for at in places]
+                if _NAN in found:
+                    raise ValueError(f"the model should give numbers, got NaN for {self.task.name}")
+                counts = self._count_words(labels[i], found) if words else (found == [labels[i]], 1)
                 hits[start + i], out_of[start + i] = counts
         return hits, out_of, cut_off, unmapped
 
@@ -252,7 +257,8 @@ class _Runner:
                     f"{'subword' if self.task.kind == 'words' else 'text'}, got the shape "
                     f"{tuple(logits.shape)} for {len(rows)} of {self.task.name}"
                 )
-            predicted = places[logits.argmax(-1)].reshape(len(rows), -1).tolist()
+            found = places[logits.argmax(-1)].masked_fill(logits.isnan().any(-1), _NAN)
+            predicted = found.reshape(len(rows), -1).tolist()
             yield from zip(rows, predicted, strict=True)
             advance(len(rows))
 

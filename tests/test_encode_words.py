@@ -171,6 +171,40 @@ def test_bad_input() -> None:
         encode_words(unigram(), [["a"]], bare_pieces="first")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_byte_level_bpe_without_a_space_before_words(within: bool) -> None:
+    """As RoBERTa's tokenizer is unless it is told otherwise: it takes The cat for Thecat."""
+    specials = {name: i for i, name in enumerate(("<s>", "<pad>", "</s>", "<unk>"))}
+    letters = {c: 4 + i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    plain = Tokenizer(models.BPE(specials | letters, []))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    for space in (True, False):
+        level = pre_tokenizers.ByteLevel(add_prefix_space=space)
+        inner = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), level])
+        tokenizer.backend_tokenizer.pre_tokenizer = inner if within else level
+        if space:
+            (sentence,) = encode_words(tokenizer, [["a", "b"]])
+        else:
+            with pytest.warns(UserWarning, match="no space before words, .* add_prefix_space=True"):
+                (sentence,) = encode_words(tokenizer, [["a", "b"]])
+        pieces = tokenizer.convert_ids_to_tokens(sentence.inputs["input_ids"])
+        assert pieces == (["Ġ", "a", "Ġ", "b"] if space else ["a", "b"])
+        assert sentence.first == ([1, 3] if space else [0, 1])
+
+
+def test_a_way_to_find_words_that_is_written_in_python() -> None:
+    class Characters:
+        def pre_tokenize(self, text: Any) -> None:
+            text.split(lambda _, part: [part[i : i + 1] for i in range(len(str(part)))])
+
+    plain = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Characters())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=unigram().backend_tokenizer)
+    tokenizer._tokenizer = plain
+    (sentence,) = encode_words(tokenizer, [["ab", "b"]])
+    assert sentence.inputs["input_ids"] == [1, 2, 2] and sentence.first == [0, 2]
+
+
 def test_slow_tokenizers_are_refused() -> None:
     class Slow(transformers.PreTrainedTokenizer):
         @property

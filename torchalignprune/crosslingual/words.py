@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,7 +63,7 @@ def encode_words(
 
     Args:
         tokenizer: a fast tokenizer of Transformers; one with byte-level BPE needs
-            ``add_prefix_space=True``.
+            ``add_prefix_space=True``, without which a warning says that words lack their spaces.
         sentences: their words.
         labels: for each sentence the label ids of its words.
         max_length: the most subwords of a sentence, special tokens included. Default: any number.
@@ -104,6 +106,13 @@ def encode_words(
         texts.append(list(words))
     if not texts:
         return []
+    if _drops_spaces(tokenizer):
+        warnings.warn(
+            "the tokenizer puts no space before words, so that all are split as if they were one: "
+            "make it with add_prefix_space=True (in tokenizer_config.json), unless the model was "
+            "fine-tuned in this way",
+            stacklevel=2,
+        )
     encoded = _tokenize(tokenizer, texts)
     skipped: set[Any] = set()
     if bare_pieces == "skip":
@@ -147,6 +156,20 @@ def check_bare_pieces(bare_pieces: str) -> None:
     """
     if bare_pieces not in ("skip", "label"):
         raise ValueError(f"bare_pieces should be 'skip' or 'label', got {bare_pieces!r}")
+
+
+def _drops_spaces(tokenizer: Any) -> bool:
+    """Whether it is byte-level BPE, whose spaces are part of words, and adds none before words."""
+    own = tokenizer.backend_tokenizer.pre_tokenizer
+    try:
+        state = {} if own is None else json.loads(own.__getstate__())
+    except Exception:  # no other class: one written in Python cannot be looked into
+        return False
+    return any(
+        step["type"] == "ByteLevel" and not step["add_prefix_space"]
+        for step in state.get("pretokenizers", [state])
+        if step
+    )
 
 
 def _tokenize(

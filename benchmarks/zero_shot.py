@@ -339,6 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             works.append(Grid(task, experiment, training, log, deadline))
         except (OSError, ValueError) as error:
             parser.error(str(error))
+    try:
+        log.prepare()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     ordered = [name for name in METHODS if name in options.methods]
     for part in phases(ordered, options.regularizers, options.seeds):
         for work in works:

@@ -140,6 +140,10 @@ def main(
                 f"the data should be what the runs in {log.path} were evaluated on, got other "
                 f"sentences in {', '.join(others)}; --out takes another folder"
             )
+    try:
+        log.prepare()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     for seed in range(options.seeds):
         for regularizer in options.regularizer:
             for method in options.method:

@@ -568,6 +568,9 @@ def test_the_grid_goes_on(
     assert "evaluated on, got other sentences in vi; --out takes" in capsys.readouterr().err
     assert not ran and (out / "runs.jsonl").read_bytes() == before
     with pytest.raises(SystemExit):
+        zero_shot.main([*arguments, "--out", str(path)])
+    assert "error: --out: " in capsys.readouterr().err and not ran
+    with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1000"])
     with pytest.raises(SystemExit):
         zero_shot.main([])

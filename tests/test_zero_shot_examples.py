@@ -121,6 +121,8 @@ def test_several_seeds_and_bad_options(
         (["--seeds", "0"], "--seeds should be at least 1, got 0"),
         (["--data", str(tmp_path / "none")], "data should be a folder"),
         (["--sparsities", "0.5", "0.3"], "--sparsities should rise from above 0 to below 1"),
+        # Before the training, not after it.
+        (["--out", str(path)], "--out: "),
     ):
         with pytest.raises(SystemExit):
             main([*given, *bad])

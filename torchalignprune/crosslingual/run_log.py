@@ -19,7 +19,7 @@ class RunLog:
     and ended before the next one. Several processes may append to the same file.
 
     Args:
-        path: the file; it and its folder are made when the first line is written.
+        path: the file; it and its folder are made by :meth:`prepare`, or with the first line.
 
     Example:
         >>> import tempfile
@@ -49,10 +49,19 @@ class RunLog:
                 found.append(value)
         return found
 
+    def prepare(self) -> None:
+        """Makes the file, so that what cannot be written comes out before the work is done.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.open("ab").close()
+
     def append(self, line: Mapping[str, Any]) -> None:
         """Write one more."""
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.prepare()
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             end = file.seek(0, os.SEEK_END)

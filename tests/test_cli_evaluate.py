@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,11 @@ def test_wrong_usage(
         assert "should be an evaluation with the supervised language None, got en" in err
         err = refused(capsys, pruned, *pud, "--languages", "en", "ar")
         assert "should have the same languages, en, ar, got ar, en, vi, zh" in err
+        changed = tmp_path / "changed"
+        shutil.copytree(data, changed)
+        write(changed / "pud" / "test.vi.tsv.gz", tagged([[("Thanh", "PROPN")]] * 6))
+        err = refused(capsys, pruned, "--task", "pud", "--data", changed, "--compare", other)
+        assert "should be an evaluation on the same sentences; those in vi differ" in err
         written = json.loads(other.read_text())
         other.write_text(json.dumps(written | {"bare_pieces": "label", "max_length": 7}))
         err = refused(capsys, pruned, *pud, "--max-length", "7")

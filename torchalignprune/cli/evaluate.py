@@ -123,6 +123,7 @@ def add_parser(commands: Any, **shared: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
     from torchalignprune.crosslingual import CC100_GIB, TASKS, available_languages, load_task
+    from torchalignprune.crosslingual.evaluation import row_digests
     from torchalignprune.figures import require_matplotlib
 
     if any(file.suffix != ".json" for file in options.out):
@@ -155,6 +156,12 @@ def run(options: argparse.Namespace) -> None:
             data = {
                 code: load_task(task, code, options.data, splits=[options.split]) for code in codes
             }
+            for code, counted in earlier.languages.items() if earlier else ():
+                if row_digests(data[code][options.split], task)[0] != counted.digest:
+                    raise ValueError(
+                        f"--compare {options.compare} should be an evaluation on the same "
+                        f"sentences; those in {code} differ"
+                    )
         reports = [
             _evaluation(folder, task, data, supervised, device, options) for folder in models
         ]

@@ -46,8 +46,25 @@ def test_a_floor_is_not_above_what_is_asked_for_overall() -> None:
 
 def test_unreachable() -> None:
     scores = [torch.arange(8.0).view(2, 4)]
-    with pytest.raises(ValueError, match=r"leave 4 entries to prune, got 5: a sparsity of 0\.5000"):
-        chosen(Limits(max_layer_sparsity=0.5), scores, 5)
+    limits = Limits(max_layer_sparsity=0.5)
+    message = r"leave 4 entries of t0 to prune, got 5: a sparsity of 0\.5000"
+    with pytest.raises(ValueError, match=message):
+        chosen(limits, scores, 5)
+    with pytest.raises(ValueError, match="leave 8 entries of the 2 parameters to prune, got 9"):
+        chosen(limits, scores * 2, 9)
+
+
+def test_unreachable_in_one_layer() -> None:
+    """With a budget for each layer the error says in which."""
+    params = tap.prunable_parameters(mlp())
+    with pytest.raises(ValueError, match=r"leave 16 entries of 2\.weight to prune, got 64"):
+        tap.Pruner(
+            params,
+            tap.Magnitude,
+            schedules.constant(0.5),
+            budget="layer",
+            max_layer_sparsity={"2": 0.125},
+        )
 
 
 @given(st.data())

@@ -535,7 +535,7 @@ def test_bad_input() -> None:
         (ValueError, "regrow should be", {"regrow": -1}),
         (
             ValueError,
-            "leave 160 entries to prune, got 161",
+            "leave 160 entries of the 2 parameters to prune, got 161",
             {"schedule": schedules.constant(161 / 320), "max_layer_sparsity": 0.5},
         ),
     ]

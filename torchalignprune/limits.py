@@ -167,9 +167,10 @@ class Limits:
         ]
         most = [min(room, n) for room, n in zip(rooms, free, strict=True)]
         if count > sum(most):
+            where = names[0] if len(names) == 1 else f"the {len(names)} parameters"
             raise ValueError(
                 f"min_unit={self.min_unit} and max_layer_sparsity={self.max_layer_sparsity} leave "
-                f"{sum(most)} entries to prune, got {count}: a sparsity of "
+                f"{sum(most)} entries of {where} to prune, got {count}: a sparsity of "
                 f"{(sum(gone) + sum(most)) / max(size, 1):.4f} instead of {overall:.4f}"
             )
         due = [

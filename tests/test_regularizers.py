@@ -428,6 +428,14 @@ def test_a_matching_is_kept_for_so_many_calls(monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 3 * len(params)
 
 
+@pytest.mark.parametrize("matching", [None, "greedy"])
+def test_any_iterable_of_pairs_is_welcome(matching: Any) -> None:
+    params = pairs(mlp())
+    references = references_near(params)
+    found = tap.CosineAlignment(iter(params), references, matching=matching)()
+    assert torch.equal(found, tap.CosineAlignment(params, references, matching=matching)())
+
+
 def test_a_copy_shares_the_reference() -> None:
     params = pairs(mlp())
     penalty = tap.FrobeniusAlignment(params, references_near(params))

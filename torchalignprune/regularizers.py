@@ -337,6 +337,7 @@ class CosineAlignment(_Penalty):
         matching: Literal["greedy", "hungarian"] | None = None,
         match_every: int = 100,
     ) -> None:
+        params = params if isinstance(params, list) else list(params)
         super().__init__(params, reference, weights)
         if units not in ("out", "in", "both"):
             raise ValueError(f"units should be one of ('out', 'in', 'both'), got {units!r}")

@@ -280,6 +280,16 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         r"scores of parameters\[1\].*finite",
     ),
+    "a sparse reference": (
+        per_parameter("reference", torch.ones(8, 16).to_sparse()),
+        TypeError,
+        r"reference of parameters\[1\].*strided tensor, got torch.sparse_coo",
+    ),
+    "a reference without values": (
+        per_parameter("reference", torch.ones(8, 16, device="meta")),
+        ValueError,
+        r"reference of parameters\[1\].*values, got a tensor on the meta device",
+    ),
     # input norms
     "too few norms": (
         ours(AM, amount=0.5, input_norms=[torch.ones(12)]),
@@ -295,6 +305,21 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
         per_parameter("input_norms", torch.ones(1, 16)),
         ValueError,
         r"input_norms of parameters\[1\].*\(16,\).*got \(1, 16\)",
+    ),
+    "one number for norms": (
+        per_parameter("input_norms", torch.tensor(1.0)),
+        ValueError,
+        r"input_norms of parameters\[1\].*\(16,\).*got \(\)",
+    ),
+    "sparse norms": (
+        per_parameter("input_norms", torch.ones(16).to_sparse()),
+        TypeError,
+        r"input_norms of parameters\[1\].*strided tensor, got torch.sparse_coo",
+    ),
+    "norms without values": (
+        per_parameter("input_norms", torch.ones(16, device="meta")),
+        ValueError,
+        r"input_norms of parameters\[1\].*values, got a tensor on the meta device",
     ),
     "negative norms": (
         per_parameter("input_norms", -torch.ones(16)),
@@ -326,6 +351,16 @@ CASES: dict[str, tuple[Call, type[Exception], str]] = {
         with_scores(lambda ps: {ps[1]: torch.ones(16, 8)}),
         AssertionError,
         r"parameters\[1\].*\(16, 8\) vs \(8, 16\)",
+    ),
+    "sparse scores": (
+        with_scores(lambda ps: {ps[1]: torch.ones(8, 16).to_sparse()}),
+        TypeError,
+        r"scores of parameters\[1\].*strided tensor, got torch.sparse_coo",
+    ),
+    "scores without values": (
+        with_scores(lambda ps: {ps[1]: torch.ones(8, 16, device="meta")}),
+        ValueError,
+        r"scores of parameters\[1\].*values, got a tensor on the meta device",
     ),
     "scores that are no tensor": (
         with_scores(lambda ps: {ps[1]: [1.0]}),

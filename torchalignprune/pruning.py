@@ -24,6 +24,7 @@ from torchalignprune.ranking import Ranking
 from torchalignprune.targets import (
     Pair,
     Target,
+    check_readable,
     parameters_of_caller,
     targets_from_history,
     targets_of,
@@ -414,6 +415,7 @@ def _checked_score(score: Any, target: Target) -> Tensor:
         )
     if score.is_complex():
         raise TypeError(f"the importance_scores of {target.name} should be real, got {score.dtype}")
+    check_readable(score, f"the importance_scores of {target.name}", target.weight)
     here: Tensor = score.detach().to(target.weight.device)
     return here if here.dtype in DTYPES else here.double()
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PerParameter",
     "Target",
+    "check_readable",
     "count_true",
     "parameters_of_caller",
     "targets_from_history",
@@ -206,8 +207,9 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
     """The targets with the reference that belongs to each, wherever that is.
 
     Raises:
-        ValueError: too few or too many, none for a target, or another shape than the weight's.
-        TypeError: not tensors.
+        ValueError: too few or too many, none for a target, another shape than the weight's, or on
+            the meta device.
+        TypeError: not tensors, or sparse ones.
     """
     results = []
     for target, own in _per_target(targets, reference, "reference"):
@@ -231,8 +233,8 @@ def with_input_norms(
 
     Raises:
         ValueError: too few or too many, none for a target, another length than the weight has
-            inputs, or negative, infinite or NaN.
-        TypeError: not tensors.
+            inputs, on the meta device, or negative, infinite or NaN.
+        TypeError: not tensors, or sparse ones.
     """
     if isinstance(norms, Calibration):
         norms = norms.norms()
@@ -245,7 +247,7 @@ def with_input_norms(
         if own.shape != (length,):
             raise ValueError(
                 f"the input_norms of {target.name} should have shape ({length},), one for each "
-                f"input, got {tuple(own.shape)}{_grouped(target, len(own))}"
+                f"input, got {tuple(own.shape)}{_grouped(target, own.numel())}"
             )
         if not own.is_floating_point():
             raise TypeError(
@@ -303,7 +305,22 @@ def _per_target(
             raise TypeError(
                 f"the {what} of {target.name} should be a tensor, got {type(own).__name__}"
             )
+        check_readable(own, f"the {what} of {target.name}", target.weight)
     return [(target, own.detach()) for target, own in zip(targets, found, strict=True)]
+
+
+def check_readable(given: Tensor, what: str, weight: Tensor) -> None:
+    """Refuses a tensor for a weight that has no entry for each place: a sparse one, or one on the
+    meta device unless the weight is there too.
+
+    Raises:
+        TypeError: it is sparse.
+        ValueError: it is on the meta device.
+    """
+    if given.layout != torch.strided:
+        raise TypeError(f"{what} should be a strided tensor, got {given.layout}")
+    if given.is_meta and not weight.is_meta:
+        raise ValueError(f"{what} should have values, got a tensor on the meta device")
 
 
 def parameters_of_caller() -> tuple[list[Pair], bool] | None:

@@ -47,6 +47,12 @@ class Limits:
             raise ValueError(f"min_unit should not be negative, got {self.min_unit}")
         for which in ("max_layer_sparsity", "min_layer_sparsity"):
             given = getattr(self, which)
+            for pattern in given if isinstance(given, Mapping) else ():
+                if not isinstance(pattern, str):
+                    raise TypeError(
+                        f"{which} should have glob patterns as its keys, got a "
+                        f"{type(pattern).__name__}"
+                    )
             for value in given.values() if isinstance(given, Mapping) else [given]:
                 if not isinstance(value, numbers.Real):
                     raise TypeError(

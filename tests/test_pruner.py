@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchalignprune as tap
-from models import Tied, mlp
+from models import Record, Tied, mlp
 from torchalignprune import optimizers, schedules
 from torchalignprune import pruner as pruner_module
 
@@ -1107,6 +1108,71 @@ def test_a_pruning_that_fails_keeps_what_may_come_back(monkeypatch: pytest.Monke
     dense = mlp()
     for i in (0, 2):
         assert torch.equal(model[i].weight_orig, dense[i].weight * model[i].weight_mask)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Lets an operator fail that makes a new tensor, after so many that do not."""
+
+    def __init__(self, good: int) -> None:
+        super().__init__()
+        self.left = good
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func._schema.returns
+        if results and all(result.alias_info is None for result in results):
+            self.left -= 1
+            if self.left < 0:
+                raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("regrow", "with_criterion"), [(False, False), (False, True), (True, False)]
+)
+def test_a_step_that_runs_out_of_memory_changes_nothing(regrow: bool, with_criterion: bool) -> None:
+    def ready() -> tuple[nn.Module, tap.Pruner]:
+        torch.manual_seed(0)
+        model = mlp()
+        params = tap.prunable_parameters(model)
+        criterion = tap.criteria.Movement(params) if with_criterion else None
+        schedule = schedules.linear(0.0, 0.8, end=4)
+        pruner = tap.Pruner(
+            params, tap.AlignedMagnitude, schedule, criterion=criterion, regrow=regrow
+        )
+        optimizer = torch.optim.Adam(model.parameters())
+        train(model, optimizer, pruner, 2)
+        model(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+        return model, pruner
+
+    good = 0
+    while True:
+        model, pruner = ready()
+        record = Record(model)
+        try:
+            with OutOfMemory(good):
+                pruner.step()
+            break
+        except torch.OutOfMemoryError:
+            assert pruner.steps == 2
+            record.assert_untouched()
+            good += 1
+    assert good > 0
+    assert pruner.sparsity() == round(0.6 * 320) / 320
+
+
+def test_a_step_needs_no_memory_after_its_masks_are_in_place() -> None:
+    """What is shown shares the memory of the weights, also where gradients pass everywhere."""
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    movement = tap.criteria.Movement(params)
+    schedule = schedules.linear(0.0, 0.8, end=4)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=movement, regrow=True)
+    train(model, torch.optim.Adam(model.parameters()), pruner, 2)
+    for module, _ in params:
+        assert module.weight.data_ptr() == module.weight_orig.data_ptr()
+        module.weight.sum().backward()
+        assert bool((module.weight_orig.grad[~module.weight_mask] != 0).all())
 
 
 def test_masks_of_which_no_values_are_kept() -> None:

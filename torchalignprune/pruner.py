@@ -588,13 +588,15 @@ class Pruner:
             raise
         if self.regrow:
             self._left = left
-        for hook, (module, name, _) in zip(hooks, shown, strict=True):
+        for hook in hooks:
             hook.straight_through = self.regrow and self.criterion is not None
-            # Otherwise the gradients of pruned entries would pass from the next forward on only.
-            if hook.straight_through and type(hook) is MaskHook:
-                setattr(module, name, hook.apply_mask(module))
         self._clear()
         self._watch.look_again()
+        for hook, (module, name, _) in zip(hooks, shown, strict=True):
+            # Otherwise the gradients of pruned entries would pass from the next forward on only.
+            # The weights are zero there by now, so that no product needs memory of its own.
+            if hook.straight_through and type(hook) is MaskHook:
+                setattr(module, name, hook.apply_mask(module))
 
     def _keep_zeros(self, optimizer: Optimizer) -> bool:
         """After a step of an optimizer: whether it has moved what is pruned, which is undone.

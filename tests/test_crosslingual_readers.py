@@ -188,6 +188,14 @@ def test_tags_by_name_or_by_bare_number(tmp_path: Path) -> None:
         assert names("pos", rows) == [["INTJ", "PUNCT"]]
 
 
+def test_texts_that_are_times_stay_as_they_are(tmp_path: Path) -> None:
+    words = ["2020-01-01T00:00:00", "2021-12-31"]
+    rows = [{"id": "2020-01-01", "tokens": words, "upos": ["NUM", "NUM"]}]
+    jsonl(tmp_path / "en_ewt" / "dev.jsonl", rows)
+    found = load_task("pos", "en", tmp_path)["validation"]
+    assert list(found["tokens"]) == [words] and list(found["id"]) == ["2020-01-01"]
+
+
 def test_several_files_of_a_split(tmp_path: Path) -> None:
     for i in range(3):
         name = f"train-0000{i}-of-00003.parquet"

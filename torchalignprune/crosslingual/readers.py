@@ -301,9 +301,7 @@ def _read_table(path: Path, task: Task) -> pyarrow.Table:
 
         return pyarrow.parquet.read_table(path)
     if path.suffix == ".jsonl":
-        import pyarrow.json
-
-        return pyarrow.json.read_json(path)
+        return _read_lines(path)
     import pyarrow.csv
 
     tabs = path.suffix == ".tsv"
@@ -322,6 +320,27 @@ def _read_table(path: Path, task: Task) -> pyarrow.Table:
     if tabs:
         _check_lines(path, table)
     return table
+
+
+def _read_lines(path: Path) -> pyarrow.Table:
+    """JSON lines. Texts that all look like times are texts; Arrow would write them anew."""
+    import pyarrow.json
+
+    table = pyarrow.json.read_json(path)
+    texts = [own for own in table.schema if _as_text(own.type) != own.type]
+    if not texts:
+        return table
+    schema = pyarrow.schema([(own.name, _as_text(own.type)) for own in texts])
+    options = pyarrow.json.ParseOptions(explicit_schema=schema)
+    return pyarrow.json.read_json(path, parse_options=options)
+
+
+def _as_text(kind: pyarrow.DataType) -> pyarrow.DataType:
+    import pyarrow
+
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_as_text(kind.value_type))
+    return pyarrow.string() if pyarrow.types.is_timestamp(kind) else kind
 
 
 def _check_lines(path: Path, table: pyarrow.Table) -> None:

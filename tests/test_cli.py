@@ -721,9 +721,16 @@ def test_links_are_followed(bert: Path, tmp_path: Path) -> None:
     source.mkdir()
     for file in bert.iterdir():
         (source / file.name).symlink_to(file)
+    (source / "modules.json").write_text(json.dumps([{"path": "1_Pooling"}]))
+    for name in ("1_Pooling", "data"):  # the second is no part of the model
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        (source / name).symlink_to(tmp_path / name)
     before = tree(bert)
     assert run("prune", source, "--sparsity", 0.5, "--out", out) == 0
     assert not any(path.is_symlink() for path in out.iterdir())
+    assert (out / "1_Pooling" / "config.json").read_text() == "1_Pooling"
+    assert not (out / "data").exists()
     assert tree(bert) == before
 
 

@@ -206,9 +206,19 @@ def copy_other_files(source: Path, target: Path) -> None:
     weights, and so on. The same model in other weight formats, training state, the checkpoints of
     a Trainer and ``.git`` stay behind: they would be the dense model still.
     """
-    own = tuple(f"{path}/" for path in _module_folders(source))
-    for parent, folders, files in os.walk(source):
-        folders[:] = sorted(name for name in folders if not _is_foreign(name, {".cache"}))
+    modules = _module_folders(source)
+    own = tuple(f"{path}/" for path in modules)
+    for parent, folders, files in os.walk(source, followlinks=True):
+        # A link may lead anywhere; those to modules are part of the model.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not _is_foreign(name, {".cache"})
+            and (
+                not os.path.islink(os.path.join(parent, name))
+                or (Path(parent) / name).relative_to(source).as_posix() in modules
+            )
+        )
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(source)
             if _is_weights(name) and not relative.as_posix().startswith(own):

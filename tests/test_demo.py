@@ -92,7 +92,7 @@ def test_runs_are_what_they_say() -> None:
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="a sparsity should be between 0 and 1, got 0"):
+    with pytest.raises(ValueError, match="a sparsity should be above 0 and below 1, got 0"):
         run_demo([0.0])
     with pytest.raises(ValueError, match=r"sentences should be between 2 and \d+, got 10000"):
         run_demo([0.5], sentences=10000)

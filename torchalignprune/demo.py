@@ -170,7 +170,7 @@ def run_demo(
     """
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
-            raise ValueError(f"a sparsity should be between 0 and 1, got {sparsity}")
+            raise ValueError(f"a sparsity should be above 0 and below 1, got {sparsity}")
     prose = prose_sentences()
     most = len(prose) - _CALIBRATION_SENTENCES
     if not 2 <= sentences <= most:

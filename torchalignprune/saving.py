@@ -361,7 +361,7 @@ def _built(kind: Any, files: PrunedFiles) -> Any:
     """A model of a class of transformers, with the config in the folder."""
     from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(files.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False)
     wanted = getattr(kind, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
         raise ValueError(

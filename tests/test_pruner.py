@@ -98,6 +98,7 @@ def test_a_schedule_that_falls_prunes_nothing_and_gives_nothing_back() -> None:
     pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.5, 2: 0.25, 3: 0.75}))
     before = [module.weight_mask.clone() for module, _ in params]
     assert [pruner.step(), pruner.step()] == [False, False]
+    assert pruner.log() == {"pruning/sparsity": 0.5, "pruning/target_sparsity": 0.25}
     assert all(torch.equal(m.weight_mask, b) for (m, _), b in zip(params, before, strict=True))
     assert pruner.step() and pruner.sparsity() == 0.75
 
@@ -171,7 +172,8 @@ def test_steps_that_move_nothing_settle_nothing() -> None:
     assert zeros_are_kept(params)
 
 
-def test_a_loaded_state_settles_no_optimizer() -> None:
+@pytest.mark.parametrize("call", ["load_state_dict", "look_again"])
+def test_a_loaded_state_settles_no_optimizer(call: str) -> None:
     """Momentum that is loaded after the pruner's state moves nothing either."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -181,7 +183,15 @@ def test_a_loaded_state_settles_no_optimizer() -> None:
     params = tap.prunable_parameters(model)
     pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
     train(model, optimizer, pruner, 2)
-    pruner.load_state_dict(pruner.state_dict())
+    with torch.no_grad():
+        for module, _ in params:
+            module.weight_orig[~module.weight_mask] = 1.0
+    if call == "look_again":
+        pruner.look_again()
+    else:
+        pruner.load_state_dict(pruner.state_dict())
+    for module, _ in params:
+        assert not bool(module.weight_orig[~module.weight_mask].any())
     optimizer.load_state_dict(dense)
     train(model, optimizer, pruner, 1)
     for module, _ in params:
@@ -294,6 +304,7 @@ def test_resumed_runs_end_the_same_bit_for_bit(method: Any, options: dict[str, A
         second = fresh()
         for part, state in zip(second, saved, strict=True):
             part.load_state_dict(state)
+        assert second[2].log() == first[2].log()
         run(*second, 11 - killed_at)
         ours, theirs = second[0].state_dict(), whole[0].state_dict()
         assert ours.keys() == theirs.keys()
@@ -408,7 +419,10 @@ def test_freeze_keeps_the_zeros_of_a_sparse_model() -> None:
         True,
         True,
     ]
-    assert pruner.sparsity() == pytest.approx(0.6)
+    pruned = sum(int(zero.sum()) for zero in zeros) / 320
+    assert pruner.sparsity() == pruned == pytest.approx(0.6)
+    pruner.finalize()
+    assert pruner.sparsity() == pruned
     with pytest.raises(ValueError, match="without any: is this the sparse checkpoint"):
         tap.Pruner.freeze(tap.prunable_parameters(mlp()))
 
@@ -468,6 +482,32 @@ def test_log() -> None:
     assert log["pruning/penalty"] == pytest.approx(penalty().item())
 
 
+def test_a_penalty_with_a_state_of_its_own() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self) -> Tensor:
+            return 2 * self.scale
+
+    def made() -> tap.Pruner:
+        params = tap.prunable_parameters(mlp())
+        return tap.Pruner(params, tap.Magnitude, schedules.constant(0.5), penalty=Scaled())
+
+    pruner, resumed = made(), made()
+    pruner.penalty.scale.fill_(3.0)
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.log()["pruning/penalty"] == 6.0
+
+
+def test_parameters_without_entries() -> None:
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.empty(0, 3)))
+    pruner = tap.Pruner([(module, "weight")], tap.Magnitude, schedules.one_shot(0.5, at=1))
+    assert pruner.step() and pruner.sparsity() == 0
+
+
 def test_a_reference_for_the_log_alone() -> None:
     """A method that was given a reference of its own, or none, keeps to that."""
     masks, logs = [], []
@@ -507,6 +547,7 @@ def test_bad_input() -> None:
             r"sparsity in \[0, 1\], got 1.5 at step 0",
             {"schedule": schedules.constant(1.5)},
         ),
+        (ValueError, r"in \[0, 1\], got -0.5 at step 0", {"schedule": schedules.constant(-0.5)}),
         (ValueError, "should begin with 0, got 0.5", {"criterion": tap.criteria.Movement(params)}),
         (
             ValueError,
@@ -519,6 +560,7 @@ def test_bad_input() -> None:
         ),
         (TypeError, "a function from the step", {"schedule": 0.5}),
         (ValueError, "the same params", {"criterion": tap.criteria.Movement(params[:1])}),
+        (ValueError, "the same params", {"criterion": tap.criteria.Movement(params[::-1])}),
         (TypeError, "criteria.Movement", {"criterion": tap.criteria.Movement}),
         (TypeError, "penalty should be", {"penalty": 0.1}),
         (TypeError, "min_unit should be an int", {"min_unit": 0.5}),
@@ -610,6 +652,18 @@ def test_pruned_entries_come_back_with_their_values() -> None:
     assert layer.weight_orig.tolist() == [[0, 2, 3, 0]]
 
 
+def test_entries_may_come_back_every_so_many_steps() -> None:
+    for regrow, expected in ((True, [False] * 6), (3, [False, False, True] * 2)):
+        layer = nn.Linear(4, 1, bias=False)
+        layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        schedule = schedules.constant(0.5)
+        pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedule, regrow=regrow)
+        with torch.no_grad():
+            layer.weight_orig[0, 3] = 0.5
+        assert [pruner.step() for _ in range(6)] == expected
+        assert layer.weight.tolist() == [[0, 0, 3, 0.5] if regrow is True else [0, 2, 3, 0]]
+
+
 def test_pruned_entries_come_back_in_the_dtype_of_now() -> None:
     layer = nn.Linear(4, 1, bias=False)
     layer.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
@@ -648,15 +702,19 @@ def test_movement_lets_entries_regrow_by_their_gradients() -> None:
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-2, atol=0.05)
 
 
-def test_a_skipped_optimizer_step_postpones_the_pruning() -> None:
+@pytest.mark.parametrize(
+    ("kind", "since"),
+    [(tap.criteria.Taylor, " since the last one"), (tap.criteria.Movement, "")],
+)
+def test_a_skipped_optimizer_step_postpones_the_pruning(kind: Any, since: str) -> None:
     model = mlp()
     params = tap.prunable_parameters(model)
-    taylor = tap.criteria.Taylor(params)
     schedule = schedules.one_shot(0.5, at=2)
-    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=taylor)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=kind(params))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.step()
-    with pytest.warns(UserWarning, match=r"step 2 waits: Taylor .* of 0\.weight, 2\.weight since"):
+    message = rf"step 2 waits: {kind.__name__} .* of 0\.weight, 2\.weight{since}\. It reads"
+    with pytest.warns(UserWarning, match=message):
         assert not pruner.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -899,9 +957,10 @@ def test_of_tied_masks_with_as_many_entries_the_right_one_is_taken() -> None:
         return model, tap.Pruner(params, tap.Magnitude, schedules.constant(0.5), regrow=1)
 
     model, pruner = made()
+    first = model.a.weight_mask
     with torch.no_grad():
         model.a.weight_orig.add_(torch.randn(12, 12))
-    pruner.step()
+    assert pruner.step() and not torch.equal(model.a.weight_mask, first)
     saved, state = model.state_dict(), pruner.state_dict()
     for lost in "ab":
         other, resumed = made()
@@ -1075,6 +1134,27 @@ def test_an_optimizer_for_each_parameter_that_steps_in_the_backward() -> None:
         pruner.step()
         for module, _ in params:
             assert bool((module.weight_orig[~module.weight_mask] == 0).all())
+
+
+def test_a_state_is_looked_at_with_the_masks_that_are_still_to_come() -> None:
+    def made() -> tap.Pruner:
+        params = tap.prunable_parameters(mlp())
+        return tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=1), regrow=True)
+
+    pruner, other = made(), made()
+    pruner.step()
+    state = pruner.state_dict()
+    found = [module.weight_mask for module, _ in pruner.params]
+    masks = dict(zip(["0.weight", "2.weight"], found, strict=True))
+    other.check_state(state, masks)
+    with pytest.raises(ValueError, match=r"0\.weight has 0 pruned entries, and \d+ in the state"):
+        other.check_state(state)
+    flipped = {name: mask.flip(0) for name, mask in masks.items()}
+    with pytest.raises(ValueError, match="masks prune other entries than those that the state"):
+        other.check_state(state, flipped)
+    with pytest.raises(ValueError, match=r"lacks the values that 0\.weight may take back"):
+        pruner.check_state({**state, "left": {}})
+    assert other.steps == 0 and other.sparsity() == 0
 
 
 def test_a_finished_pruner_has_no_state() -> None:

@@ -82,6 +82,15 @@ def test_gradients(operator: Operator, device: str) -> None:
         torch.autograd.gradgradcheck(lambda w: operator(w, mask) ** 3, (given_weight,))
 
 
+def test_a_gradient_that_is_differentiated_is_masked_in_its_graph() -> None:
+    weight, x = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    mask = half(3, 4)
+    value = (ops.apply_mask(weight, mask) * x).sum()
+    (grad,) = torch.autograd.grad(value, weight, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert torch.equal(second, mask.float())
+
+
 @BOTH
 @TORCHS_OWN
 def test_forward_mode(operator: Operator, device: str) -> None:
@@ -213,6 +222,10 @@ def test_a_gradient_with_a_view_of_it_elsewhere_stays_as_it_is() -> None:
     assert bool((kept[0] == 1).all())
     assert weight.grad is not None
     assert torch.equal(weight.grad, mask.float())
+    turned, factor = ops.apply_mask(weight, mask).t(), torch.randn(3, 4)
+    turned.register_hook(lambda grad: kept.append(grad))
+    (turned * factor).sum().backward()
+    assert torch.equal(kept[1], factor)
 
 
 @TORCHS_OWN

@@ -55,6 +55,10 @@ def test_among_equals_the_lower_position_is_worth_less() -> None:
     gains = ops.cosine_gains(torch.tensor([[1.0, -1.0, 1.0, 1.0]]))
     expected = [math.sqrt(k / 4) - math.sqrt((k - 1) / 4) for k in (4, 3, 2, 1)]
     torch.testing.assert_close(gains, torch.tensor([expected]))
+    w = torch.tensor([[1.0, -1.0, 1.0, 1.0], [2.0, 0.0, 2.0, 0.0]])
+    for dtype in (torch.float32, torch.float64):
+        order = ops.cosine_gains(w.to(dtype), reference=w).argsort(stable=True)
+        assert order.tolist() == [[0, 1, 2, 3], [1, 3, 0, 2]]
 
 
 def test_a_pruned_entry_is_worth_nothing_but_counts_in_the_norm() -> None:
@@ -264,6 +268,14 @@ def test_big_units_with_any_number_of_threads(
     assert torch.equal(found[1], found[5])
     expected = by_formula(weight, mask).to(found[0].dtype)
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("peak", [1e3, 1e6, 1e12])
+def test_one_entry_that_is_far_larger_than_the_others(peak: float) -> None:
+    weight = torch.randn(3, 2000)
+    weight[:, 700] = peak
+    expected = by_formula(weight, weight != 0).float()
+    torch.testing.assert_close(ops.cosine_gains(weight), expected, rtol=1e-5, atol=0)
 
 
 def test_nothing_that_is_given_changes() -> None:

@@ -449,6 +449,18 @@ def test_big_equals_sort_and_cut_with_any_number_of_threads(case: str, device: s
             assert torch.equal(mask.cpu(), plain), f"{threads} threads"
 
 
+def test_a_bracket_that_begins_right_behind_the_last_one_to_go() -> None:
+    size = 300_000
+    where = sampled_positions(size)
+    weight = torch.ones(size)
+    others = size - len(where)
+    # As large a share of the sample is 2 as of all entries is 1, which the sample does not see.
+    equal = len(where) * others // size
+    weight[where] = torch.cat([torch.full((equal,), 2.0), 2 + torch.rand(len(where) - equal)])
+    (kept,) = ops.select_global([weight], others)
+    assert torch.equal(kept, weight > 1)
+
+
 def test_nan_anywhere_in_a_big_tensor_is_found() -> None:
     weights = [normal(N), normal(N)]
     for position in (0, 70_000, N - 1):

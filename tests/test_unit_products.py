@@ -232,6 +232,10 @@ def test_forward_mode_is_refused() -> None:
             ops.unit_products([dual])
         with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
             ops.unit_combination([dual], torch.ones(2, 2, dtype=torch.float64))
+        factors = torch.ones(2, 2, dtype=torch.float64)
+        factors = forward_ad.make_dual(factors, factors.clone())
+        with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+            ops.unit_combination([W], factors)
         assert torch.equal(ops.unit_products([W]), ops.unit_products([W.clone()]))
 
 

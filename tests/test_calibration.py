@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import torchalignprune as tap
 from torchalignprune import Calibration
-from torchalignprune.calibration import InputStatistics, _Sums
+from torchalignprune.calibration import _ROWS, InputStatistics, _Sums
 from torchalignprune.parameters import PrunableParameters, prunable_parameters
 
 Pair = tuple[nn.Module, str]
@@ -442,6 +442,12 @@ def test_means_and_covariances(sizes: list[int], dims: int, offset: float) -> No
     assert_statistics(found[layer, "weight"], rows)
 
 
+def test_more_tokens_than_are_copied_at_a_time() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(2 * _ROWS + 5, 3) + torch.arange(2 * _ROWS + 5)[:, None]
+    found = Calibration.collect(layer, [x / 4096], [(layer, "weight")], statistics="covariance")
+    assert_statistics(found[layer, "weight"], x / 4096)
+
+
 def test_covariance_dtypes(dtype: torch.dtype, device: str) -> None:
     layer = nn.Linear(3, 2, dtype=dtype, device=device)
     x = (torch.randn(50, 3) * torch.tensor([300.0, 1.0, 0.01])).to(device, dtype)
@@ -584,8 +590,10 @@ def test_memory_limit() -> None:
     for pair in params:
         for key in ("norms", "mean", "covariance"):
             assert torch.equal(getattr(whole[pair], key), getattr(parts[pair], key))
-    Calibration.collect(model, batches, params, memory_limit=1)  # norms take no memory to speak of
+    Calibration.collect(model, batches, params[:4], statistics="covariance", memory_limit=limit)
     assert len(ran) == 2 + 2 * 6 + 2
+    Calibration.collect(model, batches, params, memory_limit=1)  # norms take no memory to speak of
+    assert len(ran) == 2 + 2 * 6 + 2 + 2
 
     with pytest.raises(ValueError, match=r"0\.output\.dense\.weight, which takes 2048 bytes"):
         Calibration.collect(model, batches, params, statistics="covariance", memory_limit=limit - 1)
@@ -593,7 +601,7 @@ def test_memory_limit() -> None:
         Calibration.collect(
             model, (b for b in batches), params, statistics="covariance", memory_limit=limit
         )
-    assert len(ran) == 2 + 2 * 6 + 2 and hooks(model) == 0
+    assert len(ran) == 2 + 2 * 6 + 2 + 2 and hooks(model) == 0
     # One pass is all that a generator has.
     Calibration.collect(
         model, (b for b in batches), params, statistics="covariance", memory_limit=1 << 30
@@ -663,6 +671,14 @@ def test_sums_are_freed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     params = prunable_parameters(model)
     Calibration.collect(model, [torch.randn(8, 3)], params, statistics="covariance")
     assert freed == [True] * 4
+
+
+def test_statistics_are_those_that_every_parameter_has() -> None:
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    found = collected(one, x, statistics="covariance")
+    assert found.statistics == "covariance"
+    assert Calibration({**found, **collected(other, x)}).statistics == "norms"
 
 
 def test_bad_merges() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -336,9 +337,11 @@ def test_tied_weights_serve_all_their_places(bias: bool) -> None:
     if not bias:
         model.b.bias = None
     model.double()
-    x = inputs(300, 12).double()
     params = prunable_parameters(model)
-    calibration = covariances(model, x, params)
+    # As much as each place has seen.
+    first = covariances(model.a, inputs(300, 12).double(), params[:1])
+    second = covariances(model.b, inputs(100, 12, seed=1).double(), params[1:])
+    calibration = Calibration({**first, **second})
     own = model.a.weight.detach().clone()
     tap.global_unstructured(params, tap.Random, amount=0.5, generator=torch.Generator())
     layers = (model.a, model.b)
@@ -346,10 +349,10 @@ def test_tied_weights_serve_all_their_places(bias: bool) -> None:
     (result,) = tap.realign(params, calibration, ridge=0.01)
     assert model.a.weight_orig is model.b.weight_orig
     places = []
-    for pair, has in zip(params, (True, bias), strict=True):
+    for pair, has, share in zip(params, (True, bias), (0.75, 0.25), strict=True):
         found = calibration[pair]
         assert found.covariance is not None
-        places.append((0.5, found.mean, found.covariance, has))
+        places.append((share, found.mean, found.covariance, has))
     v, changes = reference.realign(own, model.a.weight_mask, places, ridge=0.01)
     torch.testing.assert_close(model.a.weight.detach(), v, rtol=0.01, atol=0.01)
     assert torch.equal(model.a.weight, model.b.weight)
@@ -598,11 +601,17 @@ def test_weights_may_be_realigned_again_with_a_reference() -> None:
     assert own == pytest.approx(relative_error(again, expected), rel=1e-3)
 
 
-@pytest.mark.filterwarnings("error")
 def test_few_tokens_are_warned_of() -> None:
     layer = nn.Linear(8, 6)
     params = [(layer, "weight")]
     calibration = covariances(layer, inputs(5, 8), params)
     tap.magnitude(layer, "weight", amount=0.5)
     with pytest.warns(UserWarning, match=r"has 5 tokens for the 8 inputs of .*Linear.weight"):
+        tap.realign(params, calibration)
+    enough = nn.Linear(8, 6)
+    params = [(enough, "weight")]
+    calibration = covariances(enough, inputs(8, 8), params)
+    tap.magnitude(enough, "weight", amount=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         tap.realign(params, calibration)

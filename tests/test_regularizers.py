@@ -257,6 +257,13 @@ def test_units_and_parameters_without_a_reference_do_not_count() -> None:
     assert others == pytest.approx([0, 0], abs=1e-12)
 
 
+def test_parameters_without_entries() -> None:
+    module = holder(torch.empty(0, 3), torch.ones(2, 2))
+    for kind in (tap.CosineAlignment, tap.FrobeniusAlignment):
+        penalty = kind(pairs(module), tap.Reference.capture(pairs(module)))
+        assert penalty().item() == 0
+
+
 def test_weights_of_the_mean() -> None:
     module = holder(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     params, references = pairs(module), [torch.tensor([[1.0, 0.0]])] * 2
@@ -360,16 +367,20 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(found, wanted)
 
 
-def test_suggested_strength_makes_the_share() -> None:
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_suggested_strength_makes_the_share(scale: float) -> None:
     model = mlp()
     params = pairs(model)
+    with torch.no_grad():
+        for module, _ in params:
+            module.weight.mul_(scale)
     penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
     tap.global_unstructured(params, tap.Magnitude, amount=0.5)
     loss = model(torch.randn(6, 12)).square().mean()
     with pytest.raises(ValueError, match="have the weights moved since"):
         penalty.suggest_strength(loss)
     with torch.no_grad():
-        model[0].weight_orig.add_(torch.randn(16, 12) / 100)
+        model[0].weight_orig.add_(scale * torch.randn(16, 12) / 100)
     loss = model(torch.randn(6, 12)).square().mean()
     strength = penalty.suggest_strength(loss, share=0.25)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -425,6 +436,9 @@ def test_a_matching_is_kept_for_so_many_calls(monkeypatch: pytest.MonkeyPatch) -
     penalty = tap.CosineAlignment(params, references_near(params), matching="greedy", match_every=3)
     for _ in range(7):
         penalty()
+        if penalty.matching_state()["calls"] % 3:
+            with torch.no_grad():  # as for a log, which is no step of the training
+                penalty()
     assert len(made) == 3 * len(params)
 
 
@@ -434,6 +448,15 @@ def test_any_iterable_of_pairs_is_welcome(matching: Any) -> None:
     references = references_near(params)
     found = tap.CosineAlignment(iter(params), references, matching=matching)()
     assert torch.equal(found, tap.CosineAlignment(params, references, matching=matching)())
+
+
+def test_what_is_pruned_of_a_unit_is_not_matched() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data.copy_(torch.tensor([[5.0, 1.0], [1.0, 1.0]]))
+    params = [(layer, "weight")]
+    prune.custom_from_mask(layer, "weight", torch.tensor([[0, 1], [1, 1]]))
+    penalty = tap.CosineAlignment(params, [torch.eye(2)], matching="greedy")
+    assert math.isclose(penalty().item(), (1 - math.sqrt(0.5)) / 2, rel_tol=1e-6)
 
 
 def test_a_copy_shares_the_reference() -> None:

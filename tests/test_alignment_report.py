@@ -187,6 +187,9 @@ def test_nothing_to_compare_with() -> None:
         found = tap.alignment_report(params)
     assert found.totals["sparsity"] == 0.5
     assert tap.alignment_report(params, reference).totals["mean_alignment"] < 1
+    # A reference that is given may well be what is left.
+    left = [module.weight.detach().clone() for module, _ in params]
+    assert tap.alignment_report(params, left).totals["distortion"] == 0
 
 
 def test_close_calls_are_decided_in_float64() -> None:

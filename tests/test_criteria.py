@@ -294,6 +294,14 @@ def test_transformer_chains(
     assert list(scores) == list(params)
 
 
+def test_transformer_chains_need_all_of_their_links() -> None:
+    layer = nn.ModuleDict({"lin1": nn.Linear(4, 6), "lin2": nn.Linear(6, 4)})
+    whole = nn.ModuleDict({"lin1": nn.Linear(4, 6), "lin2": nn.Linear(6, 4)})
+    model = nn.ModuleList(nn.ModuleDict({"ffn": each}) for each in (layer, whole))
+    params = prunable_parameters(model, exclude="0.ffn.lin2")
+    assert criteria.transformer_chains(params) == [(params[1], params[2])]
+
+
 def test_transformer_chains_where_there_are_none() -> None:
     params = prunable_parameters(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="no layers with the names of a BERT-like encoder"):
@@ -330,6 +338,10 @@ def test_wanda_of_a_grouped_convolution() -> None:
         for j in range(2):
             expected = conv.weight[out, j].abs() * x[(out // 3) * 2 + j]
             torch.testing.assert_close(score[out, j], expected.detach())
+    # The weight of a transposed one shows all input channels.
+    turned = nn.ConvTranspose1d(4, 6, 2, groups=2)
+    score = criteria.wanda([(turned, "weight")], {(turned, "weight"): x})[turned, "weight"]
+    torch.testing.assert_close(score, (turned.weight.abs() * x.view(4, 1, 1)).detach())
 
 
 def test_wanda_checks_its_norms() -> None:

@@ -67,6 +67,14 @@ def test_unreachable_in_one_layer() -> None:
         )
 
 
+def test_shares_that_rounding_puts_a_little_below_what_they_mean() -> None:
+    assert int(0.29 * 100) == 28
+    low, high = torch.arange(100.0).view(1, 100), torch.arange(100.0, 200.0).view(1, 100)
+    assert int((~chosen(Limits(max_layer_sparsity=0.29), [low], 29)[0]).sum()) == 29
+    kept = chosen(Limits(min_layer_sparsity=0.29), [low, high], 100)
+    assert [int((~mask).sum()) for mask in kept] == [71, 29]
+
+
 @given(st.data())
 def test_no_other_masks_within_the_limits_keep_more(data: st.DataObject) -> None:
     shapes = data.draw(

@@ -62,7 +62,8 @@ def test_exponential_prunes_the_same_share_of_what_remains() -> None:
 
 
 def test_steps() -> None:
-    assert sequence(schedules.steps({1: 0.3, 3: 0.6}), 5) == [0.3, 0.3, 0.3, 0.6, 0.6]
+    for values in ({1: 0.3, 3: 0.6}, {3: 0.6, 1: 0.3}):
+        assert sequence(schedules.steps(values), 5) == [0.3, 0.3, 0.3, 0.6, 0.6]
 
 
 def test_join_counts_from_each_boundary() -> None:

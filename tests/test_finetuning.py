@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import torchalignprune as tap
 from tiny_xlmr import unigram, wordpiece, xlmr
@@ -185,6 +186,35 @@ def test_the_penalty_keeps_the_weights_near_the_reference(kind: Callable[..., An
         assert found[strength].penalty == pytest.approx(penalty().item())
     assert 0 < found[10.0].penalty < 0.5 * found[0.0].penalty
     assert topics(topics_model()).penalty is None
+
+
+def test_losses_are_without_the_penalty_and_gradients_are_clipped_with_it() -> None:
+    class Steep(torch.nn.Module):
+        """Of the same value always, with a large gradient or none."""
+
+        def __init__(self, weight: Tensor, slope: float) -> None:
+            super().__init__()
+            self.weight, self.slope = [weight], slope
+
+        def forward(self) -> Tensor:
+            (weight,) = self.weight
+            return 100 + self.slope * (weight - weight.detach()).sum()
+
+    norms: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm([g for g in grads if g is not None])))
+
+    model = topics_model()
+    flat = Steep(model.classifier.dense.weight, 0.0)
+    found = topics(model, penalty=flat, strength=1.0)
+    assert found.losses == topics(topics_model()).losses and found.penalty == 100
+    model = topics_model()
+    handle = register_optimizer_step_pre_hook(look)
+    topics(model, penalty=Steep(model.classifier.dense.weight, 1e3), strength=1.0)
+    handle.remove()
+    assert norms == pytest.approx([1.0] * 12, rel=1e-4)
 
 
 @pytest.mark.parametrize("bare", ["skip", "label"])

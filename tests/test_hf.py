@@ -360,6 +360,30 @@ def test_the_penalty_is_logged_as_a_mean_over_the_steps(tmp_path: Path) -> None:
     assert logged == pytest.approx([sum(single[:4]) / 4, sum(single[4:]) / 4])
 
 
+def test_steps_of_a_training_that_failed_are_not_in_the_log_of_the_next(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                raise OSError("the disk is gone")
+
+    options: dict[str, Any] = {"logging_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    strength = schedules.linear(0.0, 1.0, end=8)
+    whole, *_ = regularized(tmp_path / "a", strength, **options)
+    whole.train()
+    trainer, *_ = regularized(tmp_path / "b", strength, **options)
+    fails = Fails()
+    trainer.add_callback(fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.train()
+    trainer.remove_callback(fails)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    last, wanted = (
+        [entry for entry in one.state.log_history if "loss" in entry][-1]
+        for one in (trainer, whole)
+    )
+    assert last == wanted and wanted["penalty_strength"] == 5.5 / 8
+
+
 def test_no_strength_no_penalty(tmp_path: Path) -> None:
     trainer, *_ = regularized(tmp_path, 0.0)
     trainer.train()

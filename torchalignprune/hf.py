@@ -379,6 +379,7 @@ class AlignmentTrainerMixin:
         self._added: Tensor | float = 0.0
         self._strengths = 0.0
         self._steps = 0
+        self._counted_in: Any = None  # the state, which is a new one in each training
         super().__init__(*args, **kwargs)
         _check_setup(self.args, self)
 
@@ -393,6 +394,10 @@ class AlignmentTrainerMixin:
         """Add the gradient of the penalty; what it adds to the loss."""
         step = self.state.global_step
         strength = _checked_strength(self.strength(step), f" at step {step}")
+        if self._counted_in is not self.state:
+            # A training that failed, or had no log at its end, has left its last steps here.
+            self._counted_in = self.state
+            self._added, self._strengths, self._steps = 0.0, 0.0, 0
         self._steps += 1
         self._strengths += strength
         if strength == 0:

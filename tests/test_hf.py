@@ -778,6 +778,10 @@ def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> Non
         module.weight_orig.requires_grad_(False)
     with pytest.raises(ValueError, match="none of the parameters of the penalty requires"):
         trainer.train()
+    trainer, *_ = regularized(tmp_path, 1.0)
+    _, _, trainer.penalty = regularized(tmp_path, 1.0)
+    with pytest.raises(ValueError, match="the penalty's parameters should be those of the model"):
+        trainer.train()
 
 
 def test_train_twice(tmp_path: Path) -> None:

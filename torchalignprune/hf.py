@@ -42,6 +42,7 @@ from torchalignprune.ddp import ignore_masks
 from torchalignprune.dtensors import is_dtensor
 from torchalignprune.parameters import mask_of, stored
 from torchalignprune.pruner import Pruner
+from torchalignprune.regularizers import leaves_of
 from torchalignprune.state_files import load_state, save_state
 from torchalignprune.targets import targets_of
 from torchalignprune.weight_files import WeightFiles
@@ -330,7 +331,7 @@ class AlignmentTrainerMixin:
     Raises:
         TypeError: a penalty that is not a module; a strength that is no number or function.
         ValueError: a strength that is negative or not finite; FSDP, DeepSpeed or
-            ``torch.nn.DataParallel``; a penalty without any gradient.
+            ``torch.nn.DataParallel``; a penalty without any gradient, or of another model.
 
     Example:
         >>> import tempfile, torch, transformers, torchalignprune as tap
@@ -380,6 +381,7 @@ class AlignmentTrainerMixin:
         self._strengths = 0.0
         self._steps = 0
         self._counted_in: Any = None  # the state, which is a new one in each training
+        self._checked = False
         super().__init__(*args, **kwargs)
         _check_setup(self.args, self)
 
@@ -398,6 +400,7 @@ class AlignmentTrainerMixin:
             # A training that failed, or had no log at its end, has left its last steps here.
             self._counted_in = self.state
             self._added, self._strengths, self._steps = 0.0, 0.0, 0
+            self._checked = False
         self._steps += 1
         self._strengths += strength
         if strength == 0:
@@ -406,6 +409,15 @@ class AlignmentTrainerMixin:
             value = strength * self.penalty()
             if not value.requires_grad:
                 raise ValueError("none of the parameters of the penalty requires a gradient")
+            if not self._checked:
+                own = {id(parameter) for parameter in model.parameters()}
+                if not any(id(leaf) in own for leaf in leaves_of(value)):
+                    raise ValueError(
+                        "the penalty's parameters should be those of the model that is trained, "
+                        "got those of another one (model_init and hyperparameter searches make new "
+                        "models)"
+                    )
+                self._checked = True
             self.accelerator.backward(value)
         added: Tensor = value.detach()
         self._added = self._added + added

@@ -593,7 +593,7 @@ def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor 
             "accumulation"
         )
     touched = {
-        id(leaf): leaf for leaf in (*leaves, *fsdp.parameters_of(groups), *_leaves(task_loss))
+        id(leaf): leaf for leaf in (*leaves, *fsdp.parameters_of(groups), *leaves_of(task_loss))
     }
     before = [(leaf, leaf.grad) for leaf in touched.values()]
     try:
@@ -606,7 +606,7 @@ def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor 
             leaf.grad = grad
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
+def leaves_of(loss: Tensor) -> list[Tensor]:
     """The leaves that a backward would accumulate gradients in."""
     found: list[Tensor] = []
     seen: set[Any] = set()

@@ -525,6 +525,18 @@ def test_the_best_model_may_be_less_sparse(tmp_path: Path) -> None:
     assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
 
 
+def test_the_best_model_is_as_sparse_as_the_training_ended(tmp_path: Path) -> None:
+    """Counted in each unit, 0.65 of 16 is 10, which is less than the schedule says."""
+    model = bert()
+    schedule = schedules.one_shot(0.65, at=1)
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, schedule, budget="unit")
+    trainer, _ = plain_trainer(tmp_path, model, pruner, **BEST_OF_EVERY_SECOND)
+    trainer.compute_metrics = Metric(0.1, 0.9, 0.2, 0.3)
+    trainer.train()  # without a warning
+    assert pruner.sparsity() < 0.65 - 1e-3
+
+
 def test_the_best_model_may_lack_values_to_take_back(tmp_path: Path) -> None:
     model = bert()
     pruner = pruner_of(model, tap.Random, regrow=True)

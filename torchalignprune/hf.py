@@ -141,6 +141,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._args: Any = None
         self._state: Any = None
         self._model: Any = None
+        # The sparsity before the best checkpoint is loaded.
+        self._reached = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -169,9 +171,11 @@ class PruningCallback(TrainerCallback, ExportableState):
                 )
             self._resume(own, state.global_step)
         self._args, self._state, self._model = args, state, model
+        self._reached = self.pruner.sparsity()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pruner.step()
+        if self.pruner.step():
+            self._reached = self.pruner.sparsity()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._state is None:
@@ -188,13 +192,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             if not self.pruner.finished:
                 self._compare_with_best(Path(state.best_model_checkpoint))
             return
-        sparsity, target = self.pruner.sparsity(), self.pruner.log()["pruning/target_sparsity"]
+        sparsity = self.pruner.sparsity()
         if not self.pruner.finished:
             self.pruner.look_again()
-        if sparsity < target - 1e-3:
+        if sparsity < self._reached - 1e-3:
             warnings.warn(
                 f"load_best_model_at_end has loaded {state.best_model_checkpoint}, which was saved "
-                f"at a sparsity of {sparsity:.4g}; the training ended at {target:.4g}. {_DELAY}",
+                f"at a sparsity of {sparsity:.4g}; the training ended at {self._reached:.4g}. "
+                f"{_DELAY}",
                 UserWarning,
                 stacklevel=2,
             )

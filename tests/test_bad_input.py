@@ -718,3 +718,28 @@ def test_parameters_on_two_devices() -> None:
     with pytest.raises(ValueError, match="on one device"):
         tap.global_unstructured(pairs(model), AM, amount=0.5)
     record.assert_untouched()
+
+
+@pytest.mark.parametrize("made", [mlp, Tied])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: tap.Pruner(model, tap.Magnitude, tap.schedules.constant(0.5)),
+        tap.Pruner.freeze,
+        tap.Reference.capture,
+        lambda model: tap.CosineAlignment(model, []),
+        tap.criteria.Movement,
+        tap.criteria.magnitude,
+        tap.alignment_report,
+        lambda model: tap.Calibration.collect(model, [torch.ones(1, 12)], model),
+        tap.to_semi_structured,
+    ],
+)
+def test_a_model_in_the_place_of_its_parameters(
+    call: Callable[[Any], Any], made: Callable[[], nn.Module]
+) -> None:
+    model = made()
+    record = Record(model)
+    with pytest.raises(TypeError, match=r"got (Sequential|Tied); prunable_parameters\(model\)"):
+        call(model)
+    record.assert_untouched()

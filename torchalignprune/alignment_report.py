@@ -19,6 +19,7 @@ from torchalignprune.dtensors import add_up, is_dtensor, local, own_indices, own
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
+    listed,
     parameter_names,
     prunable_parameters,
 )
@@ -230,7 +231,7 @@ def alignment_report(
             "matching should be True or False, whether to look for units that moved, got "
             f"{matching!r}"
         )
-    pairs = params if isinstance(params, list) else list(params)
+    pairs = listed(params)
     targets = with_references(targets_of(pairs), reference)
 
     def load(i: int) -> tuple[Tensor, Tensor | None, Tensor]:

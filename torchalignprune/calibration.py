@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
+    listed,
     parameter_names,
     stored,
     unit_dimension,
@@ -188,10 +189,10 @@ class Calibration(Mapping[Pair, InputStatistics]):
                 f"batches should be an iterable of batches, got one {type(batches).__name__}: put "
                 "it into a list"
             )
-        pairs = list(params)
+        pairs = listed(params)
         if not pairs:
             raise ValueError("there are no parameters to take statistics for")
-        names = parameter_names(params if isinstance(params, PrunableParameters) else pairs)
+        names = parameter_names(pairs)
         with_covariance = statistics == "covariance"
         meters = [
             _Meter(*pair, name, with_covariance) for pair, name in zip(pairs, names, strict=True)

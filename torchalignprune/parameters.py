@@ -26,6 +26,7 @@ __all__ = [
     "bool_mask",
     "check_mask",
     "known_unit_dimension",
+    "listed",
     "mask_of",
     "matches",
     "parameter_names",
@@ -292,6 +293,27 @@ def known_unit_dimension(parameter: Tensor) -> int:
     1 if :func:`prunable_parameters` has listed the parameter with that dimension, otherwise 0.
     """
     return int(parameter in _UNITS_ALONG_1)
+
+
+def listed(params: Parameters) -> list[tuple[nn.Module, str]]:
+    """The pairs as a list: the same one if they are one already, which may know their names.
+
+    Raises:
+        TypeError: a module, or anything else that cannot be gone through.
+
+    Example:
+        >>> from torch import nn
+        >>> listed(iter([(nn.Linear(2, 2), "weight")]))
+        [(Linear(in_features=2, out_features=2, bias=True), 'weight')]
+    """
+    if isinstance(params, list):
+        return params
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"parameters should be (module, name) pairs, got {type(params).__name__}; "
+            "prunable_parameters(model) lists those of a model"
+        )
+    return list(params)
 
 
 def parameter_names(params: Parameters) -> list[str]:

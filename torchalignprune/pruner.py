@@ -22,7 +22,15 @@ from torchalignprune.hooks import MaskHook, put_masks
 from torchalignprune.limits import LayerShare, Limits
 from torchalignprune.methods import Magnitude, Random
 from torchalignprune.optimizers import OptimizerWatch, gradients, own_ids
-from torchalignprune.parameters import Parameters, bool_mask, mask_of, same_mask, some, stored
+from torchalignprune.parameters import (
+    Parameters,
+    bool_mask,
+    listed,
+    mask_of,
+    same_mask,
+    some,
+    stored,
+)
 from torchalignprune.pruning import Budget, PruningMethod
 from torchalignprune.regularizers import CosineAlignment
 from torchalignprune.schedules import Schedule
@@ -121,7 +129,7 @@ class Pruner:
         min_layer_sparsity: LayerShare = 0.0,
         regrow: bool | int = False,
     ) -> None:
-        params = params if isinstance(params, list) else list(params)
+        params = listed(params)
         targets = targets_of(params)
         for target in targets:
             if target.weight.is_meta:
@@ -221,7 +229,7 @@ class Pruner:
             >>> layer.weight_mask
             tensor([[ True, False]])
         """
-        params = params if isinstance(params, list) else list(params)
+        params = listed(params)
         targets = targets_of(params)
         masks = [
             target.weight != 0 if target.mask is None else target.mask & (target.weight != 0)

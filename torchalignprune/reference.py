@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchalignprune.checkpoints import find_checkpoint_weights
 from torchalignprune.dtensors import converted, is_dtensor
-from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters
+from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters, listed
 from torchalignprune.pruned_files import open_weights
 from torchalignprune.targets import targets_of
 from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, write_tensors
@@ -97,7 +97,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             ValueError: no pairs, or weights on the meta device, which have no values.
         """
         _check_dtype(dtype)
-        pairs = list(params) if not isinstance(params, list) else params
+        pairs = listed(params)
         targets = targets_of(pairs)
         for target in targets:
             if target.weight.is_meta:
@@ -107,7 +107,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             copied = converted(target.weight, device, dtype, copy=True)
             tensors |= dict.fromkeys(target.places, copied)
         names = _names(pairs) if isinstance(pairs, PrunableParameters) else None
-        return cls._of({pair: tensors[pair] for pair in map(tuple, pairs)}, names)
+        return cls._of({(module, name): tensors[module, name] for module, name in pairs}, names)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:

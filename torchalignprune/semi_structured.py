@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torchalignprune import ops
 from torchalignprune.parameters import (
     Parameters,
-    PrunableParameters,
+    listed,
     mask_of,
     parameter_names,
     stored,
@@ -72,8 +72,8 @@ def to_semi_structured(params: Parameters) -> None:
         with torch.inference_mode():
             model(**batch)
     """
-    pairs = list(params)
-    names = parameter_names(params if isinstance(params, PrunableParameters) else pairs)
+    pairs = listed(params)
+    names = parameter_names(pairs)
     if not pairs:
         raise ValueError("params should have at least one (module, name) pair, got none")
     for name, (module, attribute) in zip(names, pairs, strict=True):

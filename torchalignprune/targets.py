@@ -26,6 +26,7 @@ from torchalignprune.parameters import (
     bool_mask,
     check_mask,
     known_unit_dimension,
+    listed,
     mask_of,
     parameter_names,
     same_mask,
@@ -128,7 +129,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
         ValueError: no pairs; tied weights whose masks differ; a name that is taken; a mask with
             other numbers than 0 and 1.
     """
-    pairs = list(parameters)
+    pairs = listed(parameters)
     if not pairs:
         raise ValueError("parameters should have at least one (module, name) pair, got none")
     for pair in pairs:
@@ -148,8 +149,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
                 f"({type(pair[0]).__name__}, {type(pair[1]).__name__})"
             )
     found: dict[int, Target] = {}
-    named = parameters if isinstance(parameters, list) else pairs
-    for (module, name), label in zip(pairs, parameter_names(named), strict=True):
+    for (module, name), label in zip(pairs, parameter_names(pairs), strict=True):
         weight = _parameter(module, name, label)
         mask = mask_of(module, name)
         if mask is not None:

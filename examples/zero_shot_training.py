@@ -385,6 +385,17 @@ def prune(
     # One number, for the pruning as for the Trainer.
     args.max_steps = steps = steps_of_training(args, len(train))
     with input_errors():
+        if steps < 1:
+            raise ValueError(
+                f"{len(train)} training sentences should make a step at least: --num_train_epochs "
+                "is 0, or --dataloader_drop_last leaves no batch"
+            )
+        resumed = args.resume_from_checkpoint
+        if resumed is not None and not Path(resumed, "trainer_state.json").is_file():
+            raise ValueError(
+                f"--resume_from_checkpoint should be a checkpoint's folder, got {resumed}: without "
+                "it the last complete one in --output_dir is taken"
+            )
         check_run(options, args)
 
     # The encoder, not the head on top. Model and pruner are made the same way when a run is

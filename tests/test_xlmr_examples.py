@@ -218,6 +218,8 @@ def xnli(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (["--data", "nowhere"], "data should be a folder, got nowhere"),
         (["--eval_stratgy", "no"], "are not used by the HfArgumentParser: ['--eval_stratgy'"),
         (["--output_dir", ""], "--output_dir is needed"),
+        (["--num_train_epochs", "0"], "48 training sentences should make a step at least"),
+        (["--resume_from_checkpoint", "true"], "should be a checkpoint's folder, got true"),
     ],
 )
 def test_arguments_that_are_wrong(

@@ -91,6 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--resume", action="store_true", help="from the last complete checkpoint")
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps should be at least 1, got {options.steps}")
+    if not options.resume and any(options.out.glob("checkpoint-*")):
+        # They would be taken for this run's when it is resumed.
+        parser.error(
+            f"--out {options.out} has checkpoints of a run: give --resume, or another folder"
+        )
     if options.model is None:
         from torchalignprune.demo import encoder_folder
 

@@ -161,6 +161,9 @@ def test_trainer_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         1: "weather",
     }
 
+    again = launch("trainer_pruning.py", *arguments, "--sparsity", 0.5)
+    assert again.returncode == 2 and "has checkpoints of a run: give --resume" in again.stderr
+
     def resume(message: str) -> None:
         again = launch("trainer_pruning.py", *arguments, "--resume")
         assert again.returncode == 0, again.stderr
@@ -188,6 +191,7 @@ def test_trainer_pruning_reads_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert process.returncode == 0, process.stderr
     assert "penalty_share" not in process.stdout and "'pruning/sparsity'" in process.stdout
     (tmp_path / "other.csv").write_text("text\nhello\n")
+    arguments += ["--out", tmp_path / "out2"]
     process = launch("trainer_pruning.py", *arguments, "--data", tmp_path / "other.csv")
     assert process.returncode == 1
     assert "other.csv has no column label" in process.stderr

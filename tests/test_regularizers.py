@@ -589,3 +589,17 @@ R = [module.weight.detach().clone() for module, _ in P]
 def test_bad_input(make: Callable[[], Penalty], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_nothing_is_copied_to_the_device_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would wait for it."""
+    model = mlp()
+    params = tap.prunable_parameters(model)
+    penalty = tap.CosineAlignment(params, tap.Reference.capture(params))
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("a tensor is made of numbers")
+
+    monkeypatch.setattr(Tensor, "new_tensor", refuse)
+    monkeypatch.setattr(torch, "tensor", refuse)
+    penalty().backward()

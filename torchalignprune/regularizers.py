@@ -215,7 +215,9 @@ class _Penalty(nn.Module):
             together = torch.tensor([number for numbers in groups for number in numbers])
             order = together.argsort().to(places[0])
             values, counted = values[order], counted[order]
-        shares = counted * counted.new_tensor(self._weights)
+        shares = counted
+        if any(weight != 1 for weight in self._weights):
+            shares = counted * counted.new_tensor(self._weights)  # a GPU waits for the copy
         whole = shares.sum()
         return values, shares / whole.where(whole > 0, 1)
 

@@ -17,7 +17,7 @@ from torchalignprune.crosslingual.bootstrap import resampled_sums
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-RESAMPLES = 1000
+RESAMPLES = 10_000
 LEVEL = 0.95
 # Holm's correction for 84 tests needs p-values of 0.05 / 84 and less; the least is 1 in so many.
 FLIPS = 10_000

@@ -22,6 +22,7 @@ often.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,27 @@ def latest(folder: Path) -> Path | None:
     return max(complete, default=None)
 
 
+def check_run(options: argparse.Namespace) -> None:
+    """Refuses to go on with a run that was started with other settings."""
+    settings = {
+        key: each for key, each in vars(options).items() if key not in ("out", "save_every")
+    }
+    path = options.out / "settings.json"
+    if path.exists():
+        former = json.loads(path.read_text(encoding="utf-8"))
+        for key, own in settings.items():
+            if former.get(key) != own:
+                raise ValueError(
+                    f"--out {options.out} holds a run with {key}={former.get(key)}, which {own} "
+                    "does not go on with: take another folder"
+                )
+    elif os.environ["RANK"] == "0":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: tap.Pruner) -> Any:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state, "pruner": pruner.state_dict()}
@@ -147,6 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.model is not None:
         AutoConfig.from_pretrained(options.model)  # says what is wrong before anything starts
+    try:
+        check_run(options)
+    except ValueError as error:
+        parser.error(str(error))
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -121,6 +121,11 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(tmp_path: Path) -> None:
         assert other.with_name(".metadata").exists()
         assert other.read_bytes() == path.read_bytes(), other
 
+    command = torchrun("--max-restarts", 0, *script, "--seed", 1, "--out", ends[0])
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert refused.returncode != 0
+    assert "holds a run with seed=0, which 1 does not go on with" in refused.stderr
+
 
 def kill_a_rank(process: subprocess.Popen[str], checkpoints: Path) -> str:
     """After the second checkpoint, and as if while it wrote the next; which one is the last."""

@@ -670,6 +670,16 @@ def bad_states(model: Model) -> dict[str, tuple[dict[str, Tensor], type[Exceptio
             RuntimeError,
             "2.weight_mask: expected a tensor, got str",
         ),
+        "a sparse weight": (
+            {**state, "2.weight_orig": state["2.weight_orig"].to_sparse()},
+            RuntimeError,
+            "2.weight_orig: expected torch.strided, got torch.sparse_coo",
+        ),
+        "a weight without values": (
+            {**state, "2.weight_orig": state["2.weight_orig"].to("meta")},
+            RuntimeError,
+            "2.weight_orig: expected values, got a tensor on the meta device",
+        ),
         "a key missing": (
             {key: value for key, value in state.items() if key != "2.bias"},
             RuntimeError,

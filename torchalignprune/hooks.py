@@ -305,9 +305,9 @@ def load_state_dict(
 
     Raises:
         ValueError: a mask without its parameter in the model, or with other numbers than 0 and 1.
-        RuntimeError: keys or shapes that do not fit, as from ``torch.nn.Module.load_state_dict``,
-            but before anything has changed. Keys are compared as they are, before a module's own
-            hooks could rename them.
+        RuntimeError: keys, shapes or layouts that do not fit, or tensors without values, as from
+            ``torch.nn.Module.load_state_dict``, but before anything has changed. Keys are compared
+            as they are, before a module's own hooks could rename them.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -342,7 +342,7 @@ def load_state_dict(
         for dense, module, name in _masked(modules)
         if dense in state_dict and f"{dense}_orig" not in state_dict
     ]
-    _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict)
+    _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict, assign)
     for module, name in dict.fromkeys((module, name) for _, module, name in dense_again):
         prune.remove(module, name)
     # By parameter, what is to be loaded and the mask it will be loaded into.
@@ -381,27 +381,34 @@ def _check_state(
     pruned: Iterable[str],
     dense: Iterable[str],
     strict: bool,
+    assign: bool,
 ) -> None:
     """What load_state_dict would raise, before anything has changed."""
-    shapes = {key: getattr(value, "shape", None) for key, value in model.state_dict().items()}
+    own = dict(model.state_dict())
     for name in dense:
-        shapes[name] = shapes.pop(f"{name}_orig")
-        del shapes[f"{name}_mask"]
+        own[name] = own.pop(f"{name}_orig")
+        del own[f"{name}_mask"]
     for name in pruned:
-        if f"{name}_orig" not in shapes:
-            shapes[f"{name}_orig"] = shapes[f"{name}_mask"] = shapes.pop(name)
+        if f"{name}_orig" not in own:
+            own[f"{name}_orig"] = own[f"{name}_mask"] = own.pop(name)
     problems = []
-    for key, shape in shapes.items():
-        if shape is None or key not in state:
+    for key, value in own.items():
+        if not isinstance(value, Tensor) or key not in state:
             continue
-        got = getattr(state[key], "shape", None)
-        if got is None:
-            problems.append(f"{key}: expected a tensor, got {type(state[key]).__name__}")
-        elif got != shape:
-            problems.append(f"size mismatch for {key}: expected {tuple(shape)}, got {tuple(got)}")
+        given = state[key]
+        if not isinstance(given, Tensor):
+            problems.append(f"{key}: expected a tensor, got {type(given).__name__}")
+        elif given.shape != value.shape:
+            problems.append(
+                f"size mismatch for {key}: expected {tuple(value.shape)}, got {tuple(given.shape)}"
+            )
+        elif not assign and given.layout != value.layout:
+            problems.append(f"{key}: expected {value.layout}, got {given.layout}")
+        elif not assign and given.is_meta and not value.is_meta:
+            problems.append(f"{key}: expected values, got a tensor on the meta device")
     if strict:
-        missing = [key for key in shapes if key not in state]
-        unexpected = [key for key in state if key not in shapes]
+        missing = [key for key in own if key not in state]
+        unexpected = [key for key in state if key not in own]
         problems += [f"missing keys: {', '.join(missing)}"] if missing else []
         problems += [f"unexpected keys: {', '.join(unexpected)}"] if unexpected else []
     if problems:

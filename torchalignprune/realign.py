@@ -84,8 +84,8 @@ def realign(
     first, and once weights were moved, a reference from before has to be given. Both are remembered
     as long as the parameters live, not in their state dict, nor by copies and pickles of the model;
     a bias that changed in between, by training or loading, is refused. A report without a reference
-    compares with the moved weights then. It takes as much memory as the parameters, so that a call
-    that fails changes nothing.
+    compares with the moved weights then. It takes as much memory as the parameters, so that nothing
+    has changed where it fails before the last of them is solved.
 
     Statistics of few tokens say little: with fewer tokens than a layer has inputs there is a
     warning, because the outputs on other text may well become worse.
@@ -350,15 +350,16 @@ class _Layer:
             float(torch.minimum(before, after).sum()) / size if known else None,
             any(bias is not None for bias in self.biases),
         )
-        new_weight = self._rows(v).to(target.weight.dtype) if self.what == "weights" else None
+        new_weight = None
+        if self.what == "weights":
+            # What lies under the mask stays.
+            new_weight = self._rows(v).to(target.weight.dtype)
+            new_weight = torch.where(target.mask, new_weight, target.weight)
         return new_weight, biases, result
 
     def write(self, weight: Tensor | None, biases: Sequence[Tensor | None]) -> None:
-        mask = self.target.mask
-        assert mask is not None
         if weight is not None:
-            here = self.target.weight
-            here.copy_(torch.where(mask, weight, here))
+            self.target.weight.copy_(weight)
             _MOVED[stored(*self.target.places[0])] = True
         for bias, new in zip(self.biases, biases, strict=True):
             if bias is not None and new is not None:

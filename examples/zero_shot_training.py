@@ -137,6 +137,11 @@ class PruningArguments:
             raise ValueError(f"--share should be a positive number, got {self.share}")
         if self.compare is not None and not Path(self.compare).exists():
             raise ValueError(f"--compare should be a folder or a file, got {self.compare}")
+        if self.compare is not None and Path(self.compare).is_file():
+            try:
+                read_report(self.compare)
+            except ValueError as error:
+                raise ValueError(f"--compare {self.compare} is no report: {error}") from error
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -535,10 +540,14 @@ def dense_report(
 ) -> ZeroShotReport:
     """The report of the dense model: read from a file, or made of the model in a folder."""
     if Path(source).is_file():
-        return ZeroShotReport.from_json(Path(source).read_text(encoding="utf-8"))
+        return read_report(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = kind.from_pretrained(source, dtype=torch.float32).to(device)
     return evaluate_zero_shot(model, tokenizer, task, data, **settings)
+
+
+def read_report(file: str) -> ZeroShotReport:
+    return ZeroShotReport.from_json(Path(file).read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, written: Mapping[str, Any]) -> None:

@@ -213,6 +213,7 @@ def xnli(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (["--strength", "1", "--regularizer", "none"], "--strength goes with a regularizer"),
         (["--share", "0"], "--share should be a positive number, got 0.0"),
         (["--compare", "nowhere"], "--compare should be a folder or a file, got nowhere"),
+        (["--compare", __file__], f"--compare {__file__} is no report: "),
         (["--max_length", "600"], "--max_length should be from 1 to 48, got 600"),
         (["--languages", "de", "fr"], "has no xnli data in 'fr', only in de, en"),
         (["--data", "nowhere"], "data should be a folder, got nowhere"),

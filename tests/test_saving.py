@@ -495,6 +495,13 @@ def alter_bits(folder: Path) -> None:
     save_file(parts, file)
 
 
+def alter_signs(folder: Path) -> None:
+    file = folder / "pruned.safetensors"
+    parts = load_file(file)
+    parts["1.weight_orig.signs"][-1] ^= 0b10000000
+    save_file(parts, file)
+
+
 def drop_part(folder: Path) -> None:
     file = folder / "pruned.safetensors"
     parts = load_file(file)
@@ -589,6 +596,24 @@ def test_without_verification_the_bits_are_counted(tmp_path: Path) -> None:
     tap.save_pruned(small(), folder, "bitmask")
     alter_value(folder)
     tap.load_pruned(model, folder, verify=False)  # as its name says
+
+
+def test_without_verification_the_signs_are_checked_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "x"
+    pruned = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 7))
+    put_masks([(pruned[1], "weight", torch.arange(21).reshape(7, 3) < 8)])
+    with torch.no_grad():
+        pruned[1].weight_orig.masked_fill_(~pruned[1].weight_mask, -0.0)
+    tap.save_pruned(pruned, folder, "bitmask")
+    alter_signs(folder)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 7))
+    record = Record(model)
+    message = r"1\.weight_orig in .* is damaged: .* past the last of 13"
+    with pytest.raises(ValueError, match=message):
+        tap.load_pruned(model, folder, verify=False)
+    record.assert_untouched()
 
 
 def test_foreign_folders(tmp_path: Path) -> None:

@@ -166,6 +166,15 @@ def test_gradients_of_any_order(dim: int, with_reference: bool) -> None:
     assert torch.autograd.gradgradcheck(combination, (w, v, coefficients))
 
 
+def test_second_derivatives_are_summed_in_float64() -> None:
+    weight, given, passed = torch.randn(3, 4, 50).bfloat16().unbind()
+    coefficients = double(2, 4)
+    (combined,) = ops.unit_combination([weight], coefficients, references=[given])
+    (found,) = torch.autograd.grad(combined, coefficients, passed)
+    expected = torch.stack([given.double(), weight.double()]).mul(passed.double()).sum(dim=2)
+    torch.testing.assert_close(found, expected)
+
+
 def test_gradient_goes_to_those_that_ask_for_it() -> None:
     w, v = double(2, 3), double(2, 3, grad=False)
     ops.unit_products([w, v], references=[v, w]).sum().backward()

@@ -209,6 +209,17 @@ def test_close_calls_are_decided_in_float64() -> None:
         assert figures["moved_share"] == share
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_alignments_of_weights_of_any_size(scale: float) -> None:
+    layer = nn.Linear(2, 2, bias=False).double()
+    dense = torch.tensor([[3.0, 4.0], [5.0, 12.0]], dtype=torch.float64) * scale
+    layer.weight.data.copy_(dense)
+    prune.custom_from_mask(layer, "weight", torch.tensor([[1, 0], [0, 1]]))
+    (figures,) = tap.alignment_report([(layer, "weight")])
+    assert figures["mean_alignment"] == pytest.approx((3 / 5 + 12 / 13) / 2)
+    assert figures["worst_alignment"] == pytest.approx(3 / 5)
+
+
 def test_dense_and_dead_and_empty() -> None:
     layer = nn.Linear(3, 2)
     (dense,) = tap.alignment_report([(layer, "weight")])

@@ -302,6 +302,13 @@ def test_transformer_chains_need_all_of_their_links() -> None:
     assert criteria.transformer_chains(params) == [(params[1], params[2])]
 
 
+def test_transformer_chains_are_found_by_whole_names() -> None:
+    names = {"xffn": nn.ModuleDict({"lin1": nn.Linear(4, 6), "lin2": nn.Linear(6, 4)})}
+    names["ffn"] = nn.ModuleDict({"lin1": nn.Linear(4, 6), "lin2": nn.Linear(6, 4)})
+    params = prunable_parameters(nn.ModuleDict(names))
+    assert criteria.transformer_chains(params) == [(params[2], params[3])]
+
+
 def test_transformer_chains_where_there_are_none() -> None:
     params = prunable_parameters(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="no layers with the names of a BERT-like encoder"):

@@ -568,8 +568,10 @@ def test_a_dense_state_makes_a_pruned_model_dense(our_model: Model) -> None:
         assert our_model.a.weight is our_model.b.weight
 
 
-def test_loading_leaves_the_state_alone(our_model: Model) -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])  # torch's own masks are float
+def test_loading_leaves_the_state_alone(our_model: Model, dtype: torch.dtype) -> None:
     state = state_of(our_model)
+    state |= {key: mask.to(dtype) for key, mask in state.items() if key.endswith("_mask")}
     copied = {key: value.clone() for key, value in state.items()}
     other = like(our_model)
     tap.load_state_dict(other, state)
@@ -577,6 +579,7 @@ def test_loading_leaves_the_state_alone(our_model: Model) -> None:
         module.weight_mask.zero_()
         module.weight_orig.data.zero_()
     assert list(state) == list(copied)
+    assert [value.dtype for value in state.values()] == [copied[key].dtype for key in state]
     assert all(torch.equal(state[key], copied[key]) for key in state)
 
 

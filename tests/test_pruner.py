@@ -728,7 +728,9 @@ def test_criteria_rank_by_what_they_say(name: str) -> None:
     params = tap.prunable_parameters(model)
     criterion = getattr(tap.criteria, name)(params)
     pruner = tap.Pruner(params, tap.Magnitude, schedules.one_shot(0.5, at=3), criterion=criterion)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rates = [0.1, 0.3]
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": rates[1]}]
+    optimizer = torch.optim.SGD(groups, lr=rates[0])
     expected = [torch.zeros_like(module.weight) for module, _ in params]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -736,9 +738,9 @@ def test_criteria_rank_by_what_they_say(name: str) -> None:
         optimizer.zero_grad()
         for half in inputs.split(8):  # accumulated
             (model(half).square().mean() / 2).backward()
-        for total, (module, _) in zip(expected, params, strict=True):
+        for total, (module, _), rate in zip(expected, params, rates, strict=True):
             g, w = module.weight_orig.grad, module.weight_orig.detach()
-            total += {"Movement": -0.1 * g * w, "Taylor": (g * w).abs()}.get(name, g.abs())
+            total += {"Movement": -rate * g * w, "Taylor": (g * w).abs()}.get(name, g.abs())
         optimizer.step()
         pruner.step()
     flat = torch.cat([total.flatten() for total in expected])
@@ -780,6 +782,22 @@ def test_criteria_see_gradients_without_the_scale_and_no_overflow(name: str, cli
     expected = sums(fused=False, overflows=None, scale=1.0)
     for found, total in zip(sums(fused=True, overflows=0, scale=2.0**10), expected, strict=True):
         torch.testing.assert_close(found, total)
+
+
+def test_sums_that_are_loaded_are_apart_from_the_state() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    taylor, other = (tap.criteria.Taylor([(layer, "weight")]) for _ in range(2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    other.remove()
+    state = other.state_dict()
+    (total,) = state["sums"].values()
+    before = total.clone()
+    taylor.load_state_dict(state)
+    optimizer.step()
+    assert taylor.steps == 2
+    assert torch.equal(total, before)
 
 
 def test_criteria_say_what_they_lack() -> None:
@@ -893,6 +911,16 @@ class Quantized(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise NotImplementedError(f"{func} of a quantized tensor")
+
+
+def test_an_optimizer_without_a_state_gets_none() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    pruner = tap.Pruner([(layer, "weight")], tap.Magnitude, schedules.one_shot(0.5, at=1))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert pruner.step()
+    assert len(optimizer.state) == 0
 
 
 def test_states_that_are_no_plain_tensors_are_left_alone() -> None:

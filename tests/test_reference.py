@@ -259,9 +259,10 @@ def test_save_needs_names_and_load_its_own_files(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="capture it from prunable_parameters"):
         tap.Reference.capture(list(params)).save(path)
     assert not path.exists()
-    save_file(model.state_dict(), path)
-    with pytest.raises(ValueError, match=r"was not written by Reference\.save"):
-        tap.Reference.load(path, params)
+    for metadata in (None, {"format": "pt", "version": "1", "names": "{}"}):
+        save_file(model.state_dict(), path, metadata=metadata)
+        with pytest.raises(ValueError, match=r"was not written by Reference\.save"):
+            tap.Reference.load(path, params)
     tap.Reference.capture(params).save(path)
     with pytest.raises(TypeError, match=r"a file goes by names, .* got list"):
         tap.Reference.load(path, list(params))  # type: ignore[arg-type]

@@ -323,6 +323,36 @@ def test_bad_input_says_what_was_expected(
         match_units(given.pop("a"), given.pop("b"), **given)
 
 
+@pytest.mark.parametrize(
+    ("metric", "size", "expected"),
+    [("cosine", 1e38, -1.0), ("dot", 1e19, -1e38), ("euclidean", 4e18, -8e18)],
+)
+def test_similarities_that_overflow_are_refused(metric: Any, size: float, expected: float) -> None:
+    # The product of two entries is a float32, and the sum of 16 is not.
+    units = torch.full((1, 16), size)
+    with pytest.raises(ValueError, match="small enough for their similarities in"):
+        match_units(units, -units, metric=metric)
+    found = match_units(units / 4, -units / 4, metric=metric)
+    assert found.total == pytest.approx(expected)
+
+
+def test_equal_units_have_a_distance() -> None:
+    units = torch.randn(60, 300)
+    found = match_units(units, units.clone(), metric="euclidean")
+    assert torch.equal(found.index, torch.arange(60))
+    assert bool((found.similarity <= 0).all())
+
+
+def test_equal_pairs_of_very_many_units_are_in_order() -> None:
+    """Their number is no int32."""
+    one = torch.ones(1, 1)
+    pairs = matching._Pairs(4, matching._Similarity(one, one, "dot"))
+    for row in (40_000, 10):
+        pairs.add(one, row, 0)
+    _, rows, _ = pairs.in_order(70_000)
+    assert rows.tolist() == [10, 40_000]
+
+
 # AlignedMagnitude(matching=...)
 
 

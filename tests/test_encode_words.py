@@ -65,6 +65,14 @@ def test_a_bare_space_is_no_subword_of_a_word() -> None:
     assert sentence.first == [0, 3, -1, 4, 6]
 
 
+def test_an_unknown_subword_may_be_the_first() -> None:
+    tokenizer = wordpiece()
+    (sentence,) = encode_words(tokenizer, [["ꙮ.", "."]], [[3, 4]])
+    assert tokenizer.convert_ids_to_tokens(sentence.inputs["input_ids"])[1:3] == ["<unk>", "."]
+    assert sentence.first == [1, 3]
+    assert sentence.labels == [IGNORED, 3, IGNORED, 4, IGNORED]
+
+
 def test_a_space_within_a_word_does_not_end_it(tokenizer: Any) -> None:
     (sentence,) = encode_words(tokenizer, [["bắt chuyện", "với"]], [[3, 4]])
     assert [label for label in sentence.labels if label != IGNORED] == [3, 4]
@@ -115,6 +123,14 @@ def test_a_sentence_that_is_too_long(
             assert [label for label in sentence.labels if label >= 0] == list(range(fitting))
     (whole,) = encode_words(tokenizer, [words], max_length=2 + sum(sizes))
     assert whole.cut_off == 0
+
+
+def test_a_tokenizer_without_special_tokens_leaves_room_for_none() -> None:
+    plain = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>")
+    (sentence,) = encode_words(tokenizer, [["a", "b", "a"]], max_length=2)
+    assert sentence.inputs["input_ids"] == [1, 2]
+    assert (sentence.first, sentence.cut_off) == ([0, 1, -1], 1)
 
 
 def test_words_that_map_to_nothing_are_not_cut_off() -> None:

@@ -350,8 +350,19 @@ def test_empty_splits_and_sentences(tmp_path: Path) -> None:
     (tmp_path / "en_ewt").mkdir()
     pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "en_ewt" / "test.parquet")
     assert len(load_task("pos", "en", tmp_path)["test"]) == 0
-    parquet(tmp_path / "de_gsd" / "test.parquet", {"tokens": [[], ["a"]], "upos": [[], ["X"]]})
-    assert list(load_task("pos", "de", tmp_path)["test"]["labels"]) == [[], [16]]
+    rows = {"tokens": [[], ["a"], ["b"]], "upos": [[], ["X"], ["_"]]}
+    parquet(tmp_path / "de_gsd" / "test.parquet", rows)
+    assert list(load_task("pos", "de", tmp_path)["test"]["labels"]) == [[], [16], []]
+
+
+def test_groups_of_rows_and_ids_that_are_missing(tmp_path: Path) -> None:
+    rows = {"id": [7, None], "sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [0, 1]}
+    (tmp_path / "de").mkdir()
+    file = tmp_path / "de" / "test.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(rows), file, row_group_size=1)
+    found = load_task("pawsx", "de", tmp_path)["test"]
+    assert list(found["text_pair"]) == ["c", "d"]
+    assert list(found["id"]) == ["0", "1"]
 
 
 @pytest.mark.parametrize(

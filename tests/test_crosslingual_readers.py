@@ -119,6 +119,12 @@ def test_a_byte_order_mark_is_no_part_of_a_token(suffix: str, tmp_path: Path) ->
     assert load_task("pos", "en", tmp_path)["test"][0]["tokens"] == ["Yes"]
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
+def test_only_a_newline_ends_a_line(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / f"test.en{suffix}", "a\rb\tX\r\nc\u2028d\tX\n")
+    assert load_task("pos", "en", tmp_path)["test"][0]["tokens"] == ["a\rb", "c\u2028d"]
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "test.en.tsv.gz").write_bytes(b"not packed")
     with pytest.raises(ValueError, match=r"test\.en\.tsv\.gz cannot be read"):
@@ -213,6 +219,10 @@ def test_several_files_of_a_split(tmp_path: Path) -> None:
         (["de_gsd/test/00001-of-00002.jsonl"], "there once, in 2 files numbered from 0, got "),
         (["de_gsd/test.jsonl", "de_gsd/test-00000-of-00001.jsonl"], "should be there once, got "),
         (["de_gsd/test.jsonl", "copy/de_gsd/test.jsonl"], "should be there once, got "),
+        (
+            [f"{place}de_gsd/test-0000{i}-of-00002.jsonl" for i, place in enumerate(("", "copy/"))],
+            "should be there once, got ",
+        ),
         (["de_gsd/test/0000.jsonl", "de_gsd/test-00000-of-00001.jsonl"], "there once, got "),
         (["de_gsd/test/0000.jsonl", "de_gsd/test/0002.jsonl"], "in 2 files numbered from 0, got "),
         (["de_gsd/de_gsd-ud-test.jsonl", "de_gsd/test.jsonl"], "should be there once, got "),

@@ -99,6 +99,7 @@ def test_plain_texts(tmp_path: Path) -> None:
     ("task", "text", "message"),
     [
         ("pos", "a\tX\nb X\n", r"test\.en\.tsv:2 should be TOKEN TAB TAG, got 'b X'"),
+        ("pos", "a\tX\tNOUN\n", r"test\.en\.tsv:1 should be TOKEN TAB TAG, got 'a\\tX\\tNOUN'"),
         ("pos", "a\tNN\n", r"the labels of pos are ADJ, .*, got 'NN'"),
         ("topics", "a\thealth\n", r"test\.en\.tsv:1 should be ID TAB LABEL TAB TEXT"),
         ("topics", "1\tlaw\tx\n", r"the labels of topics are entertainment, .*, got 'law'"),
@@ -117,6 +118,12 @@ def test_plain_files_that_are_wrong(task: str, text: str, message: str, tmp_path
 def test_a_byte_order_mark_is_no_part_of_a_token(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / f"test.en{suffix}", "\ufeffYes\tINTJ\n")
     assert load_task("pos", "en", tmp_path)["test"][0]["tokens"] == ["Yes"]
+
+
+def test_plain_files_lie_in_the_folder_itself(tmp_path: Path) -> None:
+    write(tmp_path / "test.en.tsv", "a\tX\n")
+    write(tmp_path / "copy" / "test.en.tsv", "b\tX\n")
+    assert list(load_task("pos", "en", tmp_path)["test"]["tokens"]) == [["a"]]
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])

@@ -630,6 +630,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_newest_checkpoint_is_that_of_the_largest_number(saved: Path, tmp_path: Path) -> None:
+    for number in (9, 10):
+        shutil.copytree(saved / "checkpoint-8", tmp_path / f"checkpoint-{number}")
+    assert hf.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 def test_a_checkpoint_that_was_cut_short_is_passed_over(saved: Path, tmp_path: Path) -> None:
     assert hf.last_complete_checkpoint(saved) == str(saved / "checkpoint-8")
     assert hf.last_complete_checkpoint(tmp_path) is None

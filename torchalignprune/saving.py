@@ -230,10 +230,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     model = load_pruned(architecture(folder), folder)
     for module, name in [_place(model, name) for name in _pruned(model)]:
-        mask = mask_of(module, name)
-        assert mask is not None
-        with torch.no_grad():  # not -0.0, as remove leaves it
-            stored(module, name).masked_fill_(mask == 0, 0)
         prune.remove(module, name)
     return Checkpoint(folder, model, frozenset(), frozenset(), frozenset())
 

@@ -28,7 +28,7 @@ from torchalignprune.cli.output import (
     write_json,
 )
 from torchalignprune.cli.plan import Plan
-from torchalignprune.parameters import PrunableParameters, mask_of, prunable_parameters, stored
+from torchalignprune.parameters import PrunableParameters, prunable_parameters, stored
 from torchalignprune.realign import Realigned, What, realign
 
 _BATCH = 32
@@ -180,10 +180,6 @@ def run(options: argparse.Namespace) -> None:
         with stages("report"):
             report = alignment_report(params, dense, matching=False)
             for module, name in params:
-                mask = mask_of(module, name)
-                assert mask is not None
-                with torch.no_grad():  # not -0.0, which takes room in a bitmask
-                    stored(module, name).masked_fill_(mask == 0, 0)
                 remove(module, name)
         with checkpoints.new_folder(options.out, overwrite=options.overwrite) as folder:
             with stages("write"):

@@ -12,9 +12,10 @@ from torchalignprune.cli.options import InputError, input_errors, share
 from torchalignprune.cli.output import (
     print_json,
     print_table,
+    print_written,
     progress_bar,
     versions,
-    writable,
+    writable_files,
     write_files,
 )
 
@@ -49,14 +50,10 @@ def add_parser(commands: Any, **shared: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from torchalignprune.demo import SPARSITIES, run_demo
-    from torchalignprune.figures import require_matplotlib
 
-    if options.out:
-        require_matplotlib()
-        if options.out.exists() and not options.out.is_dir():
-            raise InputError(f"--out {options.out} exists and is not a folder")
-    folders = [options.out.resolve()] if options.out else []
-    outputs = [folder / name for folder in folders for name in ("demo.json", "demo.png")]
+    if options.out and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out} exists and is not a folder")
+    outputs = [options.out / name for name in ("demo.json", "demo.png")] if options.out else []
     for file in outputs:
         if file.is_dir():
             raise InputError(f"--out: {file} is a folder")
@@ -67,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         )
         return bar
 
-    with writable(folders):
+    with writable_files(outputs):
         with input_errors():
             found = run_demo(
                 options.sparsity or SPARSITIES,
@@ -99,8 +96,7 @@ def run(options: argparse.Namespace) -> None:
         "cosine: mean over sentences between the pruned and the dense encoder's embedding; "
         "seconds: the pruning call"
     )
-    if options.out:
-        print(f"written: {options.out / 'demo.json'}, {options.out / 'demo.png'}")
+    print_written(outputs)
 
 
 def _draw_demo(found: Mapping[str, Any], file: Path) -> None:

@@ -22,7 +22,14 @@ from torchalignprune.cli.options import (
     report_file,
     seed,
 )
-from torchalignprune.cli.output import print_json, print_report, versions, writable, write_files
+from torchalignprune.cli.output import (
+    print_json,
+    print_report,
+    print_written,
+    versions,
+    writable_files,
+    write_files,
+)
 
 if TYPE_CHECKING:
     from torchalignprune.crosslingual import ZeroShotReport
@@ -124,17 +131,13 @@ def run(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
     from torchalignprune.crosslingual import CC100_GIB, TASKS, available_languages, load_task
     from torchalignprune.crosslingual.evaluation import row_digests
-    from torchalignprune.figures import require_matplotlib
 
-    if any(file.suffix != ".json" for file in options.out):
-        require_matplotlib()
     if options.cc100 and options.compare is None:
         raise InputError("--cc100 goes with --compare")
     started = time.perf_counter()
     task = TASKS[options.task]
     device = _device(options.device)
-    folders = [file.resolve().parent for file in options.out]
-    with writable(folders), _quiet_datasets(), checkpoints.quiet_transformers():
+    with writable_files(options.out), _quiet_datasets(), checkpoints.quiet_transformers():
         with input_errors():
             if options.languages is None and options.data is None:
                 raise ValueError("--languages is needed without --data")
@@ -192,8 +195,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print_report(comparison or report)
     print(_legend(report, comparison is not None))
-    if options.out:
-        print(f"written: {', '.join(map(str, options.out))}")
+    print_written(options.out)
 
 
 def _check_model(folder: Path, task: Any) -> None:

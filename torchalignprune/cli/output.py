@@ -17,6 +17,7 @@ import torch
 
 import torchalignprune
 from torchalignprune.alignment_report import AlignmentReport
+from torchalignprune.figures import require_matplotlib
 from torchalignprune.weight_files import flush
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ def writable(folders: Iterable[Path]) -> Iterator[None]:
             with suppress(OSError):  # somebody else uses it by now
                 path.rmdir()
         raise
+
+
+@contextmanager
+def writable_files(files: Sequence[Path]) -> Iterator[None]:
+    """As :func:`writable`, for the folders of files, and what draws the pictures among them."""
+    if any(file.suffix != ".json" for file in files):
+        require_matplotlib()
+    with writable(file.resolve().parent for file in files):
+        yield
 
 
 @contextmanager
@@ -87,6 +97,11 @@ def write_files(files: Iterable[Path], value: Any, plot: Callable[[Path], object
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def print_written(files: Sequence[Path]) -> None:
+    if files:
+        print(f"written: {', '.join(map(str, files))}")
 
 
 def print_json(value: Any) -> None:

@@ -14,8 +14,9 @@ from torchalignprune.cli.output import (
     figure,
     print_json,
     print_report,
+    print_written,
     versions,
-    writable,
+    writable_files,
     write_files,
 )
 
@@ -59,12 +60,9 @@ def add_parser(commands: Any, **shared: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from torchalignprune import checkpoints
-    from torchalignprune.figures import require_matplotlib
 
-    if any(file.suffix != ".json" for file in options.out):
-        require_matplotlib()
     started = time.perf_counter()
-    with writable(file.resolve().parent for file in options.out):
+    with writable_files(options.out):
         with checkpoints.quiet_transformers(), input_errors():
             report, params = checkpoint_report(
                 options.dense,
@@ -96,8 +94,7 @@ def run(options: argparse.Namespace) -> None:
         "its dense weights;\ndead: units that are all zero"
         + ("" if options.no_matching else "; moved: units that fit another unit better")
     )
-    if options.out:
-        print(f"written: {', '.join(map(str, options.out))}")
+    print_written(options.out)
 
 
 def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:

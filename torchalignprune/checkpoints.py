@@ -209,15 +209,12 @@ def copy_other_files(source: Path, target: Path) -> None:
     modules = _module_folders(source)
     own = tuple(f"{path}/" for path in modules)
     for parent, folders, files in os.walk(source, followlinks=True):
+        here = {name: Path(parent) / name for name in folders if not _is_foreign(name, {".cache"})}
         # A link may lead anywhere; those to modules are part of the model.
         folders[:] = sorted(
             name
-            for name in folders
-            if not _is_foreign(name, {".cache"})
-            and (
-                not os.path.islink(os.path.join(parent, name))
-                or (Path(parent) / name).relative_to(source).as_posix() in modules
-            )
+            for name, path in here.items()
+            if not path.is_symlink() or path.relative_to(source).as_posix() in modules
         )
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(source)

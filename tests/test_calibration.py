@@ -364,7 +364,7 @@ def test_modules_that_never_ran_are_named() -> None:
     many = PrunableParameters(
         [(nn.Linear(2, 2), "weight") for _ in range(7)], [f"l{i}" for i in range(7)], {}
     )
-    with pytest.raises(ValueError, match="never reached l0, l1, l2, l3, l4 and 2 more"):
+    with pytest.raises(ValueError, match="never reached l0, l1, l2 and 4 more"):
         input_norms(nn.Linear(2, 2), [torch.ones(1, 2)], many)
 
 

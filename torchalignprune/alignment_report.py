@@ -19,7 +19,7 @@ from torchalignprune.dtensors import add_up, is_dtensor, local, own_indices, own
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
-    listed,
+    pairs_of,
     parameter_names,
     prunable_parameters,
 )
@@ -231,7 +231,7 @@ def alignment_report(
             "matching should be True or False, whether to look for units that moved, got "
             f"{matching!r}"
         )
-    pairs = listed(params)
+    pairs = pairs_of(params)
     targets = with_references(targets_of(pairs), reference)
 
     def load(i: int) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
-    listed,
+    pairs_of,
     parameter_names,
+    some,
     stored,
     unit_dimension,
 )
@@ -189,7 +190,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                 f"batches should be an iterable of batches, got one {type(batches).__name__}: put "
                 "it into a list"
             )
-        pairs = listed(params)
+        pairs = pairs_of(params)
         if not pairs:
             raise ValueError("there are no parameters to take statistics for")
         names = parameter_names(pairs)
@@ -358,7 +359,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                     raise ValueError(f"{path} is not a calibration: it was not written by save()")
                 missing = [name for name in params.names if name not in entries]
                 if missing:
-                    raise ValueError(f"{path} has no statistics for {_some(missing)}")
+                    raise ValueError(f"{path} has no statistics for {some(missing)}")
                 for pair, name in zip(params, params.names, strict=True):
                     owner = entries[name]["of"]
                     if owner not in read:
@@ -395,10 +396,6 @@ def _check_statistics(found: InputStatistics, what: str) -> None:
             raise ValueError(f"{what} {key} of shape {tuple(tensor.shape)}, it should be {shape}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{what} {key} with NaN or infinity")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _safetensors() -> Any:
@@ -479,7 +476,7 @@ def _run(
         raise ValueError("there are no calibration batches")
     idle = [meter.name for meter in meters if meter.group is None]
     if idle:
-        raise ValueError(f"the calibration batches never reached {_some(idle)}")
+        raise ValueError(f"the calibration batches never reached {some(idle)}")
 
 
 def _token_masks(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:

@@ -30,8 +30,8 @@ from torchalignprune.gradient_criteria import GradientMagnitude, Movement, Taylo
 from torchalignprune.parameters import (
     Parameters,
     PrunableParameters,
-    listed,
     mask_of,
+    pairs_of,
     parameter_names,
     stored,
     unit_dimension,
@@ -109,7 +109,7 @@ def lamp(params: Parameters) -> Scores:
         >>> lamp([(layer, "weight")])[layer, "weight"]
         tensor([[0.5000, 0.1111, 1.0000]])
     """
-    params = listed(params)
+    params = pairs_of(params)
     for pair, name in zip(params, parameter_names(params), strict=True):
         if is_dtensor(stored(*pair)):
             raise ValueError(
@@ -165,7 +165,7 @@ def lookahead(params: Parameters, chains: Iterable[Sequence[Pair]] | None = None
         >>> lookahead([(first, "weight"), (second, "weight")])[second, "weight"]
         tensor([[3., 8.]])
     """
-    params = listed(params)
+    params = pairs_of(params)
     names = dict(zip(params, parameter_names(params), strict=True))
     before: dict[Pair, Pair] = {}
     after: dict[Pair, Pair] = {}
@@ -270,7 +270,7 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor] | Calibration) 
         >>> wanda([(layer, "weight")], {(layer, "weight"): torch.tensor([2.0, 1.0])})
         {(Linear(in_features=2, out_features=1, bias=True), 'weight'): tensor([[6., 4.]])}
     """
-    params = listed(params)
+    params = pairs_of(params)
     names = dict(zip(params, parameter_names(params), strict=True))
     by_pair = input_norms.norms() if isinstance(input_norms, Calibration) else input_norms
     for pair, name in names.items():
@@ -338,7 +338,7 @@ def random(params: Parameters, generator: torch.Generator | None = None) -> Scor
 
 def _score(params: Parameters, score: Callable[[Pair, Tensor], Tensor]) -> Scores:
     """Applies a criterion; tied weights are scored once and share their scores."""
-    params = listed(params)
+    params = pairs_of(params)
     scores: Scores = {}
     done: dict[int, Tensor] = {}
     for pair, name in zip(params, parameter_names(params), strict=True):

@@ -26,9 +26,9 @@ __all__ = [
     "bool_mask",
     "check_mask",
     "known_unit_dimension",
-    "listed",
     "mask_of",
     "matches",
+    "pairs_of",
     "parameter_names",
     "prunable_parameters",
     "same_mask",
@@ -295,7 +295,7 @@ def known_unit_dimension(parameter: Tensor) -> int:
     return int(parameter in _UNITS_ALONG_1)
 
 
-def listed(params: Parameters) -> list[tuple[nn.Module, str]]:
+def pairs_of(params: Parameters) -> list[tuple[nn.Module, str]]:
     """The pairs as a list: the same one if they are one already, which may know their names.
 
     Raises:
@@ -303,7 +303,7 @@ def listed(params: Parameters) -> list[tuple[nn.Module, str]]:
 
     Example:
         >>> from torch import nn
-        >>> listed(iter([(nn.Linear(2, 2), "weight")]))
+        >>> pairs_of(iter([(nn.Linear(2, 2), "weight")]))
         [(Linear(in_features=2, out_features=2, bias=True), 'weight')]
     """
     if isinstance(params, list):
@@ -393,7 +393,7 @@ def same_mask(mask: Tensor, other: Tensor) -> bool:
 
 def some(names: Sequence[str]) -> str:
     """The first few names, for an error or a warning."""
-    return ", ".join([*names[:3], *["..."] * (len(names) > 3)])
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_mask(mask: Tensor, name: str) -> None:

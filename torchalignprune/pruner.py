@@ -25,8 +25,8 @@ from torchalignprune.optimizers import OptimizerWatch, gradients, own_ids
 from torchalignprune.parameters import (
     Parameters,
     bool_mask,
-    listed,
     mask_of,
+    pairs_of,
     same_mask,
     some,
     stored,
@@ -129,7 +129,7 @@ class Pruner:
         min_layer_sparsity: LayerShare = 0.0,
         regrow: bool | int = False,
     ) -> None:
-        params = listed(params)
+        params = pairs_of(params)
         targets = targets_of(params)
         for target in targets:
             if target.weight.is_meta:
@@ -229,7 +229,7 @@ class Pruner:
             >>> layer.weight_mask
             tensor([[ True, False]])
         """
-        params = listed(params)
+        params = pairs_of(params)
         targets = targets_of(params)
         masks = [
             target.weight != 0 if target.mask is None else target.mask & (target.weight != 0)

@@ -448,17 +448,16 @@ def _check_structure(structure: Sequence[Pair], pruned: Sequence[Pair]) -> None:
 
 
 def _read_structure(
-    t: Tensor, structure: Parameters, scored: bool = False
+    t: Tensor, structure: Sequence[Pair], scored: bool = False
 ) -> tuple[list[Target], list[Tensor | None] | None]:
     """The targets of the structure, and scores if that is what the vector holds."""
-    pairs = list(structure)
-    targets = targets_of(pairs)
+    targets = targets_of(structure)
     sizes = [target.remaining() for target in targets]
-    if sum(sizes) != t.numel() and len(targets) < len(pairs):
+    if sum(sizes) != t.numel() and len(targets) < len(structure):
         # torch counts tied weights at each of their places.
         targets = [
             replace(target, name=name)
-            for pair, name in zip(pairs, parameter_names(pairs), strict=True)
+            for pair, name in zip(structure, parameter_names(structure), strict=True)
             for target in targets_of([pair])
         ]
         sizes = [target.remaining() for target in targets]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchalignprune.checkpoints import find_checkpoint_weights
 from torchalignprune.dtensors import converted, is_dtensor
-from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters, listed
+from torchalignprune.parameters import DTYPES, Parameters, PrunableParameters, pairs_of
 from torchalignprune.pruned_files import open_weights
 from torchalignprune.targets import targets_of
 from torchalignprune.weight_files import StoredTensors, WeightFiles, find_weights, write_tensors
@@ -97,7 +97,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
             ValueError: no pairs, or weights on the meta device, which have no values.
         """
         _check_dtype(dtype)
-        pairs = listed(params)
+        pairs = pairs_of(params)
         targets = targets_of(pairs)
         for target in targets:
             if target.weight.is_meta:

@@ -32,7 +32,7 @@ from torchalignprune.dtensors import (
     shard_dims,
 )
 from torchalignprune.matching import match_units
-from torchalignprune.parameters import Parameters, bool_mask, listed, mask_of, stored
+from torchalignprune.parameters import Parameters, bool_mask, mask_of, pairs_of, stored
 from torchalignprune.targets import Pair, PerParameter, Target, targets_of, with_references
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ class CosineAlignment(_Penalty):
         matching: Literal["greedy", "hungarian"] | None = None,
         match_every: int = 100,
     ) -> None:
-        params = listed(params)
+        params = pairs_of(params)
         super().__init__(params, reference, weights)
         if units not in ("out", "in", "both"):
             raise ValueError(f"units should be one of ('out', 'in', 'both'), got {units!r}")

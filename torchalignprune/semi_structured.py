@@ -9,8 +9,8 @@ from torch.nn.utils import prune
 from torchalignprune import ops
 from torchalignprune.parameters import (
     Parameters,
-    listed,
     mask_of,
+    pairs_of,
     parameter_names,
     stored,
     transformers_conv1d,
@@ -72,7 +72,7 @@ def to_semi_structured(params: Parameters) -> None:
         with torch.inference_mode():
             model(**batch)
     """
-    pairs = listed(params)
+    pairs = pairs_of(params)
     names = parameter_names(pairs)
     if not pairs:
         raise ValueError("params should have at least one (module, name) pair, got none")

@@ -26,8 +26,8 @@ from torchalignprune.parameters import (
     bool_mask,
     check_mask,
     known_unit_dimension,
-    listed,
     mask_of,
+    pairs_of,
     parameter_names,
     same_mask,
     stored,
@@ -129,7 +129,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
         ValueError: no pairs; tied weights whose masks differ; a name that is taken; a mask with
             other numbers than 0 and 1.
     """
-    pairs = listed(parameters)
+    pairs = pairs_of(parameters)
     if not pairs:
         raise ValueError("parameters should have at least one (module, name) pair, got none")
     for pair in pairs:

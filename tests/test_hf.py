@@ -183,6 +183,28 @@ def test_an_unmodified_trainer_prunes_and_logs(tmp_path: Path) -> None:
     assert zeros == round(0.6 * sum(module.weight.numel() for module, _ in params))
 
 
+def test_a_schedule_that_ends_after_the_training(tmp_path: Path) -> None:
+    trainer, pruner = plain_trainer(tmp_path, max_steps=3)
+    message = rf"ends at step 3 .* of {cubic()(3):.4g}, before the schedule does, at 0\.6: end"
+    with pytest.warns(UserWarning, match=message):
+        trainer.train()
+    assert pruner.sparsity() == pytest.approx(cubic()(3), abs=1e-3)
+    trainer.args.max_steps = 2  # the pruner's step 5
+    with pytest.warns(UserWarning, match="ends at step 5 "):
+        trainer.train()
+    trainer.args.max_steps = 1
+    trainer.train()
+    assert pruner.sparsity() == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_schedule_that_is_a_table_of_the_training(tmp_path: Path) -> None:
+    model, table = bert(), [0.0, 0.1, 0.2]
+    params = tap.prunable_parameters(model)
+    pruner = tap.Pruner(params, tap.Magnitude, table.__getitem__)
+    plain_trainer(tmp_path, model, pruner, max_steps=2)[0].train()
+    assert pruner.sparsity() == pytest.approx(0.2, abs=1e-3)
+
+
 def same(left: Any, right: Any) -> bool:
     """Whether nested states are equal, bit for bit."""
     if isinstance(left, dict):

@@ -264,6 +264,13 @@ def test_parameters_without_entries() -> None:
         assert penalty().item() == 0
 
 
+def test_weights_that_are_their_reference_cost_exactly_nothing(dtype: torch.dtype) -> None:
+    module = holder(*(torch.randn(50, n, dtype=dtype) for n in range(1, 20)))
+    for kind in (tap.CosineAlignment, tap.FrobeniusAlignment):
+        penalty = kind(pairs(module), tap.Reference.capture(pairs(module)))
+        assert penalty().item() == 0
+
+
 def test_weights_of_the_mean() -> None:
     module = holder(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     params, references = pairs(module), [torch.tensor([[1.0, 0.0]])] * 2

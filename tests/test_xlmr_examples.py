@@ -188,8 +188,11 @@ def test_the_model_that_is_evaluated_is_the_one_in_the_folder(
     main([*xnli, "--output_dir", str(tmp_path), "--bf16", "true", "--max_steps", "4"])
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     tokens = torch.arange(5, 25)[None]
-    with torch.no_grad():
-        assert torch.equal(evaluated[0].eval()(tokens).logits, saved.eval()(tokens).logits)
+    own = evaluated[0].eval()
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(own.state_dict()[name], weight), name
+    with torch.no_grad():  # MKL's products may depend on where in the memory their factors lie.
+        torch.testing.assert_close(own(tokens).logits, saved.eval()(tokens).logits)
 
 
 @pytest.fixture(scope="module")

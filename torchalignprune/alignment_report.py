@@ -380,7 +380,7 @@ class _Sums:
     def alignments(products: Tensor) -> Tensor:
         """The alignment of each unit that counts."""
         pp, pr, rr = products[:, products[2] > 0]
-        return torch.where(pp > 0, pr / (pp.sqrt() * rr.sqrt()), 0.0).clamp_(-1, 1)
+        return torch.where(pp > 0, pr / pp * (pp / rr).sqrt(), 0.0).clamp_(-1, 1)
 
     @staticmethod
     def dead(products: Tensor) -> int:

@@ -90,6 +90,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     A run that has taken its last step is not resumed, because the Trainer would take one more: its
     model is in the checkpoint.
 
+    A warning says so where the training ends before the pruner's schedule does.
+
     With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
     was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best
     (before epoch ``n`` with ``eval_strategy="epoch"``, as Transformers counts there).
@@ -170,6 +172,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                     "one more step. Load that, or raise max_steps or num_train_epochs to go on"
                 )
             self._resume(own, state.global_step)
+        self._check_end(self.pruner.steps + state.max_steps - state.global_step)
         self._args, self._state, self._model = args, state, model
         self._reached = self.pruner.sparsity()
 
@@ -228,6 +231,21 @@ class PruningCallback(TrainerCallback, ExportableState):
             if folder.is_dir() and not self.pruner.finished:
                 self._save(folder)
         return {"args": {"pruner": None}, "attributes": {}}
+
+    def _check_end(self, last: int) -> None:
+        """Ending before its schedule does, a training gives a model less sparse than was meant."""
+        try:
+            reached, later = (self.pruner.schedule(step) for step in (last, sys.maxsize))
+        except LookupError:  # A table of the user's, which ends with the training.
+            return
+        if reached < later <= 1:
+            warnings.warn(
+                f"the training ends at step {last} of the pruner's schedule, at a sparsity of "
+                f"{reached:.4g}, before the schedule does, at {later:.4g}: end the schedule "
+                "earlier, or train longer",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _check_model(self, model: nn.Module) -> None:
         paths = {module: path for path, module in model.named_modules()}

@@ -370,10 +370,12 @@ class CosineAlignment(_Penalty):
 
     def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
         pp, pr, rr = products
-        # The root has no gradient at 0, so a unit that is all zero is kept away from it.
+        # The root has no gradient at 0, so a unit that is all zero is kept away from it. Of these
+        # ways to write the cosine, this one is exactly 1 where the unit is its reference.
         alive, counted = pp != 0, rr != 0
-        norms = pp.where(alive, 1).sqrt() * rr.where(counted, 1).sqrt()
-        gaps = torch.where(counted, 1 - torch.where(alive, pr / norms, 0), 0)
+        pp = pp.where(alive, 1)
+        cosines = pr / pp * (pp / rr.where(counted, 1)).sqrt()
+        gaps = torch.where(counted, 1 - torch.where(alive, cosines, 0), 0)
         return _sums(torch.stack([gaps, counted.double()]), sizes)
 
     def _of(self, sums: Tensor) -> tuple[Tensor, Tensor]:

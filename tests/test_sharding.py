@@ -7,6 +7,7 @@ be started once.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sharded
 from torchalignprune.shards import Runs, Shard
 
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +31,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sharded"])
     known: dict[int, list[dict[str, str]]] = {}
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent  # The workers share it, so that the processes run once for all of them.
 
-    def of(world: int) -> list[dict[str, str]]:
-        if world not in known:
-            folder = tmp_path_factory.mktemp(f"world{world}")
+    def run(world: int, folder: Path) -> None:
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                return
+            folder.mkdir()
             processes = [
                 context.Process(target=sharded.run, args=(rank, world, str(folder)))
                 for rank in range(world)
@@ -43,7 +50,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
             for process in processes:
                 process.join(max(0, deadline - time.monotonic()))
                 process.kill()
-            files = [Path(folder, f"rank{rank}.pt") for rank in range(world)]
+
+    def of(world: int) -> list[dict[str, str]]:
+        if world not in known:
+            folder = top / f"sharding-{world}"
+            run(world, folder)
+            files = [folder / f"rank{rank}.pt" for rank in range(world)]
             known[world] = [torch.load(file) if file.exists() else {} for file in files]
         return known[world]
 

@@ -1,13 +1,13 @@
 // What each entry adds to the alignment of its unit (row), taken in falling order of importance.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <utility>
 #include <vector>
 
 #include "entries.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -353,6 +353,8 @@ at::Tensor cosine_gains_as(
   return out;
 }
 
+}  // namespace
+
 at::Tensor cosine_gains(
     const at::Tensor& weight, const std::optional<at::Tensor>& mask,
     const std::optional<at::Tensor>& reference, const std::optional<at::Tensor>& column_scale,
@@ -363,7 +365,4 @@ at::Tensor cosine_gains(
              : cosine_gains_as<float>(weight, mask, reference, column_scale, name);
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("cosine_gains", &cosine_gains); }
-
-}  // namespace
 }  // namespace torchalignprune

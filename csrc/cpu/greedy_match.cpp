@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "entries.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -231,6 +231,8 @@ void greedy_match_as(const at::Tensor& similarity, const std::string& name, int6
   TORCH_CHECK_VALUE(!nan, name, " should be numbers, got NaN");
 }
 
+}  // namespace
+
 at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
   check_greedy_match(similarity, name);
   at::Tensor index = at::full(
@@ -246,7 +248,4 @@ at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
   return index;
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("greedy_match", &greedy_match); }
-
-}  // namespace
 }  // namespace torchalignprune

@@ -1,14 +1,13 @@
 // Which of a sequence of pairs have a row and a column that no kept pair before them has.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "../checks.h"
+#include "operators.h"
 
 namespace torchalignprune {
-namespace {
 
 at::Tensor match_in_order(
     const at::Tensor& rows, const at::Tensor& columns, int64_t row_count, int64_t column_count) {
@@ -33,7 +32,4 @@ at::Tensor match_in_order(
   return out;
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("match_in_order", &match_in_order); }
-
-}  // namespace
 }  // namespace torchalignprune

@@ -5,13 +5,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -161,30 +161,6 @@ void pack_as(
   }
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_entries(
-    const at::Tensor& weight, const std::optional<at::Tensor>& mask) {
-  check_weight(weight, "weight");
-  check_mask(weight, mask, "weight");
-  const at::Tensor own = weight.contiguous();
-  const at::Tensor own_mask = mask ? mask->contiguous() : at::Tensor();
-  const auto* given = mask ? static_cast<const uint8_t*>(own_mask.const_data_ptr()) : nullptr;
-  const auto bytes = weight.options().dtype(at::kByte);
-  at::Tensor bits = at::empty({bytes_of(weight.numel())}, bytes);
-  at::Tensor values = at::empty({0}, weight.options());
-  at::Tensor signs = at::empty({0}, bytes);
-  int64_t lost = 0;
-  if (weight.element_size() == 2) {
-    pack_as<uint16_t>(own, given, bits, values, signs, lost);
-  } else if (weight.element_size() == 4) {
-    pack_as<uint32_t>(own, given, bits, values, signs, lost);
-  } else {
-    pack_as<uint64_t>(own, given, bits, values, signs, lost);
-  }
-  at::Tensor outside = at::empty({}, bytes.dtype(at::kLong));
-  *outside.mutable_data_ptr<int64_t>() = lost;
-  return {bits, values, signs, outside};
-}
-
 void check_bits(const at::Tensor& bits, int64_t n, const char* what) {
   TORCH_CHECK_TYPE(
       bits.scalar_type() == at::kByte, what, " should be uint8, got ", bits.scalar_type());
@@ -212,14 +188,6 @@ std::vector<int64_t> count_blocks(const uint8_t* bits, int64_t n) {
   });
   for (int64_t block = 0; block < blocks; ++block) first[block + 1] += first[block];
   return first;
-}
-
-at::Tensor count_bits(const at::Tensor& bits, int64_t n) {
-  const at::Tensor own = bits.contiguous();
-  check_bits(own, n, "bits");
-  at::Tensor count = at::empty({}, bits.options().dtype(at::kLong));
-  *count.mutable_data_ptr<int64_t>() = count_blocks(own.const_data_ptr<uint8_t>(), n).back();
-  return count;
 }
 
 template <class Bits>
@@ -265,6 +233,32 @@ int64_t entries_of(c10::IntArrayRef shape) {
   return n;
 }
 
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_entries(
+    const at::Tensor& weight, const std::optional<at::Tensor>& mask) {
+  check_weight(weight, "weight");
+  check_mask(weight, mask, "weight");
+  const at::Tensor own = weight.contiguous();
+  const at::Tensor own_mask = mask ? mask->contiguous() : at::Tensor();
+  const auto* given = mask ? static_cast<const uint8_t*>(own_mask.const_data_ptr()) : nullptr;
+  const auto bytes = weight.options().dtype(at::kByte);
+  at::Tensor bits = at::empty({bytes_of(weight.numel())}, bytes);
+  at::Tensor values = at::empty({0}, weight.options());
+  at::Tensor signs = at::empty({0}, bytes);
+  int64_t lost = 0;
+  if (weight.element_size() == 2) {
+    pack_as<uint16_t>(own, given, bits, values, signs, lost);
+  } else if (weight.element_size() == 4) {
+    pack_as<uint32_t>(own, given, bits, values, signs, lost);
+  } else {
+    pack_as<uint64_t>(own, given, bits, values, signs, lost);
+  }
+  at::Tensor outside = at::empty({}, bytes.dtype(at::kLong));
+  *outside.mutable_data_ptr<int64_t>() = lost;
+  return {bits, values, signs, outside};
+}
+
 at::Tensor unpack_entries(
     const at::Tensor& bits, const at::Tensor& values, const at::Tensor& signs,
     c10::IntArrayRef shape) {
@@ -293,11 +287,12 @@ at::Tensor unpack_entries(
   return out;
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) {
-  m.impl("pack_entries", &pack_entries);
-  m.impl("unpack_entries", &unpack_entries);
-  m.impl("count_bits", &count_bits);
+at::Tensor count_bits(const at::Tensor& bits, int64_t n) {
+  const at::Tensor own = bits.contiguous();
+  check_bits(own, n, "bits");
+  at::Tensor count = at::empty({}, bits.options().dtype(at::kLong));
+  *count.mutable_data_ptr<int64_t>() = count_blocks(own.const_data_ptr<uint8_t>(), n).back();
+  return count;
 }
 
-}  // namespace
 }  // namespace torchalignprune

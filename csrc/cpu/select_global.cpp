@@ -5,13 +5,13 @@
 // bracket misses or its entries are too many to hold, a histogram of them narrows it for another
 // pass. Entries are never copied as a whole, concatenated or sorted.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "chunks.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -254,6 +254,8 @@ class Selection {
   typename ScoreKernels<Acc>::Keep keep_;
 };
 
+}  // namespace
+
 std::vector<at::Tensor> select_global(
     at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
     const c10::List<std::optional<at::Tensor>>& references,
@@ -267,7 +269,4 @@ std::vector<at::Tensor> select_global(
                                                   : Selection<float>(call).masks(count);
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("select_global", &select_global); }
-
-}  // namespace
 }  // namespace torchalignprune

@@ -1,11 +1,11 @@
 // A mask that prunes exactly `counts[i]` entries of row i, those of the lowest scores.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <vector>
 
 #include "entries.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -62,6 +62,8 @@ at::Tensor select_rows_as(
   return out;
 }
 
+}  // namespace
+
 at::Tensor select_rows(
     const at::Tensor& weight, const std::optional<at::Tensor>& mask, const at::Tensor& counts,
     std::string name) {
@@ -70,7 +72,4 @@ at::Tensor select_rows(
                                              : select_rows_as<float>(weight, mask, counts, name);
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("select_rows", &select_rows); }
-
-}  // namespace
 }  // namespace torchalignprune

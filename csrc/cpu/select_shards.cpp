@@ -2,12 +2,12 @@
 // the masks of the shards once they have. The tensors here are those of one process.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <vector>
 
 #include "chunks.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -117,6 +117,8 @@ auto with_shards(const ScoreArguments& call, Run run) {
                                                   : run(Shards<float>(call), uint32_t{});
 }
 
+}  // namespace
+
 at::Tensor shard_counts(
     at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
     const c10::List<std::optional<at::Tensor>>& references,
@@ -161,11 +163,4 @@ std::vector<at::Tensor> shard_masks(
   });
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) {
-  m.impl("shard_counts", &shard_counts);
-  m.impl("shard_ties", &shard_ties);
-  m.impl("shard_masks", &shard_masks);
-}
-
-}  // namespace
 }  // namespace torchalignprune

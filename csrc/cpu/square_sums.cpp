@@ -2,12 +2,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "entries.h"
+#include "operators.h"
 
 namespace torchalignprune {
 namespace {
@@ -72,6 +72,8 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
   return {row_sums, column_sums};
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> square_sums(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
     const std::optional<at::Tensor>& column_scale, std::string name,
@@ -87,7 +89,4 @@ std::tuple<at::Tensor, at::Tensor> square_sums(
              : square_sums_as<float>(weight, rows, columns, all_columns);
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("square_sums", &square_sums); }
-
-}  // namespace
 }  // namespace torchalignprune

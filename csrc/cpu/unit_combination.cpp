@@ -2,8 +2,8 @@
 // of the unit products, in one pass.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
+#include "operators.h"
 #include "unit_rows.h"
 
 namespace torchalignprune {
@@ -48,6 +48,8 @@ at::Tensor unit_combination_as(
   return out;
 }
 
+}  // namespace
+
 std::vector<at::Tensor> unit_combination(
     at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
     const c10::List<std::optional<at::Tensor>>& references,
@@ -69,7 +71,4 @@ std::vector<at::Tensor> unit_combination(
   return out;
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("unit_combination", &unit_combination); }
-
-}  // namespace
 }  // namespace torchalignprune

@@ -1,8 +1,8 @@
 // Of every unit the inner products that alignment and distortion are made of, in one pass.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
+#include "operators.h"
 #include "unit_rows.h"
 
 namespace torchalignprune {
@@ -72,6 +72,8 @@ void unit_products_as(const UnitArguments& call, double* result, int64_t stride)
   }
 }
 
+}  // namespace
+
 at::Tensor unit_products(
     at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
     const c10::List<std::optional<at::Tensor>>& references,
@@ -89,7 +91,4 @@ at::Tensor unit_products(
   return products;
 }
 
-TORCH_LIBRARY_IMPL(torchalignprune, CPU, m) { m.impl("unit_products", &unit_products); }
-
-}  // namespace
 }  // namespace torchalignprune

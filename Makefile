@@ -16,10 +16,12 @@
 # PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
 # instead of the pinned one, WORKERS how many processes share the tests, ARGS what to add to the
 # command that a target runs (the first one of the demo; ZERO_SHOT_ARGS: the one with made-up
-# languages, MINI_ARGS: the one with the miniature).
+# languages, MINI_ARGS: the one with the miniature). ISOLATION= compiles in an environment of pip's
+# own, as plain `pip install -e .` does, which fetches the build requirements each time.
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 WORKERS ?= 2
+ISOLATION ?= --no-build-isolation
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -97,7 +99,7 @@ $(INSTALLED): requirements.txt
 	touch '$@'
 
 $(COMPILED): $(INSTALLED) $(SOURCES) setup.py pyproject.toml
-	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --no-deps $(ISOLATION) -e .
 	touch $@
 
 ifeq ($(shell command -v nvcc),)

@@ -320,7 +320,9 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     other = tap.Pruner(
         tap.prunable_parameters(mlp()), tap.Magnitude, schedules.linear(0, 0.5, end=4)
     )
-    with pytest.raises(ValueError, match=r"0\.weight has 0 pruned entries, and 33 in the state"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight should have 33 pruned entries, as in the state, got 0"
+    ):
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="version 1, got 7"):
         pruner.load_state_dict({**state, "version": 7})
@@ -331,7 +333,9 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing() -> None:
     assert other.steps == 0 and pruner.steps == 1
     module, _ = params[0]
     module.weight_mask.copy_(module.weight_mask.flip(0))  # as many, but others
-    with pytest.raises(ValueError, match="masks prune other entries than those that the state"):
+    with pytest.raises(
+        ValueError, match="masks that the state was saved with, got masks that prune other"
+    ):
         pruner.load_state_dict(state)
 
 
@@ -361,7 +365,10 @@ def test_a_state_that_does_not_fit_to_its_end_changes_nothing() -> None:
             {"matching": {**matching, "indices": {**indices, "0.weight": torch.arange(3)}}},
             r"the matching of 0\.weight should have shape \(16,\), got \(3,\)",
         ),
-        ({"penalty": {"other": torch.ones(1)}}, r"the penalty should have \[\], got \['other'\]"),
+        (
+            {"penalty": {"other": torch.ones(1)}},
+            r"the penalty should have the keys \[\], got \['other'\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             pruner.load_state_dict({**state, "step": 9, "criterion": criterion, **part})
@@ -541,17 +548,25 @@ def test_bad_input() -> None:
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (TypeError, "method should be one of", {"method": prune.L1Unstructured}),
         (TypeError, "method should be one of", {"method": "magnitude"}),
-        (TypeError, "AlignedNM has no amount", {"method": tap.AlignedNM}),
+        (
+            TypeError,
+            "take an amount, which follows the schedule, got AlignedNM",
+            {"method": tap.AlignedNM},
+        ),
         (
             ValueError,
             r"sparsity in \[0, 1\], got 1.5 at step 0",
             {"schedule": schedules.constant(1.5)},
         ),
         (ValueError, r"in \[0, 1\], got -0.5 at step 0", {"schedule": schedules.constant(-0.5)}),
-        (ValueError, "should begin with 0, got 0.5", {"criterion": tap.criteria.Movement(params)}),
         (
             ValueError,
-            "a criterion is not for it",
+            "schedule should begin with 0 .* got 0.5",
+            {"criterion": tap.criteria.Movement(params)},
+        ),
+        (
+            ValueError,
+            "criterion should be None for Random, .* got Movement",
             {
                 "method": tap.Random,
                 "schedule": schedules.constant(0.0),
@@ -574,7 +589,11 @@ def test_bad_input() -> None:
             {"max_layer_sparsity": {"encoder": 0.5}},
         ),
         (ValueError, "should not be above", {"min_layer_sparsity": 0.5, "max_layer_sparsity": 0.4}),
-        (ValueError, "go with budget='global'", {"min_unit": 1, "budget": "unit"}),
+        (
+            ValueError,
+            "budget should be 'global' or 'layer' with min_unit, .* got 'unit'",
+            {"min_unit": 1, "budget": "unit"},
+        ),
         (ValueError, "budget should be one of", {"budget": "all"}),
         (ValueError, "regrow should be", {"regrow": -1}),
         (
@@ -593,7 +612,9 @@ def test_bad_input() -> None:
 def test_a_model_without_weights_or_masks_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight should have values, got a tensor on the meta device"
+    ):
         tap.Pruner(tap.prunable_parameters(model), tap.Magnitude, schedules.constant(0.0))
     params = tap.prunable_parameters(mlp())
     pruner = tap.Pruner(params, tap.Magnitude, schedules.constant(0.5))
@@ -704,7 +725,7 @@ def test_movement_lets_entries_regrow_by_their_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "since"),
-    [(tap.criteria.Taylor, " since the last one"), (tap.criteria.Movement, "")],
+    [(tap.criteria.Taylor, " since the last pruning"), (tap.criteria.Movement, "")],
 )
 def test_a_skipped_optimizer_step_postpones_the_pruning(kind: Any, since: str) -> None:
     model = mlp()
@@ -713,7 +734,7 @@ def test_a_skipped_optimizer_step_postpones_the_pruning(kind: Any, since: str) -
     pruner = tap.Pruner(params, tap.Magnitude, schedule, criterion=kind(params))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.step()
-    message = rf"step 2 waits: {kind.__name__} .* of 0\.weight, 2\.weight{since}\. It reads"
+    message = rf"step 2 is postponed: {kind.__name__} .* of 0\.weight, 2\.weight{since}\. It reads"
     with pytest.warns(UserWarning, match=message):
         assert not pruner.step()
     with warnings.catch_warnings():
@@ -1039,7 +1060,9 @@ def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
     assert step(*both)
     masks = [module.weight_mask.clone() for module, _ in pruner.params]
     state = copy.deepcopy(pruner.state_dict())
-    with pytest.warns(UserWarning, match=r"due at step 2 waits: .* no gradient of 2\.weight since"):
+    with pytest.warns(
+        UserWarning, match=r"due at step 2 is postponed: .* no gradient of 2\.weight since"
+    ):
         assert not step(both[0])
     found = [module.weight_mask for module, _ in pruner.params]
     assert all(map(torch.equal, found, masks))
@@ -1047,7 +1070,7 @@ def test_a_layer_without_gradients_in_a_round_postpones_the_pruning() -> None:
     # So it does where a run is resumed right after a pruning.
     assert state["criterion"]["without_gradient"] == ["0.weight", "2.weight"]
     pruner.load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"step 2 waits: .* no gradient of 0\.weight since"):
+    with pytest.warns(UserWarning, match=r"step 2 is postponed: .* no gradient of 0\.weight since"):
         assert not step(both[1])
     assert step(*both) and pruner.sparsity() == 0.4
 
@@ -1175,12 +1198,14 @@ def test_a_state_is_looked_at_with_the_masks_that_are_still_to_come() -> None:
     found = [module.weight_mask for module, _ in pruner.params]
     masks = dict(zip(["0.weight", "2.weight"], found, strict=True))
     other.check_state(state, masks)
-    with pytest.raises(ValueError, match=r"0\.weight has 0 pruned entries, and \d+ in the state"):
+    with pytest.raises(ValueError, match=r"0\.weight should have \d+ pruned entries, .* got 0"):
         other.check_state(state)
     flipped = {name: mask.flip(0) for name, mask in masks.items()}
-    with pytest.raises(ValueError, match="masks prune other entries than those that the state"):
+    with pytest.raises(
+        ValueError, match="masks that the state was saved with, got masks that prune other"
+    ):
         other.check_state(state, flipped)
-    with pytest.raises(ValueError, match=r"lacks the values that 0\.weight may take back"):
+    with pytest.raises(ValueError, match=r"should have the values that 0\.weight may take back"):
         pruner.check_state({**state, "left": {}})
     assert other.steps == 0 and other.sparsity() == 0
 
@@ -1292,7 +1317,7 @@ def test_masks_of_which_no_values_are_kept() -> None:
         warnings.simplefilter("error")
         pruner.look_again()
     layer.weight_mask.copy_(torch.tensor([[False, True, True, False]]))
-    message = r"pruned entries of parameters\[0\] .* no other value to take back than 0: load the"
+    message = r"pruned entries of parameters\[0\] .* no value to take back but 0: load the"
     with pytest.warns(UserWarning, match=message):
         pruner.look_again()
 
@@ -1313,7 +1338,7 @@ def test_a_state_that_does_not_fit_costs_no_combinations(monkeypatch: pytest.Mon
         return digest(masks)
 
     monkeypatch.setattr(pruner_module, "_mask_digest", counted)
-    with pytest.raises(ValueError, match="masks prune other entries"):
+    with pytest.raises(ValueError, match="got masks that prune other entries"):
         pruner.load_state_dict(state)
     assert len(calls) < 5
 

@@ -313,7 +313,9 @@ def lacking() -> None:
     pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.constant(0.5), regrow=True)
     state = pruner.state_dict()
     for left in ({}, {name: torch.zeros(3) for name in state["left"]}):
-        with pytest.raises(ValueError, match=r"lacks the values that 0\.0\.weight may take back"):
+        with pytest.raises(
+            ValueError, match=r"should have the values that 0\.0\.weight may take back"
+        ):
             pruner.load_state_dict({**state, "left": left})
 
 

@@ -1,7 +1,7 @@
 """Pruning for pretrained transformers that keeps the units of a network aligned.
 
-See the README for what it is, :mod:`torchalignprune.methods` for the pruning methods and
-:mod:`torchalignprune.criteria` for importance scores.
+The README is an introduction; :mod:`torchalignprune.methods` has the pruning methods and
+:mod:`torchalignprune.criteria` the importance scores.
 """
 
 from torchalignprune import build_info as _build_info

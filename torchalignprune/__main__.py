@@ -1,4 +1,4 @@
-"""`python -m torchalignprune` is the same as the command `torchalignprune`."""
+"""`python -m torchalignprune` runs the `torchalignprune` command."""
 
 from torchalignprune.cli import main
 

@@ -1,4 +1,4 @@
-"""Pruning while training: a schedule that is kept to, exactly, step by step."""
+"""Pruning during training: follows a sparsity schedule exactly, step by step."""
 
 from __future__ import annotations
 
@@ -45,55 +45,55 @@ _VERSION = 1
 
 
 class Pruner:
-    """Prunes parameters while they are trained, to the sparsity that a schedule asks for.
+    """Prunes parameters during training, to the sparsity that a schedule asks for.
 
-    In a training loop, after every step of the optimizer::
+    Call :meth:`step` after every step of the optimizer, and :meth:`finalize` at the end::
 
         optimizer.step()
         pruner.step()
 
-    and :meth:`finalize` at the end. The sparsities of the schedule are absolute: the share of all
-    entries that is pruned then, reached exactly, rounded to whole entries.
+    The sparsities of the schedule are absolute: the share of all entries that is pruned at that
+    step. The pruner reaches it exactly, rounded to whole entries.
 
-    The constructor gives every parameter its hook and its mask, at first of ones, so that the names
-    in ``model.state_dict()`` stay the same from the first step to the last. Checkpoints of the
-    model, the optimizer and :meth:`state_dict` are all it takes to go on later: make the model and
-    the pruner anew, load the three.
+    The constructor gives every parameter its hook and its mask, so the keys of
+    ``model.state_dict()`` stay the same from the first step to the last. To resume a run, save the
+    states of the model, the optimizer and the pruner (:meth:`state_dict`); then make the model and
+    the pruner anew and load all three.
 
-    What is pruned is set to zero in the stored weights too, and in the states of all optimizers
-    that have stepped (the momentum of SGD, the moments of Adam): together with the masked gradient
-    neither weight decay nor momentum moves it. A later round therefore compares with the weights
-    that earlier rounds have left, unless there is a ``reference``, which stays what it is.
+    Pruned entries are also set to zero in the stored weights and in the states of all optimizers
+    that have stepped (the momentum of SGD, the moments of Adam). Their gradients are masked, so
+    neither weight decay nor momentum moves them. Each pruning step therefore compares with the
+    weights that earlier ones have left, unless there is a ``reference``, which never changes.
 
     Args:
         params: ``(module, name)`` pairs (:func:`torchalignprune.prunable_parameters`).
-        method: a method of this package, such as ``AlignedMagnitude``; with options of its own as
-            ``functools.partial(AlignedMagnitude, units="both")``.
-        schedule: the sparsity, in [0, 1], after so many calls of :meth:`step`
-            (:mod:`torchalignprune.schedules`). What it asks for at 0 is pruned at once. Where it
-            falls, nothing is pruned.
-        reference: the unpruned weights. Goes to the method, if that takes one and is not given
-            one of its own, and :meth:`log` reports the alignment with it.
+        method: a method of this package, such as ``AlignedMagnitude``; to set its options, a
+            partial such as ``functools.partial(AlignedMagnitude, units="both")``.
+        schedule: maps the number of calls of :meth:`step` to a sparsity in [0, 1]
+            (:mod:`torchalignprune.schedules`). The constructor prunes to the sparsity at 0. When
+            the schedule falls, the masks stay as they are unless ``regrow`` is set.
+        reference: the unpruned weights. Passed to the method if that takes a reference and was not
+            given its own; :meth:`log` reports the alignment with it.
         penalty: a regularizer; :meth:`log` reports it, and :meth:`state_dict` keeps its state.
-        criterion: ranks the entries in the place of the method; a criterion that watches the
-            training, such as ``criteria.Movement(params)``, with the same ``params``.
-        budget: where the sparsity is counted: ``"global"``, ``"layer"`` or ``"unit"``. Default: as
-            the method has it.
-        min_unit: how many entries every unit keeps at least, so that none dies.
-        max_layer_sparsity: the share of each parameter that may be pruned at most; or a mapping
-            from glob patterns (as in :func:`torchalignprune.prunable_parameters`) to shares, of
-            which the first that matches counts.
-        min_layer_sparsity: the share of each parameter that is pruned at least, as soon as the
-            schedule asks for so much overall; likewise. These three go with the budgets
-            ``"global"`` and ``"layer"``.
-        regrow: let pruned entries come back. They keep the values that they had when they were
-            pruned (apart, in as much memory as the parameters take); each pruning step ranks all
-            entries anew, and gradients that reach a ``criterion`` are those of pruned entries too.
-            ``True``: whenever the schedule's value has changed; a number: also every so many steps.
+        criterion: ranks the entries instead of the method: a criterion that watches the training,
+            such as ``criteria.Movement(params)``, made with the same ``params``.
+        budget: where the sparsity is counted: ``"global"``, ``"layer"`` or ``"unit"``. Default: the
+            method's own.
+        min_unit: the minimum number of entries that every unit keeps, so that none dies.
+        max_layer_sparsity: the maximum share of each parameter that may be pruned; or a mapping
+            from glob patterns (as in :func:`torchalignprune.prunable_parameters`) to shares, where
+            the first pattern that matches counts.
+        min_layer_sparsity: the minimum share of each parameter that is pruned, capped at the
+            overall sparsity; or a mapping, likewise. The three limits need ``budget="global"`` or
+            ``"layer"``.
+        regrow: let pruned entries come back, with the values that they had when they were pruned
+            (kept in as much memory as the parameters take). Each pruning step ranks all entries
+            anew, and a ``criterion`` also sees the gradients of pruned entries. ``True``: prune
+            when the schedule's value changes; a number N: also every N steps.
 
     Raises:
         TypeError: an argument of the wrong type; a method that is not one of this package.
-        ValueError: a schedule out of range; an option that does not go with another.
+        ValueError: a sparsity of the schedule out of range; options that exclude each other.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -134,8 +134,8 @@ class Pruner:
         for target in targets:
             if target.weight.is_meta:
                 raise ValueError(
-                    f"{target.name} is on the meta device: give the model its weights first "
-                    "(model.to_empty(device=...) and loading them)"
+                    f"{target.name} should have values, got a tensor on the meta device: call "
+                    "model.to_empty(device=...) and load the weights first"
                 )
         if not callable(schedule):
             raise TypeError(
@@ -146,14 +146,14 @@ class Pruner:
         self.schedule = schedule
         self.penalty = penalty
         self.criterion = criterion
-        self._method = _made(method, reference, budget)
+        self._method = _make_method(method, reference, budget)
         limits = Limits(min_unit, max_layer_sparsity, min_layer_sparsity)
         if limits != Limits():
             limits.check([target.name for target in targets])
             if self._method.budget == "unit":
                 raise ValueError(
-                    "min_unit, max_layer_sparsity and min_layer_sparsity go with budget='global' "
-                    "or 'layer', got 'unit'"
+                    "budget should be 'global' or 'layer' with min_unit, max_layer_sparsity or "
+                    "min_layer_sparsity, got 'unit'"
                 )
             self._method.limits = limits
         if penalty is not None and not isinstance(penalty, nn.Module):
@@ -162,33 +162,39 @@ class Pruner:
             )
         if criterion is not None and not isinstance(criterion, GradientCriterion):
             raise TypeError(
-                "criterion should be made from the parameters, such as criteria.Movement(params), "
-                f"got {criterion!r}"
+                "criterion should be one that watches training, such as "
+                f"criteria.Movement(params), got {criterion!r}"
             )
         if not isinstance(regrow, int) or regrow < 0:
             raise ValueError(f"regrow should be a bool or a number of steps, got {regrow!r}")
         if criterion is not None and isinstance(self._method, Random):
-            raise ValueError("Random draws its own scores, so that a criterion is not for it")
+            raise ValueError(
+                "criterion should be None for Random, which draws its own scores, got "
+                f"{type(criterion).__name__}"
+            )
         if criterion is not None:
             own = [target.places[0] for target in criterion.targets]
             if own != [target.places[0] for target in targets]:
-                raise ValueError("criterion should have been made with the same params")
+                raise ValueError(
+                    "criterion should be made with the same params as the pruner, got one made "
+                    "with others"
+                )
         self.regrow = bool(regrow)
         self._every = 0 if isinstance(regrow, bool) else regrow
         self._alignment = None if reference is None else CosineAlignment(params, reference)
-        # Of the modules only: the model's tensors may be replaced, as by ``model.to``.
+        # Modules and names, because calls such as ``model.to`` may replace the tensors.
         self._places = [target.places for target in targets]
         self._names = [target.name for target in targets]
         self._step = 0
         self._target = self._sparsity_at(0)
         if criterion is not None and self._target > 0:
             raise ValueError(
-                f"with a criterion, which needs training, the schedule should begin with 0, got "
-                f"{self._target}"
+                "schedule should begin with 0 when there is a criterion, which has seen no "
+                f"gradient at first, got {self._target}"
             )
-        # The values of pruned entries, where they may come back, in tensors of the parameters'
-        # shapes and layouts with zeros elsewhere: a distributed checkpoint can load only what has
-        # the shape of what is there, and spreads it over another number of ranks.
+        # With ``regrow``, the values of pruned entries, and zeros elsewhere. The tensors have the
+        # shapes and layouts of the parameters: a distributed checkpoint loads only into tensors of
+        # the same shape, and then redistributes them when the number of ranks has changed.
         self._left: list[Tensor | None] = [None] * len(targets)
         self._finished = False
         self._final_sparsity = 0.0
@@ -209,9 +215,9 @@ class Pruner:
         reference: PerParameter | None = None,
         penalty: nn.Module | None = None,
     ) -> Self:
-        """A pruner that keeps the zeros of an already sparse model through training, and no more.
+        """A pruner that only keeps the zeros of an already sparse model through training.
 
-        What is exactly zero, or masked already, stays so. Its :meth:`step` prunes nothing.
+        Entries that are exactly zero or already masked stay so. Its :meth:`step` prunes nothing.
 
         Args:
             params: ``(module, name)`` pairs.
@@ -219,7 +225,7 @@ class Pruner:
             penalty: as in :class:`Pruner`.
 
         Raises:
-            ValueError: there is not a single zero in the parameters.
+            ValueError: the parameters have no zeros.
 
         Example:
             >>> import torch, torchalignprune as tap
@@ -249,7 +255,7 @@ class Pruner:
 
     @property
     def steps(self) -> int:
-        """How many calls of :meth:`step` there were."""
+        """The number of calls of :meth:`step` so far."""
         return self._step
 
     @property
@@ -260,26 +266,26 @@ class Pruner:
     def step(self) -> bool:
         """Count one step of training, and prune if the schedule asks for it.
 
-        To be called after ``optimizer.step()``. Where a criterion lacks the gradient of a
-        parameter, as when a gradient scaler has skipped its optimizer, the pruning is left to the
-        next step (that of ``regrow=N`` to the next of its steps), with a warning. Criteria that
-        start anew in each round need one since the last pruning; ``Movement``, which does not, one
-        at any time.
+        Call it after ``optimizer.step()``. If a criterion lacks the gradient of a parameter, for
+        example because a gradient scaler skipped its optimizer, pruning waits for the next step
+        (periodic pruning by ``regrow=N`` for the next multiple of N), with a warning. Criteria that
+        start anew after each pruning need a gradient since then; ``Movement``, which does not,
+        needs one from any step.
 
         Returns:
             Whether masks were chosen anew.
 
         Raises:
-            RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter that the
-                criterion has no gradient of because it requires none, or because the forward has
-                never used it; ranks of a ``DistributedDataParallel`` that choose different masks.
-            ValueError: a sparsity out of range or out of the limits' reach; NaN among the weights.
-                The masks and the count of the steps are as before.
+            RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter of which the
+                criterion will see no gradient because it is frozen or the forward does not use it;
+                ranks of a ``DistributedDataParallel`` that choose different masks.
+            ValueError: a sparsity that is out of range or that the limits do not allow; NaN among
+                the weights. The masks and the number of steps are then unchanged.
         """
         step = self._step + 1
         sparsity = self.schedule(step)
         if not self._finished:
-            # All of them are looked at when it prunes: here there may be many, at every step.
+            # Only one here, because there may be many; all are checked before pruning.
             self._check_masks(1)
         due = sparsity != self._target or (self._every and step % self._every == 0)
         if not due and not self._finished:
@@ -296,11 +302,11 @@ class Pruner:
             return False
         unseen = [] if self.criterion is None else self.criterion.unseen()
         if self.criterion is not None and unseen:
-            since = " since the last one" if self.criterion.per_round else ""
+            since = " since the last pruning" if self.criterion.per_round else ""
             warnings.warn(
-                f"the pruning that is due at step {step} waits: {type(self.criterion).__name__} "
-                f"has seen no gradient of {some(unseen)}{since}. It reads them at each step of an "
-                "optimizer that has the parameter",
+                f"the pruning due at step {step} is postponed: {type(self.criterion).__name__} has "
+                f"seen no gradient of {some(unseen)}{since}. It reads the gradients at each step "
+                "of an optimizer that has the parameter",
                 UserWarning,
                 stacklevel=3,
             )
@@ -321,7 +327,7 @@ class Pruner:
         return True
 
     def sparsity(self) -> float:
-        """The share of all entries that is pruned; after :meth:`finalize`, that was then.
+        """The share of all entries that is pruned; after :meth:`finalize`, its final value.
 
         Raises:
             RuntimeError: a mask is gone.
@@ -340,12 +346,12 @@ class Pruner:
 
     @torch.no_grad()
     def log(self) -> dict[str, float]:
-        """Numbers for a training log.
+        """Metrics for a training log.
 
         Returns:
             ``pruning/sparsity`` and ``pruning/target_sparsity``; with a reference
             ``pruning/alignment``, the mean cosine of the units with it; with a penalty
-            ``pruning/penalty``, as it is before any strength.
+            ``pruning/penalty``, not multiplied by any strength.
         """
         found = {
             "pruning/sparsity": self.sparsity(),
@@ -361,12 +367,12 @@ class Pruner:
         """What a resumed run needs besides the states of the model and the optimizer.
 
         Returns:
-            A nested dict of numbers, strings and tensors. The masks are not in it: they are in the
-            model's state, and how many entries they prune and, unless they are sharded, a digest
-            of them are here to check them by.
+            A nested dict of numbers, strings and tensors. The masks are not in it but in the
+            model's state. To check them, it has the number of entries that they prune and, unless
+            they are sharded, a digest of them.
 
         Raises:
-            RuntimeError: after :meth:`finalize`, when there are no masks to go on with.
+            RuntimeError: after :meth:`finalize`.
         """
         self._check_unfinished()
         targets = targets_of(self.params)
@@ -393,14 +399,14 @@ class Pruner:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; the model's own state comes first.
+        """Resume from a :meth:`state_dict`; load the model's own state first.
 
         Args:
             state: from a pruner of the same parameters, method and options.
 
         Raises:
-            ValueError: a state of other parameters or options, or masks in the model that are not
-                those of the state.
+            ValueError: a state of other parameters or options, or one that does not belong to the
+                model's masks.
         """
         self.check_state(state)
         left = self._loaded_left(state)
@@ -421,15 +427,15 @@ class Pruner:
     def check_state(
         self, state: Mapping[str, Any], masks: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Whether :meth:`load_state_dict` would take a state, without taking it.
+        """Check that :meth:`load_state_dict` would accept a state, without loading it.
 
-        Masks of tied parameters that have come apart are tied again, where one of them is that of
-        the state.
+        If tied parameters no longer share their mask, they are given the one that belongs to the
+        state.
 
         Args:
             state: as for :meth:`load_state_dict`.
-            masks: those that the model is going to have, by the names of the parameters. Default:
-                those that it has.
+            masks: the masks that the model is going to have, by parameter name. Default: its
+                current masks.
 
         Raises:
             ValueError: as :meth:`load_state_dict`.
@@ -443,28 +449,30 @@ class Pruner:
             )
         if set(state) != set(expected):
             raise ValueError(
-                f"the state should have {sorted(expected)}, as this pruner's options ask for, got "
-                f"{sorted(state)}"
+                f"the state should have the keys {sorted(expected)}, as this pruner's options ask "
+                f"for, got {sorted(state)}"
             )
         if state["method"] != expected["method"]:
             raise ValueError(f"the state should be of {expected['method']}, got {state['method']}")
         if set(state["pruned"]) != set(self._names):
             other = sorted(set(state["pruned"]) ^ set(self._names))
-            raise ValueError(f"the state should be of the same parameters; not in both: {other}")
+            raise ValueError(
+                f"the state should be of the pruner's parameters, got some not in both: {other}"
+            )
         targets = targets_of(self.params)
         if masks is not None:
             targets = [replace(target, mask=masks[target.name]) for target in targets]
         for name, count in _counts(targets).items():
             if state["pruned"][name] != count:
                 raise ValueError(
-                    f"{name} has {count} pruned entries, and {state['pruned'][name]} in the state: "
-                    "load the model's state_dict that was saved with it first"
+                    f"{name} should have {state['pruned'][name]} pruned entries, as in the state, "
+                    f"got {count}: load the model's state_dict that was saved with it first"
                 )
         digest = _mask_digest([target.mask for target in targets])
         if None not in (digest, state["masks"]) and digest != state["masks"]:
             raise ValueError(
-                "the model's masks prune other entries than those that the state was saved with: "
-                "load the model's state_dict that was saved with it first"
+                "the model should have the masks that the state was saved with, got masks that "
+                "prune other entries: load the model's state_dict that was saved with it first"
             )
         self._loaded_left(state)
         if self.criterion is not None:
@@ -478,13 +486,12 @@ class Pruner:
             _check_tensors(found, own, "the state")
 
     def look_again(self) -> None:
-        """Take the masks as they are now, when a model's state has been loaded in the middle of a
-        run: the next step prunes to what the schedule says.
+        """Adopt the model's masks after its state was loaded in the middle of a run.
 
-        :meth:`load_state_dict` does more, for a run that goes on where it was. With ``regrow`` it
-        is the one to call: the values that pruned entries may take back are in the pruner's state,
-        not in the model's. Entries of which this pruner has none, because it had not pruned them,
-        come back as zeros; a warning says of which parameters.
+        The next step prunes to the sparsity that the schedule asks for. To resume a run, call
+        :meth:`load_state_dict` instead, and so with ``regrow``: the values that pruned entries may
+        take back are in the pruner's state, not in the model's. Entries that this pruner has not
+        pruned itself come back as zeros; a warning names their parameters.
         """
         self._check_unfinished()
         sparsity = self.sparsity()
@@ -494,16 +501,16 @@ class Pruner:
         names = self._without_values()
         if names:
             warnings.warn(
-                f"pruned entries of {some(names)} have no other value to take back than 0: load "
-                "the pruner's state that belongs to the model's with load_state_dict",
+                f"pruned entries of {some(names)} have no value to take back but 0: load the "
+                "pruner's state that was saved with the model's by load_state_dict",
                 UserWarning,
                 stacklevel=2,
             )
 
     def finalize(self) -> None:
-        """Bake the zeros in and take the hooks and masks away: the model is an ordinary one again.
+        """Remove the hooks and masks and keep the zeros: the model is an ordinary one again.
 
-        The pruner has done its work then; a second call does nothing.
+        A second call does nothing.
         """
         if self._finished:
             return
@@ -533,19 +540,19 @@ class Pruner:
 
     def _check_unfinished(self) -> None:
         if self._finished:
-            raise RuntimeError("the pruner is finished: finalize() has taken its hooks away")
+            raise RuntimeError("the pruner is finished: finalize() has removed its hooks")
 
     def _check_masks(self, first: int | None = None) -> None:
-        """Whether all masks are there, or those of the first parameters."""
+        """Raises unless the masks of all parameters, or of the first few, are still there."""
         for name, places in zip(self._names[:first], self._places[:first], strict=True):
             if any(mask_of(*place) is None for place in places):
                 raise RuntimeError(
                     f"the mask of {name} is gone: something else, such as prune.remove or another "
-                    "pruner's finalize(), has taken it away"
+                    "pruner's finalize(), has removed it"
                 )
 
     def _targets(self) -> list[Target]:
-        """The parameters as they are now; where entries may come back, all are candidates."""
+        """The parameters as they are now; with ``regrow`` all their entries are candidates."""
         targets = targets_of(self.params)
         if not self.regrow:
             return targets
@@ -570,7 +577,7 @@ class Pruner:
         parameters = [stored(*places[0]) for places in self._places]
         for parameter, places in zip(parameters, self._places, strict=True):
             if is_dtensor(parameter):
-                # Raises in the middle of a forward, when nothing has changed yet.
+                # First, because it raises in the middle of a forward.
                 for module, name in places:
                     sharded_hooks.reshard(module, name)
         left: list[Tensor | None] = []
@@ -590,7 +597,7 @@ class Pruner:
                     local(parameter.detach()).copy_(local(target.weight))
             hooks = put_masks(shown, zeroed=True)
         except BaseException:
-            # The masks are still the old ones, which take out again what has come back.
+            # The old masks are still in place: zero again what has come back.
             kept = zip(self._places, self._left, strict=True)
             self._clear([own[0] for own, values in kept if values is not None])
             raise
@@ -601,18 +608,18 @@ class Pruner:
         self._clear()
         self._watch.look_again()
         for hook, (module, name, _) in zip(hooks, shown, strict=True):
-            # Otherwise the gradients of pruned entries would pass from the next forward on only.
-            # The weights are zero there by now, so that no product needs memory of its own.
+            # Otherwise gradients would reach pruned entries only from the next forward on. The
+            # weights are zero there by now, so on the CPU the product shares their memory.
             if hook.straight_through and type(hook) is MaskHook:
                 setattr(module, name, hook.apply_mask(module))
 
     def _keep_zeros(self, optimizer: Optimizer) -> bool:
-        """After a step of an optimizer: whether it has moved what is pruned, which is undone.
+        """Zero the pruned entries that a step of an optimizer has moved; returns whether it did.
 
-        Few do: one that had momentum from before the pruner was made, and, after every step, those
-        that mix the entries of a parameter (Muon).
+        Few optimizers move any: one whose momentum is older than the pruner, and, at every step,
+        those that mix the entries of a parameter (Muon).
         """
-        # The others are not to be touched where an optimizer steps in the middle of a backward.
+        # No other optimizer's: this one may have stepped in the middle of a backward.
         own = own_ids(optimizer)
         places = [places[0] for places in self._places if id(stored(*places[0])) in own]
         moved = False
@@ -626,10 +633,10 @@ class Pruner:
         return moved
 
     def _clear(self, places: Iterable[Pair] | None = None) -> None:
-        """Set what is pruned to zero, in the stored weights and in the optimizers' states.
+        """Zero the pruned entries in the stored weights and in the optimizers' states.
 
         Args:
-            places: one of each parameter. Default: all parameters.
+            places: one place of each parameter to clear. Default: all parameters.
         """
         chosen = [own[0] for own in self._places] if places is None else list(places)
         parameters = [stored(*place) for place in chosen]
@@ -652,8 +659,8 @@ class Pruner:
     def _tie_masks(self, state: Mapping[str, Any]) -> None:
         """Let tied parameters share the mask that belongs to the state.
 
-        ``model.to`` makes two of a mask that they share, and a checkpoint of Transformers has it
-        under one of its names only.
+        ``model.to`` copies a shared mask once for each module, and a checkpoint of Transformers
+        stores it under only one of its names.
         """
         found = [
             [mask for place in places if (mask := mask_of(*place)) is not None]
@@ -661,7 +668,7 @@ class Pruner:
         ]
         if all(mask is masks[0] for masks in found for mask in masks):
             return
-        # Each that differs once, since all their combinations are tried.
+        # Without duplicates, since all combinations are tried.
         for chosen in itertools.product(*map(_distinct, found)):
             digest = _mask_digest(chosen)
             if digest is not None and digest == state.get("masks"):
@@ -671,7 +678,7 @@ class Pruner:
                 return
 
     def _restored(self, number: int, weight: Tensor) -> Tensor:
-        """The weight with the values that pruned entries had."""
+        """The weight, with pruned entries at the values that they had."""
         left = self._left[number]
         mask = mask_of(*self._places[number][0])
         if left is None or mask is None:
@@ -682,7 +689,7 @@ class Pruner:
         return like(weight, whole) if is_dtensor(weight) else whole
 
     def _without_values(self) -> list[str]:
-        """The parameters with pruned entries that have no value to take back, where they may."""
+        """With ``regrow``, the parameters with pruned entries that could only come back as 0."""
         names = []
         for name, left, places in zip(self._names, self._left, self._places, strict=True):
             mask = mask_of(*places[0])
@@ -701,8 +708,8 @@ class Pruner:
             values = state["left"].get(name)
             if values is None or values.shape != weight.shape:
                 raise ValueError(
-                    f"the state lacks the values that {name} may take back, a tensor of shape "
-                    f"{tuple(weight.shape)}"
+                    f"the state should have the values that {name} may take back, of shape "
+                    f"{tuple(weight.shape)}, got {None if values is None else tuple(values.shape)}"
                 )
             part = own_part(values, weight, f"what {name} may take back")
             part = part.to(local(weight).device, copy=True)
@@ -710,7 +717,7 @@ class Pruner:
         return left
 
     def _mask_gradients(self, optimizer: Optimizer) -> None:
-        """The criterion has read the optimizer's whole; it is to see those of what is left."""
+        """Zero the gradients of pruned entries, which the criterion has read, for the optimizer."""
         parameters = [stored(*places[0]) for places in self._places]
         for places, grad in zip(self._places, gradients(optimizer, parameters), strict=True):
             mask = mask_of(*places[0])
@@ -718,7 +725,7 @@ class Pruner:
                 local(grad).masked_fill_(local(mask) == 0, 0)
 
 
-def _made(
+def _make_method(
     method: Callable[..., PruningMethod], reference: PerParameter | None, budget: Budget | None
 ) -> PruningMethod:
     kind = method.func if isinstance(method, functools.partial) else method
@@ -730,8 +737,8 @@ def _made(
     takes = inspect.signature(kind).parameters
     if "amount" not in takes:
         raise TypeError(
-            f"{kind.__name__} has no amount that could follow a schedule: prune with it once, and "
-            "keep its masks with Pruner.freeze(params)"
+            f"method should take an amount, which follows the schedule, got {kind.__name__}: prune "
+            "with it once, and keep its masks with Pruner.freeze(params)"
         )
     given = method.keywords if isinstance(method, functools.partial) else {}
     options: dict[str, Any] = {}
@@ -748,13 +755,13 @@ def _own_masks(targets: Sequence[Target]) -> list[Tensor]:
         mask = target.mask
         if mask is None:
             mask = torch.ones_like(target.weight, dtype=torch.bool)
-        # A mask that was made in inference mode cannot be trained with.
+        # Autograd cannot save a mask that was made in inference mode.
         masks.append(mask.clone() if mask.is_inference() else mask)
     return masks
 
 
 def _distinct(masks: Sequence[Tensor]) -> list[Tensor]:
-    """The masks without those that prune the same entries as one before."""
+    """The masks, without those that prune the same entries as an earlier one."""
     kept: list[Tensor] = []
     for mask in masks:
         if not any(same_mask(mask, other) for other in kept):
@@ -768,7 +775,7 @@ def _counts(targets: Sequence[Target]) -> dict[str, int]:
 
 
 def _mask_digest(masks: Sequence[Tensor | None]) -> int | None:
-    """A number that tells masks apart; None of sharded ones, of which each rank has other parts."""
+    """A number that tells masks apart; None if they are sharded: each rank has other parts."""
     if any(mask is None or is_dtensor(mask) for mask in masks):
         return None
     digests = [ddp.digest(mask != 0).cpu() for mask in masks if mask is not None]
@@ -777,7 +784,7 @@ def _mask_digest(masks: Sequence[Tensor | None]) -> int | None:
 
 def _check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     if set(found) != set(expected):
-        raise ValueError(f"{what} should have {sorted(expected)}, got {sorted(found)}")
+        raise ValueError(f"{what} should have the keys {sorted(expected)}, got {sorted(found)}")
     for name, own in expected.items():
         if isinstance(own, Tensor) and getattr(found[name], "shape", None) != own.shape:
             raise ValueError(

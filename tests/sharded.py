@@ -698,14 +698,14 @@ def what_is_not_supported() -> None:
     assert_error(
         twins.sharded,
         lambda: tap.global_unstructured(params, tap.Random, amount=0.5),
-        "ValueError: Random draws from one stream",
+        "ValueError: Random should prune before the model is sharded, got a sharded parameter",
     )
     assert_error(
         twins.sharded,
         lambda: tap.global_unstructured(
             params, tap.AlignedMagnitude, amount=0.5, reference=weights(), matching="greedy"
         ),
-        "ValueError: matching='greedy' compares all units",
+        "ValueError: matching should be None for sharded parameters, got 'greedy'",
     )
     columns = [spread(weight, layouts()["columns"]) for weight in weights()]
     assert_error(

@@ -465,12 +465,16 @@ def test_many_units_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"matching": "greedy"}, ValueError, "matching='greedy' needs a reference"),
+        (
+            {"matching": "greedy"},
+            ValueError,
+            "reference should be given with matching='greedy', .* got None",
+        ),
         ({"matching": "best", "reference": [ONES]}, ValueError, "matching should be one of"),
         (
             {"matching": "greedy", "reference": [ONES], "units": "both"},
             ValueError,
-            "goes with units='out' or units='in', got 'both'",
+            "units should be 'out' or 'in' with matching='greedy', got 'both'",
         ),
     ],
 )

@@ -665,7 +665,7 @@ def test_scores_that_are_the_weights_are_scores() -> None:
 
 def test_a_structure_in_another_order() -> None:
     params = [(nn.Linear(4, 4), "weight"), (nn.Linear(4, 4), "weight")]
-    match = "in their order: it has Linear.weight in place 0, where they have Linear.weight of an"
+    match = "in their order, with Linear.weight at index 0, got Linear.weight of another module"
     with pytest.raises(ValueError, match=match):
         prune.global_unstructured(params, tap.AlignedMagnitude, amount=0.5, structure=params[::-1])
     assert not any(prune.is_pruned(module) for module, _ in params)

@@ -45,16 +45,15 @@ Units = Literal["out", "in", "both"]
 
 
 class Magnitude(PruningMethod):
-    r"""Prune the entries of the smallest magnitude, as ``torch.nn.utils.prune.L1Unstructured``.
+    r"""Prune the entries of smallest magnitude, like ``torch.nn.utils.prune.L1Unstructured``.
 
     Args:
-        amount: a float in [0, 1] is the share of the entries that are not pruned yet, an int is
-            their number.
+        amount: share (float in [0, 1]) or number (int) of the unpruned entries to prune.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every output unit.
-        structure: for functions like torch's ``global_unstructured``, with another budget than
-            ``"global"``: their ``parameters`` once more, where a warning asks for them (frozen
-            weights, by another function than torch's).
+        structure: the ``parameters`` that are pruned, once more. Only needed with another budget
+            than ``"global"``, when a function other than torch's ``global_unstructured`` passes
+            the method one flat vector of frozen weights; a warning asks for it.
 
     Raises:
         TypeError: amount is not a number.
@@ -77,7 +76,7 @@ class Magnitude(PruningMethod):
         importance_scores: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskHook:
-        """As :meth:`PruningMethod.apply`, with the places that torch's methods have."""
+        """As :meth:`PruningMethod.apply`, with the argument order of torch's methods."""
         return super().apply(module, name, amount, importance_scores=importance_scores, **kwargs)
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
@@ -90,43 +89,42 @@ class AlignedMagnitude(PruningMethod):
     A unit's alignment under a mask ``m`` is :math:`A(m) = \langle p, r\rangle / (|p||r|)`, where
     :math:`p = m w` are its pruned and ``r`` its reference weights (by default ``w`` itself).
 
-    ``alignment="cosine"`` maximises the summed alignment of all units. For ``r = w`` that is exact:
-    in each unit the k-th largest magnitude is worth :math:`\sqrt{C_k} - \sqrt{C_{k-1}}` over
-    :math:`|w|`, with :math:`C_k` the sum of the k largest squares, and the most valuable entries of
-    the whole network are kept. For another reference it is a close approximation (see
+    ``alignment="cosine"`` maximises the summed alignment of all units, exactly for ``r = w``: the
+    k-th largest magnitude of a unit is worth :math:`(\sqrt{C_k} - \sqrt{C_{k-1}}) / |w|`, where
+    :math:`C_k` is the sum of the k largest squares, and the entries worth most in the whole network
+    are kept. For another reference it is a close approximation (see
     :func:`torchalignprune.ops.cosine_gains`). With ``units="both"`` the score is
     :math:`|w| / \sqrt{|w_{row}||w_{column}|}`; with a reference it is
     :math:`w (2 r - w) / (|r_{row}||r_{column}|)`, which ranks the same for ``r = w``.
 
-    ``alignment="frobenius"`` minimises the summed distortion
-    :math:`|P - R|_F^2 / |R|_F^2` of the parameters, exactly, for any reference: an entry is worth
-    :math:`w (2 r - w) / |R|_F^2`.
+    ``alignment="frobenius"`` minimises the summed distortion :math:`|P - R|_F^2 / |R|_F^2` of the
+    parameters, exactly for any reference: an entry is worth :math:`w (2 r - w) / |R|_F^2`.
 
     From "Aligned Weight Regularizers for Pruning Pretrained Neural Networks" (O'Neill, Dutta and
     Assem, Findings of ACL 2022), whose regularizers keep the same two quantities small.
 
     Args:
-        amount: a float in [0, 1] is the share of the entries that are not pruned yet, an int is
-            their number.
+        amount: share (float in [0, 1]) or number (int) of the unpruned entries to prune.
         alignment: ``"cosine"`` or ``"frobenius"``.
         units: a unit is an output (``"out"``), an input (``"in"``), or both count (``"both"``).
-            One-dimensional parameters are one unit. With ``"frobenius"``, which looks at whole
-            parameters, it matters to ``budget="unit"`` only.
+            One-dimensional parameters are one unit. ``"frobenius"`` compares whole parameters;
+            there only ``matching`` and ``budget="unit"`` use it.
         reference: the weights to stay aligned with, one tensor for each parameter: by
             ``(module, name)``, or in the order of the parameters. Default: the current weights,
             without their masks.
-        input_norms: a :class:`torchalignprune.Calibration`, or the root mean square of each input
-            feature over some text, one vector for each parameter, likewise: every ``w`` and ``r``
-            is multiplied by its input's norm first, so that the units' outputs are kept aligned
-            instead of their weights. Parameters of one dimension have no inputs.
-        matching: ``"greedy"`` or ``"hungarian"``: the units of the reference are not compared with
-            those in the same place, but permuted first to match the current ones, without what is
-            pruned of them (:func:`torchalignprune.match_units`): by cosine, or by Euclidean
-            distance for ``"frobenius"``; outputs after they were multiplied by the input norms.
-            Goes with a reference and with ``units="out"`` or ``"in"``: to permute the units of one
-            side is to tear those of the other apart. Parameters of one dimension are one unit.
-        structure: for functions like torch's ``global_unstructured``: their ``parameters`` once
-            more, where a warning asks for them (frozen weights, by another function than torch's).
+        input_norms: a :class:`torchalignprune.Calibration`, or one vector for each parameter,
+            likewise, with the root mean square of each input feature over some text. Every ``w``
+            and ``r`` is first multiplied by its input's norm, so that the outputs of the units
+            stay aligned instead of their weights. One-dimensional parameters have no inputs.
+        matching: ``"greedy"`` or ``"hungarian"``: permute the units of the reference first, so that
+            they match the current units (:func:`torchalignprune.match_units`) by cosine, or for
+            ``"frobenius"`` by Euclidean distance. Pruned entries count as zeros; output units are
+            multiplied by the input norms before. Needs a reference, and ``units="out"`` or
+            ``"in"``, because permuting the units of one side tears those of the other apart.
+            Default: units are compared with those in the same place.
+        structure: the ``parameters`` that are pruned, once more. Only needed when a function other
+            than torch's ``global_unstructured`` passes the method one flat vector of frozen
+            weights; a warning asks for it.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every unit (with ``units="both"``: every output).
 
@@ -170,11 +168,12 @@ class AlignedMagnitude(PruningMethod):
                 )
             if reference is None:
                 raise ValueError(
-                    f"matching={matching!r} needs a reference, whose units it permutes"
+                    f"reference should be given with matching={matching!r}, which permutes its "
+                    "units, got None"
                 )
             if units == "both":
                 raise ValueError(
-                    f"matching={matching!r} goes with units='out' or units='in', got 'both'"
+                    f"units should be 'out' or 'in' with matching={matching!r}, got 'both'"
                 )
         self.alignment = alignment
         self.units = units
@@ -191,8 +190,9 @@ class AlignedMagnitude(PruningMethod):
     def check_sharded(self) -> None:
         if self.matching is not None:
             raise ValueError(
-                f"matching={self.matching!r} compares all units of a parameter, which no rank has "
-                "of a sharded one: permute the reference before the model is sharded (match_units)"
+                f"matching should be None for sharded parameters, got {self.matching!r}: no rank "
+                "has all units to compare; permute the reference with match_units before the model "
+                "is sharded"
             )
 
     def prepare(self, targets: Sequence[Target]) -> list[Target]:
@@ -216,22 +216,24 @@ class AlignedMagnitude(PruningMethod):
 class AlignedNM(PruningMethod):
     r"""Keep the best ``n`` of every ``m`` neighbouring inputs of a unit (2:4 sparsity).
 
-    Within a unit the entries rank by what they add to its alignment: by :math:`|w|` for ``r = w``,
-    by :math:`w (r - \rho w / 2)` for another reference (see :class:`AlignedMagnitude`). For
-    ``r = w`` no n:m mask has a higher alignment. Groups run along the inputs, for convolutions
-    along the input channels at each place of the kernel. With a reference a GPU adds up
-    :math:`\rho` in another order than the CPU, so that near equals may change places.
+    Entries rank by what they add to the alignment of their unit: by :math:`|w|` for ``r = w``, and
+    by :math:`w (r - \rho w / 2)` for another reference, where :math:`\rho = \langle w, r\rangle /
+    |w|^2` over the unpruned entries of the unit. For ``r = w`` no n:m mask has a higher alignment.
+    Groups run along the inputs; in convolutions, along the input channels at each kernel position.
+    With a reference, a GPU sums :math:`\rho` in another order than the CPU, so nearly equal entries
+    may swap ranks.
 
     Args:
-        n: how many entries of a group are kept.
-        m: the size of a group; divides the number of inputs.
+        n: how many entries of each group are kept.
+        m: the group size, which divides the number of inputs.
         reference: as in :class:`AlignedMagnitude`.
         input_norms: as in :class:`AlignedMagnitude`.
-        structure: as in :class:`AlignedMagnitude`.
+        structure: as in :class:`AlignedMagnitude`, but an error asks for it.
 
     Raises:
         TypeError: n or m is not an int.
-        ValueError: not 0 < n <= m; a parameter of one dimension, or whose inputs m does not divide.
+        ValueError: not 0 < n <= m; a one-dimensional parameter; a number of inputs that m does not
+            divide.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -256,7 +258,7 @@ class AlignedNM(PruningMethod):
         if not 0 < n <= m:
             raise ValueError(f"n and m should satisfy 0 < n <= m, got n={n}, m={m}")
         super().__init__(1 - n / m, structure=structure, budget="unit")
-        # Groups of a flat vector would be groups of nothing.
+        # A flat vector does not show which entries are neighbouring inputs.
         self.magnitude_will_do = False
         self.n = n
         self.m = m
@@ -268,8 +270,8 @@ class AlignedNM(PruningMethod):
             shape = tuple(target.weight.shape)
             if len(shape) < 2 or shape[target.in_dim] % self.m:
                 raise ValueError(
-                    f"the inputs of {target.name} should be a multiple of m={self.m}, got a weight "
-                    f"of shape {shape}"
+                    f"the number of inputs of {target.name} should be a multiple of m={self.m}, "
+                    f"got a weight of shape {shape}"
                 )
         return with_input_norms(with_references(targets, self.reference), self.input_norms)
 
@@ -302,21 +304,19 @@ class AlignedNM(PruningMethod):
 
 
 class Random(PruningMethod):
-    r"""Prune entries at random, each with the same chance.
+    r"""Prune entries at random, each with the same probability.
 
     Args:
-        amount: a float in [0, 1] is the share of the entries that are not pruned yet, an int is
-            their number.
-        generator: draws the scores. Default: torch's own, of the CPU, so that the masks do not
+        amount: share (float in [0, 1]) or number (int) of the unpruned entries to prune.
+        generator: draws the scores. Default: torch's generator of the CPU, so that the masks do not
             depend on the device.
         budget: where the amount is counted: ``"global"`` over all parameters together, ``"layer"``
             in every parameter, ``"unit"`` in every output unit.
         structure: as in :class:`Magnitude`.
 
     Raises:
-        TypeError: amount is not a number; another generator than torch's; importance_scores, since
-            it draws its own.
-        ValueError: amount is out of range; an unknown budget.
+        TypeError: amount is not a number; generator is no ``torch.Generator``; importance_scores.
+        ValueError: amount is out of range; an unknown budget; a sharded parameter.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -349,20 +349,20 @@ class Random(PruningMethod):
         signed: bool = False,
     ) -> list[Tensor]:
         if scores is not None:
-            raise TypeError("Random draws its scores: importance_scores are not for it")
+            raise TypeError("importance_scores should be left out: Random draws its own scores")
         return super().masks(targets)
 
     def check_sharded(self) -> None:
         raise ValueError(
-            "Random draws from one stream for all entries, of which each rank has only some of a "
-            "sharded parameter: prune at random before the model is sharded"
+            "Random should prune before the model is sharded, got a sharded parameter: it draws "
+            "the scores of all entries from one stream, and each rank has only some entries"
         )
 
     def ranking(self, targets: Sequence[Target]) -> Ranking:
         device = "cpu" if self.generator is None else self.generator.device
         scores = []
         for target in targets:
-            # Only the candidates draw, so that torch's vector of them and the tensors get the same.
+            # Scores for the candidates alone, so that torch's flat vector of them gets the same.
             drawn = torch.rand(target.remaining(), generator=self.generator, device=device)
             drawn = drawn.to(target.weight.device)
             if target.mask is not None:
@@ -379,14 +379,14 @@ def magnitude(
     importance_scores: Tensor | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Prune one parameter by :class:`Magnitude`; as ``torch.nn.utils.prune.l1_unstructured``.
+    """Prune one parameter by :class:`Magnitude`, like ``torch.nn.utils.prune.l1_unstructured``.
 
     Args:
         module: holds the parameter; modified in place and returned.
         name: the parameter's name in it.
-        amount: share (float) or number (int) of the entries that are not pruned yet.
-        importance_scores: shaped like the parameter; ranked by magnitude in its place.
-        kwargs: what else :class:`Magnitude` takes.
+        amount: share (float) or number (int) of the unpruned entries to prune.
+        importance_scores: shaped like the parameter; ranked by their magnitude instead.
+        kwargs: further arguments of :class:`Magnitude`.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -410,9 +410,9 @@ def aligned_magnitude(
     Args:
         module: holds the parameter; modified in place and returned.
         name: the parameter's name in it.
-        amount: share (float) or number (int) of the entries that are not pruned yet.
-        importance_scores: shaped like the parameter; ranked by magnitude in its place.
-        kwargs: what else :class:`AlignedMagnitude` takes.
+        amount: share (float) or number (int) of the unpruned entries to prune.
+        importance_scores: shaped like the parameter; ranked by their magnitude instead.
+        kwargs: further arguments of :class:`AlignedMagnitude`.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -437,10 +437,10 @@ def aligned_nm(
     Args:
         module: holds the parameter; modified in place and returned.
         name: the parameter's name in it.
-        n: how many entries of a group are kept.
-        m: the size of a group.
-        importance_scores: shaped like the parameter; ranked by magnitude in its place.
-        kwargs: what else :class:`AlignedNM` takes.
+        n: how many entries of each group are kept.
+        m: the group size.
+        importance_scores: shaped like the parameter; ranked by their magnitude instead.
+        kwargs: further arguments of :class:`AlignedNM`.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -453,13 +453,13 @@ def aligned_nm(
 
 
 def random(module: nn.Module, name: str, amount: float, **kwargs: Any) -> nn.Module:
-    """Prune one parameter by :class:`Random`; as ``torch.nn.utils.prune.random_unstructured``.
+    """Prune one parameter by :class:`Random`, like ``torch.nn.utils.prune.random_unstructured``.
 
     Args:
         module: holds the parameter; modified in place and returned.
         name: the parameter's name in it.
-        amount: share (float) or number (int) of the entries that are not pruned yet.
-        kwargs: what else :class:`Random` takes.
+        amount: share (float) or number (int) of the unpruned entries to prune.
+        kwargs: further arguments of :class:`Random`.
 
     Example:
         >>> import torch, torchalignprune as tap

@@ -1,5 +1,4 @@
-"""How a method turns a ranking into masks, alone, for torch's pruning functions, or for many
-parameters at once."""
+"""From rankings to masks: for one parameter, in torch's own functions, or for many at once."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ Budget = Literal["global", "layer", "unit"]
 
 
 class PruningMethod(prune.BasePruningMethod):
-    """What the methods here share: the amount, where it is counted, and torch's protocol.
+    """Base class of the methods: the amount, where it is counted, and torch's protocol.
 
     A subclass says how entries are ranked (:meth:`ranking`).
     """
@@ -52,28 +51,28 @@ class PruningMethod(prune.BasePruningMethod):
     ) -> None:
         prune._validate_pruning_amount_init(amount)
         if math.isnan(amount):
-            raise ValueError(f"amount={amount} should be a number")
+            raise ValueError(f"amount should be a number, got {amount}")
         if budget not in get_args(Budget):
             raise ValueError(f"budget should be one of {get_args(Budget)}, got {budget!r}")
         self.amount = amount
         self.budget = budget
         self.magnitude_will_do = True
         self.structure = None if structure is None else list(structure)
-        # For a Pruner: whether the amount is a share of all entries instead of those that remain,
-        # and bounds on what units and parameters may lose.
+        # A Pruner sets these: whether the amount is a share of all entries instead of those that
+        # remain, and limits on what units and parameters may lose.
         self.absolute = False
         self.limits: Limits | None = None
 
     @abstractmethod
     def ranking(self, targets: Sequence[Target]) -> Ranking:
-        """What the entries of the targets are worth."""
+        """How much each entry of the targets is worth."""
 
     def prepare(self, targets: Sequence[Target]) -> list[Target]:
-        """The targets with what the method wants to know of each; raises where it cannot be."""
+        """The targets, with what the method needs to know of each; raises if they do not fit."""
         return list(targets)
 
     def unit_dim(self, target: Target) -> int:
-        """The dimension of the units that ``budget="unit"`` counts in."""
+        """The dimension of the units in which ``budget="unit"`` counts."""
         return target.out_dim
 
     def masks(
@@ -87,8 +86,8 @@ class PruningMethod(prune.BasePruningMethod):
 
         Args:
             targets: the parameters.
-            scores: ranked by their magnitude in the place of what the method would rank; where
-                there are scores for some targets only, the others are ranked by their weights.
+            scores: ranked by their magnitude instead of the method's own ranking. If only some
+                targets have scores, the others are ranked by their weights.
             signed: rank the scores, one for each target, by their value instead.
 
         Returns:
@@ -104,7 +103,7 @@ class PruningMethod(prune.BasePruningMethod):
     def completed(
         targets: Sequence[Target], scores: Sequence[Tensor | None] | None
     ) -> Sequence[Tensor | None]:
-        """The scores of the targets: all of them, where there are some, or none."""
+        """The scores of the targets, with weights for those that lack scores; or all None."""
         if scores is None or all(score is None for score in scores):
             return [None] * len(targets)
         return [t.weight if s is None else s for s, t in zip(scores, targets, strict=True)]
@@ -118,7 +117,7 @@ class PruningMethod(prune.BasePruningMethod):
         scores: Sequence[Tensor | None],
         signed: bool = False,
     ) -> list[Tensor]:
-        """The masks of targets that are prepared."""
+        """The new masks of targets that :meth:`prepare` has returned."""
         if self.budget == "global":
             return self._prune_together(targets, scores, signed)
         masks = []
@@ -232,8 +231,9 @@ class PruningMethod(prune.BasePruningMethod):
         """
         if is_dtensor(t):
             raise TypeError(
-                f"{type(self).__name__} prunes DTensors by torchalignprune.global_unstructured; "
-                "torch's own functions would gather them"
+                f"{type(self).__name__} should prune DTensors by "
+                "torchalignprune.global_unstructured, got one from a function of torch, which "
+                "would gather it"
             )
         mask = None if bool((default_mask != 0).all()) else default_mask != 0
         itself = [Target(t.detach(), mask, "t")]
@@ -253,7 +253,7 @@ class PruningMethod(prune.BasePruningMethod):
                 self._warn(t)
                 return self._prune_together(itself, [t.detach()])[0].to(default_mask.dtype)
             targets, scores = read
-        # The vector has an entry for each one that was not pruned.
+        # The vector holds only the entries that were not pruned.
         parts = [
             new.flatten() if target.mask is None else new[target.mask]
             for new, target in zip(self.masks(targets, scores), targets, strict=True)
@@ -266,7 +266,7 @@ class PruningMethod(prune.BasePruningMethod):
         default_mask: Tensor | None = None,
         importance_scores: Tensor | None = None,
     ) -> Tensor:
-        """``t`` times its new mask; ``importance_scores`` are ranked by magnitude in its place."""
+        """``t`` times its new mask; ``importance_scores`` are ranked by magnitude instead."""
         if importance_scores is None:
             mask = torch.ones_like(t) if default_mask is None else default_mask
             return t * self.compute_mask(t, mask)
@@ -276,7 +276,7 @@ class PruningMethod(prune.BasePruningMethod):
         return t * self.masks([target], [score])[0].to(t.dtype)
 
     def needs_structure(self) -> bool:
-        """Whether the entries' values alone are too little to rank them."""
+        """Whether ranking needs more than the entries' values."""
         return self.budget != "global"
 
     def _warn(self, t: Tensor) -> None:
@@ -284,12 +284,13 @@ class PruningMethod(prune.BasePruningMethod):
             return
         message = (
             f"{type(self).__name__} cannot see which parameters these {t.numel()} entries belong "
-            "to, because no autograd history leads to them, nor is it torch's global_unstructured "
-            "that asks{}. Pass structure=parameters, or call torchalignprune.global_unstructured."
+            "to, because they have no autograd history and the caller is not torch's "
+            "global_unstructured{}: pass structure=parameters, or call "
+            "torchalignprune.global_unstructured"
         )
         if not self.magnitude_will_do:
             raise ValueError(message.format(""))
-        warnings.warn(message.format(", and ranks them by magnitude"), UserWarning, stacklevel=6)
+        warnings.warn(message.format(", so it ranks by magnitude"), UserWarning, stacklevel=6)
 
     @classmethod
     def apply(
@@ -300,17 +301,17 @@ class PruningMethod(prune.BasePruningMethod):
         importance_scores: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskHook:
-        """Prune one parameter in place, on top of what is already pruned of it.
+        """Prune one parameter in place; what is already pruned of it stays pruned.
 
         Args:
             module: holds the parameter.
             name: the parameter's name in it.
-            args: what the method takes.
-            importance_scores: shaped like the parameter; ranked by magnitude in its place.
-            kwargs: what the method takes.
+            args: arguments of the method.
+            importance_scores: shaped like the parameter; ranked by their magnitude instead.
+            kwargs: arguments of the method.
 
         Returns:
-            The parameter's one forward pre-hook.
+            The parameter's only forward pre-hook.
         """
         method = cls(*args, **kwargs)
         scores = None if importance_scores is None else {(module, name): importance_scores}
@@ -323,29 +324,29 @@ def global_unstructured(
     importance_scores: Mapping[Pair, Tensor] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Prune many parameters together, in place: the same result as torch's function, fast.
+    """Prune many parameters together, in place: the same result as torch's function, but fast.
 
-    Afterwards every parameter has one forward pre-hook and one bool mask, however often it is
-    pruned. The masks are what ``torch.nn.utils.prune.global_unstructured`` would make with the same
-    method; nothing is concatenated. Tied weights are counted and pruned once, and stay tied if all
-    their places are among the parameters.
+    Afterwards every parameter has one forward pre-hook and one bool mask, however often it was
+    pruned. The masks are those that ``torch.nn.utils.prune.global_unstructured`` would make with
+    the same method, but nothing is concatenated. Tied weights are counted and pruned once, and stay
+    tied if all their places are among the parameters.
 
-    Parameters may be sharded (``DTensor``, as FSDP2 and tensor parallelism make them): all
-    processes call together, and the masks, placed as the parameters are, are bit for bit those of
-    one process with the whole model (:mod:`torchalignprune.sharding`).
+    Parameters may be sharded (``DTensor``, as by FSDP2 and tensor parallelism); then all processes
+    must call this function. The masks are placed like the parameters and equal, bit for bit, those
+    of one process with the whole model (:mod:`torchalignprune.sharding`).
 
     Args:
         parameters: ``(module, name)`` pairs (:func:`torchalignprune.prunable_parameters`).
         pruning_method: one of the methods here.
         importance_scores: by ``(module, name)``, shaped like the parameters; ranked by their
-            magnitude in the place of what the method would rank. Parameters without scores are
-            ranked by their weights.
-        kwargs: what the method takes, such as ``amount``.
+            magnitude instead of the method's own ranking. Parameters without scores are ranked by
+            their weights.
+        kwargs: arguments of the method, such as ``amount``.
 
     Raises:
         TypeError: an argument of the wrong type; a method that is not one of this package.
-        AttributeError: a module has nothing of the given name.
-        AssertionError: scores of another shape than their parameter (as torch does).
+        AttributeError: a module has no attribute of the given name.
+        AssertionError: scores of another shape than their parameter (as in torch).
         ValueError: an amount out of range; NaN among the scores, or whatever the method refuses.
 
     Example:
@@ -366,7 +367,7 @@ def global_unstructured(
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, PruningMethod)):
         raise TypeError(
             "pruning_method should be one of torchalignprune's methods (Magnitude, "
-            f"AlignedMagnitude, AlignedNM, Random), got {pruning_method!r}; for others there is "
+            f"AlignedMagnitude, AlignedNM, Random), got {pruning_method!r}; for others use "
             "torch.nn.utils.prune.global_unstructured"
         )
     _prune(pairs, pruning_method(**kwargs), importance_scores)
@@ -392,8 +393,8 @@ def _scores(
     places = {place for target in targets for place in target.places}
     if places.isdisjoint(importance_scores):
         raise ValueError(
-            "importance_scores should be keyed by the (module, name) pairs of the parameters, and "
-            f"none of its {len(importance_scores)} keys is one of theirs"
+            "importance_scores should be keyed by the (module, name) pairs of the parameters, got "
+            f"{len(importance_scores)} other keys"
         )
     scores: list[Tensor | None] = []
     for target in targets:
@@ -421,8 +422,8 @@ def _checked_score(score: Any, target: Target) -> Tensor:
 
 
 def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | None:
-    """As of ``_read_structure``, for the parameters that torch is pruning; None if that is unknown
-    or they do not make up the vector."""
+    """What ``_read_structure`` returns for the parameters that torch is pruning; None if they are
+    unknown or do not make up the vector."""
     asked = parameters_of_caller()
     if asked is None:
         return None
@@ -433,16 +434,19 @@ def _ask_caller(t: Tensor) -> tuple[list[Target], list[Tensor | None] | None] | 
 
 
 def _check_structure(structure: Sequence[Pair], pruned: Sequence[Pair]) -> None:
-    """Raises where torch prunes other parameters, as far as there is one for each; tied weights
-    that it prunes in one of their places may be listed in all."""
+    """Raises if torch prunes other parameters than the structure has.
+
+    Lists of different lengths are not compared: tied weights that torch prunes at one of their
+    places may be listed at all of them.
+    """
     if len(pruned) != len(structure):
         return
     for i, (own, given) in enumerate(zip(structure, pruned, strict=True)):
         if own[0] is not given[0] or own[1] != given[1]:
             raise ValueError(
-                "structure should be the parameters that are pruned, in their order: it has "
-                f"{type(own[0]).__name__}.{own[1]} in place {i}, where they have "
-                f"{type(given[0]).__name__}.{given[1]}"
+                "structure should be the parameters that are pruned, in their order, with "
+                f"{type(given[0]).__name__}.{given[1]} at index {i}, got "
+                f"{type(own[0]).__name__}.{own[1]}"
                 + (" of another module" if type(own[0]) is type(given[0]) else "")
             )
 
@@ -463,8 +467,8 @@ def _read_structure(
         sizes = [target.remaining() for target in targets]
     if sum(sizes) != t.numel():
         raise ValueError(
-            f"structure should be the parameters that are pruned: it has {sum(sizes)} entries that "
-            f"are not pruned yet, but there are {t.numel()}"
+            f"structure should be the parameters that are pruned, with {t.numel()} entries that "
+            f"are not pruned yet, got {sum(sizes)}"
         )
     values = t.detach().split(sizes)
     if not scored and all(map(_holds, targets, values)):
@@ -479,7 +483,7 @@ def _read_structure(
 
 
 def _holds(target: Target, values: Tensor) -> bool:
-    """Whether the values are the parameter's: as stored, or as of the last forward."""
+    """Whether the values are the parameter's, as stored or as of the last forward."""
     module, name = target.places[0]
     shown = replace(target, weight=getattr(module, name).detach())
     return any(torch.equal(values, source.entries().to(values.dtype)) for source in (target, shown))

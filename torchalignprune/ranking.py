@@ -1,4 +1,4 @@
-"""What the entries of the parameters are worth, in the form that the selection streams."""
+"""How much the entries of parameters are worth, in the form that the selection streams."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
     "within_unit",
 ]
 
-# From so many units on, their similarities are not all in memory at once.
+# Above this number of units, their similarities are not all in memory at once.
 _MANY_UNITS = 1 << 15
 
 
 @dataclass
 class Ranking:
-    """What `ops.select_global` ranks: one entry for each target."""
+    """What `ops.select_global` ranks; the lists have one element for each target."""
 
     weights: list[Tensor]
     score: ops.Score
@@ -39,7 +39,7 @@ class Ranking:
     column_scales: list[Tensor | None] = field(default_factory=list)
 
     def scores(self) -> list[Tensor]:
-        """The same as tensors of their own."""
+        """The scores, computed as tensors."""
         none: list[Tensor | None] = [None] * len(self.weights)
         scores = []
         for weight, reference, row, column in zip(
@@ -77,7 +77,7 @@ def with_matched_reference(target: Target, unit_dim: int, metric: Metric, method
     current = w if target.mask is None else w.masked_fill(~target.mask, 0)
     both = []
     for tensor in (current, reference):
-        # A unit of an input is multiplied as a whole, by the norm of the place that it comes to.
+        # An input unit is multiplied as a whole, by the norm of the place that it is permuted to.
         if target.input_norms is not None and unit_dim == target.out_dim:
             tensor = tensor * along(target.input_norms, target.in_dim, tensor)
         both.append(tensor.movedim(unit_dim, 0))
@@ -108,13 +108,13 @@ def unit_gains(target: Target, unit_dim: int) -> Tensor:
         name=target.name,
     ).movedim(0, unit_dim)
     if norms is not None and not of_outputs:
-        # An input's unit is multiplied as a whole, which its alignment does not see, unless by 0.
+        # An input unit is multiplied as a whole, which leaves its alignment as it is, unless by 0.
         gains = gains * along(norms > 0, target.in_dim, w)
     return gains
 
 
 def within_unit(target: Target) -> Tensor:
-    """What decides among the entries of one output unit: |w|, or w (r - rho w / 2)."""
+    """The scores that rank the entries of an output unit: |w|, or w (r - rho w / 2)."""
     if target.shard is not None and target.reference is not None:
         return target.shard.per_unit(target, target.out_dim, within_unit, target.dtype)
     w = target.weight.to(target.dtype)
@@ -132,7 +132,7 @@ def within_unit(target: Target) -> Tensor:
 
 
 def frobenius(targets: Sequence[Target]) -> Ranking:
-    """w (2 r - w) / |R|^2; for r = w its root |w| / |R|, which ranks the same."""
+    """w (2 r - w) / |R|^2; for r = w its square root |w| / |R|, which ranks the same."""
     result = _ranking(targets)
     for target, total in zip(targets, _totals(targets), strict=True):
         whole = torch.tensor([total], dtype=torch.float64, device=target.weight.device)
@@ -147,7 +147,7 @@ def frobenius(targets: Sequence[Target]) -> Ranking:
 
 
 def two_sided(targets: Sequence[Target]) -> Ranking:
-    """w (2 r - w) / (|r_row| |r_column|); for r = w its root, which ranks the same."""
+    """w (2 r - w) / (|r_row| |r_column|); for r = w its square root, which ranks the same."""
     result = _ranking(targets)
     if _are_shards(targets):
         sums = sharding.square_sums(targets, _square_sums)
@@ -159,7 +159,7 @@ def two_sided(targets: Sequence[Target]) -> Ranking:
             result.row_scales.append(_inverse(rows.sqrt()).to(dtype))
             result.column_scales.append(None)
             continue
-        scales = [_inverse(sums.sqrt().sqrt()) for sums in (rows, columns)]
+        scales = [_inverse(squares.sqrt().sqrt()) for squares in (rows, columns)]
         if target.input_norms is not None:
             scales[target.in_dim] = scales[target.in_dim] * target.input_norms
         result.row_scales.append(scales[0].to(dtype))
@@ -191,14 +191,14 @@ def _are_shards(targets: Sequence[Target]) -> bool:
 
 
 def _totals(targets: Sequence[Target]) -> list[float]:
-    """The sum of the squares of each reference, exactly rounded, so that no order matters."""
+    """The sum of squares of each reference, correctly rounded, so that the order is irrelevant."""
     if _are_shards(targets):
         return sharding.totals(targets, lambda target: _square_sums(target)[0])
     return [math.fsum(_square_sums(target)[0].tolist()) for target in targets]
 
 
 def _square_sums(target: Target, all_columns: int | None = None) -> tuple[Tensor, Tensor]:
-    """Those of the reference's rows and columns, with the input norms in it.
+    """The sums of squares of the reference's rows and columns, scaled by the input norms.
 
     Raises:
         ValueError: NaN or infinity in the reference, also where the weight is pruned.
@@ -219,7 +219,7 @@ def _square_sums(target: Target, all_columns: int | None = None) -> tuple[Tensor
     if not bool(rows.isfinite().all()):
         raise ValueError(
             f"the scores of {target.name} should be finite numbers, got NaN or infinity"
-            + (" in the size of its reference" if reference is not None else "")
+            + (" in the norm of its reference" if reference is not None else "")
         )
     return rows, columns
 

@@ -28,7 +28,7 @@ from torchalignprune.parameters import (
     unit_dimension,
 )
 
-OUT_PROJ = "MultiheadAttention.out_proj (it is not called, so that its hooks would not run)"
+OUT_PROJ = "MultiheadAttention.out_proj (it is not called, so its hooks would not run)"
 
 
 def bert_config(**changes: int) -> transformers.BertConfig:

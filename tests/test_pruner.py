@@ -352,7 +352,7 @@ def test_a_state_that_does_not_fit_to_its_end_changes_nothing() -> None:
     criterion, matching = dict(state["criterion"], steps=7), state["matching"]
     sums, indices = criterion["sums"], matching["indices"]
     for part, message in (
-        ({"criterion": {**criterion, "sums": {}}}, r"lacks the sums of 0\.weight"),
+        ({"criterion": {**criterion, "sums": {}}}, r"should have the sums of 0\.weight, got none"),
         (
             {"criterion": {**criterion, "sums": {**sums, "2.weight": torch.ones(2)}}},
             r"the sums of 2\.weight should have shape \(8, 16\), got \(2,\)",

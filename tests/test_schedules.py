@@ -108,7 +108,7 @@ def test_ends_are_exact_and_the_way_is_monotone(
         (lambda: schedules.join([], []), "one fewer than the 0 schedules, got 0"),
         (
             lambda: schedules.join([schedules.constant(0.0)] * 3, [4, 4]),
-            r"should be positive and rise, got \[4, 4\]",
+            r"should be positive and increase, got \[4, 4\]",
         ),
     ],
 )

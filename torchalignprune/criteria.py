@@ -1,10 +1,10 @@
-"""Scores for the ``importance_scores`` of ``global_unstructured``: the higher, the longer kept.
+"""Criteria: the ``importance_scores`` of ``global_unstructured``, which prunes the lowest first.
 
-Each criterion takes ``(module, name)`` pairs and gives ``{(module, name): scores}``: non-negative,
-in the shape of the parameter and on its device, float32 (float64 for a float64 parameter). For a
-parameter that is pruned already they are the scores of what is left: pruned entries get 0.
-:class:`Taylor`, :class:`Movement` and :class:`GradientMagnitude` watch a training run instead and
-are for the ``criterion`` of a :class:`torchalignprune.Pruner`.
+Each criterion takes ``(module, name)`` pairs and returns ``{(module, name): scores}``. Scores are
+non-negative, have the shape and device of the parameter, and are float32 (float64 for a float64
+parameter). Entries that are already pruned score 0. :class:`Taylor`, :class:`Movement` and
+:class:`GradientMagnitude` watch a training run instead and are for the ``criterion`` of a
+:class:`torchalignprune.Pruner`.
 
     >>> from torch import nn
     >>> from torch.nn.utils import prune
@@ -60,7 +60,7 @@ CHAINS: tuple[tuple[str, ...], ...] = (
     ("attention.v_lin", "attention.out_lin"),  # DistilBERT
     ("ffn.lin1", "ffn.lin2"),
 )
-"""Modules of one transformer layer of which each feeds the next, by the ends of their names."""
+"""Modules of one transformer layer, each of which feeds the next, by the ends of their names."""
 
 
 def magnitude(params: Parameters) -> Scores:
@@ -90,16 +90,16 @@ def lamp(params: Parameters) -> Scores:
 
     .. math:: \mathrm{score}(w_u) = \frac{w_u^2}{\sum_{v \ge u} w_v^2}
 
-    with the entries of one tensor in rising order of magnitude, among equals in order of position.
-    The largest entry of every tensor scores 1, so that no tensor loses all of its entries. The
-    sums are in float64; pruned entries are not among them.
+    with the entries of a tensor in ascending order of magnitude, equal ones in order of position.
+    The largest entry of every tensor scores 1, so no tensor loses all of its entries. The sums are
+    in float64, without pruned entries.
 
     Args:
         params: ``(module, name)`` pairs.
 
     Raises:
-        ValueError: NaN or infinity among the weights; a sharded parameter (``DTensor``), whose
-            entries no rank has in one order. The error names the parameter.
+        ValueError: NaN or infinity among the weights; a sharded parameter (``DTensor``), of which
+            no rank has all entries. The error names the parameter.
 
     Example:
         >>> import torch
@@ -113,8 +113,8 @@ def lamp(params: Parameters) -> Scores:
     for pair, name in zip(params, parameter_names(params), strict=True):
         if is_dtensor(stored(*pair)):
             raise ValueError(
-                f"{name} is sharded (a DTensor), but lamp adds up all entries of a parameter in "
-                "their order: score the model before it is sharded, and give the scores as "
+                f"{name} should not be sharded, because lamp sums over all entries in order, got a "
+                "DTensor: score the model before it is sharded, and pass the scores as "
                 "importance_scores, of which each rank takes its part"
             )
 
@@ -123,7 +123,7 @@ def lamp(params: Parameters) -> Scores:
         order = magnitudes.argsort(stable=True)
         squares = magnitudes[order].double().square_()
         tails = squares.flip(0).cumsum(0).flip(0)
-        # The tail of an entry that is not zero is not zero either, so 0 / 0 is all there can be.
+        # Each tail includes its own entry, so NaN comes only from 0 / 0.
         squares.div_(tails).nan_to_num_(nan=0.0)
         return (
             torch.empty_like(magnitudes)
@@ -140,21 +140,20 @@ def lookahead(params: Parameters, chains: Iterable[Sequence[Pair]] | None = None
 
     .. math:: \mathcal{L}_i(w) = |w| \cdot \|W_{i-1}[j, :]\|_F \cdot \|W_{i+1}[:, k]\|_F
 
-    for the weight between input j and output k of the i-th layer of a chain: the norm of all that
-    produces its input, and of all that consumes its output. Before the first and after the last
-    layer of a chain the norm is 1, and so it is on both sides of a parameter in no chain. The norms
-    make the scores of different layers incomparable: prune with ``budget="layer"``, as the paper
-    does.
+    for the weight from input j to output k of the i-th layer of a chain. The norms are those of the
+    weights that produce its input and of the weights that consume its output. They are 1 before the
+    first and after the last layer, and on both sides of a parameter in no chain. The norms make the
+    scores of different layers incomparable: prune with ``budget="layer"``, as the paper does.
 
     Args:
         params: ``(module, name)`` pairs.
-        chains: sequences of ``(module, name)`` pairs of which each feeds the next. Default: all of
+        chains: sequences of ``(module, name)`` pairs, each of which feeds the next. Default: all of
             ``params`` as one chain. :func:`transformer_chains` finds those of an encoder.
 
     Raises:
-        ValueError: the outputs of a layer in a chain are not as many as the inputs of the next; a
-            parameter is in two chains; NaN or infinity among the weights. The error names the
-            parameter.
+        ValueError: a layer with another number of outputs than the next one in its chain has
+            inputs; a parameter that is in the chains twice; NaN or infinity among the weights. The
+            error names the parameter.
 
     Example:
         >>> import torch
@@ -174,15 +173,15 @@ def lookahead(params: Parameters, chains: Iterable[Sequence[Pair]] | None = None
         pairs = list(chain)
         for pair in pairs:
             if pair in seen:
-                raise ValueError(f"{_called(pair, names)} should be in one chain, and once")
+                raise ValueError(f"{_called(pair, names)} should be in the chains once, got twice")
             seen.add(pair)
         for this, following in pairwise(pairs):
             outputs, inputs = _fan(this)[0], _fan(following)[1]
             if outputs != inputs:
                 raise ValueError(
-                    f"{_called(this, names)} with {outputs} outputs cannot feed "
-                    f"{_called(following, names)} with {inputs} inputs"
-                    + ("" if chains is not None else "; say with chains= what feeds what")
+                    f"{_called(this, names)} should have {inputs} outputs to feed "
+                    f"{_called(following, names)}, got {outputs}"
+                    + ("" if chains is not None else ": pass chains= to say what feeds what")
                 )
             before[following], after[this] = this, following
 
@@ -202,18 +201,18 @@ def transformer_chains(params: PrunableParameters) -> list[tuple[Pair, ...]]:
     """The chains for :func:`lookahead` in a BERT-like encoder, found by name.
 
     In every layer the value projection feeds the attention's output projection, and the first
-    matrix of the feed-forward network the second; between them lie residual connections. Known are
-    the names in BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa, MPNet and DistilBERT.
+    matrix of the feed-forward network feeds the second; residual connections separate these chains.
+    The names are those of BERT, RoBERTa, XLM-R, ELECTRA, DeBERTa, MPNet and DistilBERT.
 
     Args:
         params: from :func:`torchalignprune.prunable_parameters`.
 
     Returns:
-        Pairs of ``(module, name)`` pairs.
+        The chains, of two ``(module, name)`` pairs each.
 
     Raises:
-        TypeError: ``params`` has no names.
-        ValueError: there is none in ``params``.
+        TypeError: ``params`` are other pairs, which have no names.
+        ValueError: ``params`` have no such chain.
 
     Example:
         >>> from torch import nn
@@ -237,7 +236,8 @@ def transformer_chains(params: PrunableParameters) -> list[tuple[Pair, ...]]:
                 chains.append(tuple(pairs[link] for link in links))
     if not chains:
         raise ValueError(
-            "no layers with the names of a BERT-like encoder: lookahead needs chains= here"
+            "params should have layers with the names of a BERT-like encoder, got none: pass "
+            "chains= to lookahead"
         )
     return chains
 
@@ -255,7 +255,7 @@ def wanda(params: Parameters, input_norms: Mapping[Pair, Tensor] | Calibration) 
     Args:
         params: ``(module, name)`` pairs.
         input_norms: a :class:`torchalignprune.Calibration`, or for each pair a vector with the
-            root mean square (or the norm) of each input feature, of a convolution each input
+            root mean square (or the norm) of each input feature or, for a convolution, each input
             channel.
 
     Raises:
@@ -308,8 +308,8 @@ def random(params: Parameters, generator: torch.Generator | None = None) -> Scor
 
     Args:
         params: ``(module, name)`` pairs.
-        generator: on the CPU; the same seed gives the same scores on every device. Default:
-            torch's own.
+        generator: a generator of the CPU, so that a seed gives the same scores on every device.
+            Default: torch's own.
 
     Raises:
         ValueError: the generator is not on the CPU.
@@ -337,7 +337,7 @@ def random(params: Parameters, generator: torch.Generator | None = None) -> Scor
 
 
 def _score(params: Parameters, score: Callable[[Pair, Tensor], Tensor]) -> Scores:
-    """Applies a criterion; tied weights are scored once and share their scores."""
+    """Apply a criterion; tied weights are scored once and share their scores."""
     params = pairs_of(params)
     scores: Scores = {}
     done: dict[int, Tensor] = {}
@@ -350,7 +350,7 @@ def _score(params: Parameters, score: Callable[[Pair, Tensor], Tensor]) -> Score
 
 
 def _effective(pair: Pair, name: str) -> Tensor:
-    """What the module computes with: a copy, float32 or float64, zero where it is pruned."""
+    """The weight that the module computes with: a float32 or float64 copy, zero where pruned."""
     weight = stored(*pair).detach()
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     weight = weight.to(wide, memory_format=torch.contiguous_format, copy=True)
@@ -364,7 +364,7 @@ def _effective(pair: Pair, name: str) -> Tensor:
 
 
 def _fan(pair: Pair) -> tuple[int, int]:
-    """How many outputs and inputs a weight has, as far as its shape shows them."""
+    """The numbers of outputs and inputs in the shape of a weight."""
     shape = stored(*pair).shape
     if len(shape) < 2:
         raise ValueError(
@@ -376,14 +376,14 @@ def _fan(pair: Pair) -> tuple[int, int]:
 
 
 def _groups(module: nn.Module) -> int:
-    """Into how many parts the inputs fall, each a column of the weight's own for some outputs."""
+    """How many groups of inputs share the weight's columns: those of a convolution, otherwise 1."""
     groups = getattr(module, "groups", 1)
     transposed = getattr(module, "transposed", False)
     return 1 if transposed or not isinstance(groups, int) else groups
 
 
 def _norms(pair: Pair, names: Mapping[Pair, str], which: int) -> Tensor:
-    """The norms over all that belongs to each output (0) or input (1) of a weight, in float64."""
+    """The float64 norms of the outputs (``which=0``) or inputs (``which=1``) of a weight."""
     weight = _effective(pair, _called(pair, names))
     kept = unit_dimension(*pair) if which == 0 else 1 - unit_dimension(*pair)
     others = [dim for dim in range(weight.dim()) if dim != kept]

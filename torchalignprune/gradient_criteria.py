@@ -1,8 +1,8 @@
-"""Criteria that look at the gradients of a training run, for a :class:`torchalignprune.Pruner`.
+"""Criteria that read the gradients of a training run, for a :class:`torchalignprune.Pruner`.
 
 They watch the optimizers: right before each step they read the gradients that the step is about to
-use, complete over accumulation, unscaled and clipped. So they cost no extra backward. An optimizer
-that makes its gradients within its step, from a closure, as LBFGS does, shows them none.
+use, accumulated, unscaled and clipped. So they cost no extra backward. An optimizer that computes
+its gradients within its step, from a closure, as LBFGS does, shows them none.
 
     >>> import torch, torchalignprune as tap
     >>> layer = torch.nn.Linear(4, 4)
@@ -46,10 +46,11 @@ __all__ = ["GradientCriterion", "GradientMagnitude", "Movement", "Taylor"]
 
 
 class GradientCriterion(ABC):
-    """Sums up, step by step, what the gradients say of each entry.
+    """Sums up, step by step, what the gradients say about each entry.
 
     A subclass says what a step adds (:meth:`add`). The sums are float32 (float64 for float64
-    parameters), on the parameter's device, and take as much memory as one more gradient.
+    parameters) and on the parameter's device; they take the memory of one more gradient in that
+    dtype.
 
     Args:
         params: ``(module, name)`` pairs; tied weights count once.
@@ -66,19 +67,19 @@ class GradientCriterion(ABC):
 
     def __init__(self, params: Parameters) -> None:
         self.targets: list[Target] = [
-            # Without the tensors of now: the model's may be replaced, as by ``model.to``.
+            # Without the tensors, because calls such as ``model.to`` may replace them.
             replace(target, weight=target.weight.to("meta"), mask=None)
             for target in targets_of(params)
         ]
         self.steps = 0
-        # What a pruned entry's value was, for a Pruner that lets entries come back.
+        # Gives a weight the values that pruned entries had, where a Pruner lets them come back.
         self.restore: Callable[[int, Tensor], Tensor] = lambda number, weight: weight
         # None: no gradient yet.
         self._sums: list[Tensor | None] = [None] * len(self.targets)
-        # Those that the step that is under way has added. One that calls another optimizer's step
-        # would add them twice, and that one may have a part of the parameters only.
+        # The parameters whose gradients the current step has added. A step may call the step of
+        # another optimizer, which may have only some of them; neither is to add a gradient twice.
         self._added: set[int] = set()
-        # Those that have ever had a gradient, and those that their optimizer stepped without.
+        # Parameters that have ever had a gradient, and those whose optimizer stepped without one.
         self._used: set[int] = set()
         self._passed_over: set[int] = set()
         self._watch = OptimizerWatch(self._before_step)
@@ -89,7 +90,7 @@ class GradientCriterion(ABC):
 
         Args:
             total: the sum so far.
-            weight: what the gradient was taken at, in the sum's dtype.
+            weight: the weight that the gradient was taken at, in the dtype of the sum.
             grad: the gradient, likewise.
             lr: the learning rate of the parameter in this step.
         """
@@ -137,11 +138,11 @@ class GradientCriterion(ABC):
         self.steps += 1
 
     def unseen(self) -> list[str]:
-        """The names of the parameters that the sums have no gradient of yet.
+        """The names of the parameters whose sums have no gradient yet.
 
         Raises:
             RuntimeError: one of them requires no gradient, or has never had one although its
-                optimizer stepped, so that it would be waited for in vain.
+                optimizer stepped: waiting for it would be in vain.
         """
         names = []
         for number, (target, parameter) in enumerate(
@@ -152,12 +153,12 @@ class GradientCriterion(ABC):
             if number in self._passed_over - self._used:
                 raise RuntimeError(
                     f"{type(self).__name__} has seen no gradient of {target.name} in any step of "
-                    "its optimizer: leave what the forward does not use out of the parameters"
+                    "its optimizer: leave out parameters that the forward does not use"
                 )
             if not parameter.requires_grad:
                 raise RuntimeError(
                     f"{type(self).__name__} has seen no gradient of {target.name}, which does not "
-                    "require one: leave what is frozen out of the parameters"
+                    "require one: leave out frozen parameters"
                 )
             names.append(target.name)
         return names
@@ -166,8 +167,8 @@ class GradientCriterion(ABC):
         """The sums by ``(module, name)``, shaped like the parameters; tied weights share theirs.
 
         Raises:
-            RuntimeError: a parameter has had no gradient yet, since the last pruning if that has
-                started the sums anew.
+            RuntimeError: a parameter has had no gradient yet, or none since the last pruning if
+                that has started the sums anew.
         """
         result: dict[Pair, Tensor] = {}
         for target, total in zip(self.targets, self._sums, strict=True):
@@ -187,14 +188,14 @@ class GradientCriterion(ABC):
             self.steps = 0
 
     def remove(self) -> None:
-        """Watch no more steps."""
+        """Stop watching."""
         self._watch.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, by the names of the parameters, and how many steps are in them.
+        """The sums by parameter name, and how many steps are in them.
 
-        Also for a parameter that has had no gradient yet, because a distributed checkpoint loads
-        only what the state already has.
+        A parameter that has had no gradient yet has zeros, because a distributed checkpoint loads
+        only into tensors that the state already has.
         """
         found = list(zip(self.targets, self.parameters(), self._sums, strict=True))
         return {
@@ -210,7 +211,7 @@ class GradientCriterion(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Resume from a :meth:`state_dict`.
 
         Raises:
             ValueError: a state of another criterion; sums that are missing, of other parameters, or
@@ -218,11 +219,11 @@ class GradientCriterion(ABC):
         """
         sums = self.checked_sums(state)
         self._sums, self.steps = sums, int(state["steps"])
-        # The state does not say which had one in earlier rounds.
+        # The state does not say which parameters had a gradient in earlier rounds.
         self._used = set(range(len(self.targets)))
 
     def checked_sums(self, state: Mapping[str, Any]) -> list[Tensor | None]:
-        """Copies of the sums in a state, which is looked at and not taken up.
+        """Copies of the sums in a state, which is checked but not loaded.
 
         Raises:
             ValueError: as :meth:`load_state_dict`.
@@ -230,7 +231,8 @@ class GradientCriterion(ABC):
         expected = {"criterion", "steps", "without_gradient", "sums"}
         if set(state) != expected:
             raise ValueError(
-                f"the state of the criterion should have {sorted(expected)}, got {sorted(state)}"
+                f"the state of the criterion should have the keys {sorted(expected)}, got "
+                f"{sorted(state)}"
             )
         if state["criterion"] != type(self).__name__:
             raise ValueError(
@@ -239,9 +241,14 @@ class GradientCriterion(ABC):
             )
         names = {target.name for target in self.targets}
         if unknown := sorted(set(state["sums"]) - names):
-            raise ValueError(f"the criterion has no parameter {unknown[0]}, which the state has")
+            raise ValueError(
+                "the state of the criterion should have sums of its parameters only, got "
+                f"{unknown[0]}"
+            )
         if missing := sorted(names - set(state["sums"])):
-            raise ValueError(f"the state of the criterion lacks the sums of {missing[0]}")
+            raise ValueError(
+                f"the state of the criterion should have the sums of {missing[0]}, got none"
+            )
         sums: list[Tensor | None] = []
         for target, parameter in zip(self.targets, self.parameters(), strict=True):
             total = state["sums"][target.name]
@@ -262,7 +269,7 @@ def _sum_dtype(parameter: Tensor) -> torch.dtype:
 
 
 class Taylor(GradientCriterion):
-    r"""What the loss would change by, to first order, if the entry went: :math:`\sum_t |g_t w_t|`.
+    r"""How much removing the entry changes the loss, to first order: :math:`\sum_t |g_t w_t|`.
 
     Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient
     inference", equation 7, for single weights. Summed over the steps since the last pruning.
@@ -313,9 +320,9 @@ class Movement(GradientCriterion):
     r"""Whether training moves the entry away from zero: :math:`-\sum_t \alpha_t\, g_t w_t`.
 
     Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", equation 4;
-    :math:`\alpha_t` is the learning rate of the step. The lowest values go first, whatever their
-    sign, and the sums go on over all of the training. In the paper pruned weights can come back:
-    that takes ``Pruner(..., regrow=True)``, since by default they do not.
+    :math:`\alpha_t` is the learning rate of the step. The lowest values, not magnitudes, are pruned
+    first, and the sums run over the whole training. In the paper pruned weights can come back; here
+    they do with ``Pruner(..., regrow=True)``.
 
     Args:
         params: ``(module, name)`` pairs; tied weights count once.

@@ -54,7 +54,7 @@ HEADS: tuple[str, ...] = (
     "vocab_projector",
     "vocab_transform",
 )
-"""Names of modules that make a model's predictions; what they hold is left out by default."""
+"""Names of modules that make a model's predictions; their parameters are left out by default."""
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes of weights that can be pruned."""
@@ -69,13 +69,12 @@ _UNITS_ALONG_1: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class PrunableParameters(list[tuple[nn.Module, str]]):
-    """A list of ``(module, name)`` pairs that also knows what its parameters are called.
+    """A list of ``(module, name)`` pairs that also knows the names of its parameters.
 
-    It is what ``torch.nn.utils.prune.global_unstructured`` and every function here takes as
-    ``parameters``.
+    ``torch.nn.utils.prune.global_unstructured`` and every function here takes it as ``parameters``.
 
     Attributes:
-        left_out: the dotted name of every other parameter of the model, with the reason.
+        left_out: the dotted names of all other parameters of the model, each with the reason.
     """
 
     left_out: dict[str, str]
@@ -89,8 +88,10 @@ class PrunableParameters(list[tuple[nn.Module, str]]):
 
     @property
     def names(self) -> list[str]:
-        """The dotted name of each parameter, in the order of the list; of pairs that were added to
-        it by hand, the module's type and the name."""
+        """The dotted name of each parameter, in the order of the list.
+
+        Pairs that were added by hand are called by their module's type and their name.
+        """
         return [
             self._name_of.get((module, name), f"{type(module).__name__}.{name}")
             for module, name in self
@@ -118,11 +119,11 @@ class _Place:
 
     module: nn.Module
     attribute: str
-    names: list[str]  # dotted; a module that is registered twice gives its parameters two
+    names: list[str]  # dotted; two if the module is registered twice
     parameter: Tensor | None
     barred: str | None = None  # why it can never be listed
     default: str | None = None  # why it is only listed when ``include`` asks for it
-    excluded: str | None = None  # the pattern of the user's that leaves it out
+    excluded: str | None = None  # the pattern of ``exclude`` that leaves it out
 
     @property
     def name(self) -> str:
@@ -137,38 +138,37 @@ def prunable_parameters(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> PrunableParameters:
-    """The weights of a model that pruning is usually for, as ``(module, name)`` pairs.
+    """The weights of a model that are usually pruned, as ``(module, name)`` pairs.
 
-    Listed are the weights of ``nn.Linear`` and its subclasses, of convolutions, also transposed
-    ones, of transformers' ``Conv1D``, and the input projections of ``nn.MultiheadAttention``, in
-    float32, float64, float16 or bfloat16. A parameter that is pruned already is listed under its
-    plain name again, for repeated pruning.
+    Listed are the weights of ``nn.Linear`` and its subclasses, of convolutions (also transposed
+    ones), of transformers' ``Conv1D``, and the input projections of ``nn.MultiheadAttention``, in
+    float32, float64, float16 or bfloat16. A parameter that is already pruned is listed under its
+    plain name, so that it can be pruned again.
 
-    Left out by default are biases, norms, embeddings, heads and the adapters of PEFT (LoRA and the
-    like), of which a part starts at zero and would be pruned first. A head is a module with one of
-    the names in :data:`HEADS`, and in a transformers ``PreTrainedModel`` all that lies outside its
-    ``base_model``. ``include`` brings heads, embeddings and adapters back.
+    Left out by default are embeddings, heads and the adapters of PEFT (LoRA and the like), which
+    start at zero in part and would be pruned first; ``include`` brings them back. A head is a
+    module with one of the names in :data:`HEADS`, and in a transformers ``PreTrainedModel``
+    everything outside its ``base_model``.
 
-    Always left out are weights that a pruning hook could not reach: ``out_proj`` of
-    ``nn.MultiheadAttention`` (its weight is read without calling it), modules with
-    ``torch.nn.utils.parametrize``, weights that are recomputed before every forward, lazy and
-    quantized weights, and modules of any other type.
+    Always left out are biases, norms, modules of any other type, and weights that a pruning hook
+    could not reach: ``out_proj`` of ``nn.MultiheadAttention`` (its weight is read without calling
+    it), weights under ``torch.nn.utils.parametrize``, weights that are recomputed before every
+    forward, and lazy or quantized weights.
 
-    Tied weights, one parameter in several modules, are listed at all their places, one after the
+    Tied weights (one parameter in several modules) are listed at all their places, one after the
     other, so that they stay tied; if one of the places is left out, all are.
 
     Args:
         model: any module.
-        include: glob patterns (``fnmatch``, case-sensitive). Given, exactly the weights that match
-            one of them are listed. A pattern is compared with the dotted name of the parameter,
-            of its module and of the modules around it, so that ``"encoder.layer.0"`` stands for
-            all that is in that layer.
-        exclude: glob patterns in the same way. What matches one is left out, whatever ``include``
-            says.
+        include: glob patterns (``fnmatch``, case-sensitive). If given, exactly the weights that
+            match one of them are listed, and those tied to them. A pattern is compared with the
+            dotted names of the parameter, its module and all modules around that, so
+            ``"encoder.layer.0"`` stands for everything in that layer.
+        exclude: glob patterns, likewise, of weights to leave out, whatever ``include`` says.
 
     Returns:
-        A list in the model's own order, with ``names`` and ``left_out``: the dotted names of what
-        is listed, and of every other parameter with the reason why it is not.
+        A list in the model's order. Its ``names`` are the dotted names; ``left_out`` gives the
+        reason for every other parameter, by dotted name.
 
     Raises:
         TypeError: ``model`` is not a module, or a pattern not a string.
@@ -252,8 +252,8 @@ def prunable_parameters(
         )
     for place in listed:
         assert place.parameter is not None
-        # For torch's own functions, which know no DTensor. ``model.to`` can replace no DTensor that
-        # has a weak reference.
+        # For torch's own functions, which do not take DTensors; and ``model.to`` could not replace
+        # a DTensor that has a weak reference.
         units_along_1 = unit_dimension(place.module, place.attribute) == 1
         if units_along_1 and not is_dtensor(place.parameter):
             _UNITS_ALONG_1[place.parameter] = True
@@ -269,9 +269,8 @@ def unit_dimension(module: nn.Module, name: str) -> int:
 
     1 for transformers' ``Conv1D`` (weight: inputs x outputs) and for transposed convolutions
     (inputs x outputs / groups x kernel), 0 for everything else (outputs x inputs x ...). The
-    inputs are the other one of the first two dimensions. In a transposed convolution with groups a
-    unit is what its position holds of all groups, as the weight has no dimension of its own for
-    their outputs.
+    inputs are the other one of the first two dimensions. In a transposed convolution with groups, a
+    unit joins the outputs at one position of all groups, which share that dimension of the weight.
 
     Args:
         module: the module that holds the weight.
@@ -296,10 +295,10 @@ def known_unit_dimension(parameter: Tensor) -> int:
 
 
 def pairs_of(params: Parameters) -> list[tuple[nn.Module, str]]:
-    """The pairs as a list: the same one if they are one already, which may know their names.
+    """The pairs as a list; a list is returned as it is, because it may know their names.
 
     Raises:
-        TypeError: a module, or anything else that cannot be gone through.
+        TypeError: a module, or anything that is not iterable.
 
     Example:
         >>> from torch import nn
@@ -319,8 +318,8 @@ def pairs_of(params: Parameters) -> list[tuple[nn.Module, str]]:
 def parameter_names(params: Parameters) -> list[str]:
     """What to call each parameter in an error or a report.
 
-    The dotted names of :class:`PrunableParameters`; for any other pairs, which do not know the
-    model they come from, the position, the module's type and the name.
+    The dotted names of :class:`PrunableParameters`; for other pairs, which do not know their model,
+    the position, the module's type and the name.
 
     Example:
         >>> from torch import nn
@@ -336,9 +335,9 @@ def parameter_names(params: Parameters) -> list[str]:
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
-    """The parameter behind a name: ``name_orig`` if it is pruned, without the mask.
+    """The parameter behind a name, without the mask: ``name_orig`` if it is pruned.
 
-    Under ``fully_shard`` it is always the sharded parameter, also while the gathered one is shown.
+    Under ``fully_shard`` it is the sharded parameter, even while the module shows the gathered one.
 
     Example:
         >>> from torch import nn
@@ -353,7 +352,7 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob pattern names the parameter, its module, or any module around that.
+    """Whether a glob pattern matches the parameter, its module, or any module around that.
 
     Example:
         >>> matches("encoder.layer.0.dense.weight", "encoder.layer.*")
@@ -367,7 +366,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:
-    """The mask of a parameter, in the dtype it has there, or None if it is not pruned.
+    """The mask of a parameter, in whatever dtype it has, or None if it is not pruned.
 
     Example:
         >>> from torch import nn
@@ -378,13 +377,15 @@ def mask_of(module: nn.Module, name: str) -> Tensor | None:
 
 
 def bool_mask(mask: Tensor) -> Tensor:
-    """A mask as the operators take it: torch's own pruning makes one of the weight's dtype."""
+    """A mask as the operators take it; those of torch's own pruning have the weight's dtype."""
     return mask if mask.dtype == torch.bool else mask != 0
 
 
 def same_mask(mask: Tensor, other: Tensor) -> bool:
-    """Whether two masks prune the same entries, of those that are here; on the meta device, where
-    nobody can tell, they count as the same."""
+    """Whether two masks prune the same entries, of those on this rank.
+
+    On the meta device, where masks have no values, they count as the same.
+    """
     if mask is other or mask.is_meta or other.is_meta:
         return True
     own = bool_mask(local(mask))
@@ -397,12 +398,12 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_mask(mask: Tensor, name: str) -> None:
-    """Refuses a mask, of any dtype, that scales a weight instead of pruning it.
+    """Refuses a mask that scales a weight instead of pruning it.
 
-    Of a DTensor only the part that is here is looked at.
+    Of a DTensor, only the part on this rank is checked.
 
     Args:
-        mask: as a module or a checkpoint has it.
+        mask: from a module or a checkpoint, of any dtype.
         name: what to call the parameter in an error.
 
     Raises:
@@ -449,7 +450,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
     for module, prefixes in names.items():
         if parametrized and f"{prefixes[0]}.".startswith(parametrized):
-            continue  # reported below, as what the parametrized module itself shows
+            continue  # reported below, under the parametrized module
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -488,7 +489,7 @@ def _barred(
             if hasattr(module, taken):
                 return f"{type(module).__name__} has an attribute {taken!r} of its own"
     if out_projection and attribute == "weight":
-        return "MultiheadAttention.out_proj (it is not called, so that its hooks would not run)"
+        return "MultiheadAttention.out_proj (it is not called, so its hooks would not run)"
     return None
 
 
@@ -501,7 +502,7 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def _bases(names: dict[nn.Module, list[str]]) -> list[tuple[str, str]]:
-    """Where pretrained models and their base models lie: pairs of prefixes, both with a dot."""
+    """The name prefixes, with a dot, of each pretrained model and of its base model."""
     pretrained = _loaded("transformers.modeling_utils", "PreTrainedModel")
     pairs = []
     for module, prefixes in names.items() if pretrained else ():
@@ -512,7 +513,7 @@ def _bases(names: dict[nn.Module, list[str]]) -> list[tuple[str, str]]:
 
 
 def _adapters(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules that PEFT has added to layers; the layers themselves are none of them."""
+    """The modules that PEFT has added to layers, without the layers themselves."""
     tuner_layer = _loaded("peft.tuners.tuners_utils", "BaseTunerLayer")
     found: set[nn.Module] = set()
     for layer in modules if tuner_layer else ():
@@ -535,12 +536,12 @@ def _head(name: str, bases: list[tuple[str, str]]) -> str | None:
 
 
 def transformers_conv1d() -> tuple[type, ...]:
-    """transformers' ``Conv1D``, a linear layer of a transposed weight, if that was imported."""
+    """transformers' ``Conv1D``, a linear layer with a transposed weight, if it was imported."""
     return _loaded("transformers.pytorch_utils", "Conv1D")
 
 
 def _loaded(module: str, name: str) -> tuple[type, ...]:
-    """A class of a library, if that has been imported: otherwise no model can be of it."""
+    """A class of a library, if it has been imported: otherwise no model can have it."""
     found = getattr(sys.modules.get(module), name, None)
     return (found,) if isinstance(found, type) else ()
 

@@ -1,8 +1,9 @@
-"""Numbers that change while training: sparsities, and strengths of a regularizer.
+"""Schedules for numbers that change during training: sparsities, or the strength of a regularizer.
 
-A schedule is a function from the step (an int, from 0 on) to a float. It has no state, so a run
-that is resumed goes on where it was. Every one holds its first value before ``begin`` and its last
-one from ``end`` on; with ``every=n`` it changes at ``begin``, ``begin + n``, ... and at ``end``.
+A schedule is a function from the step (an int, from 0 on) to a float. It has no state, so a resumed
+run continues where it was. With ``begin`` and ``end``, the first value holds up to ``begin`` and
+the last one from ``end`` on; with ``every=n`` the value changes at ``begin + n``, ``begin + 2 n``,
+... and at ``end``.
 
     >>> sparsity = cubic(0.0, 0.7, begin=100, end=900, every=100)
     >>> [round(sparsity(step), 3) for step in (0, 100, 200, 299, 400, 900, 5000)]
@@ -47,9 +48,9 @@ def linear(start: float, stop: float, *, begin: int = 0, end: int, every: int = 
     Args:
         start: the value up to ``begin``.
         stop: the value from ``end`` on.
-        begin: the step at which it starts to change.
-        end: the step at which it has arrived.
-        every: how many steps a value is held.
+        begin: the step up to which the value is ``start``.
+        end: the step from which it is ``stop``.
+        every: for how many steps each value in between is held.
 
     Raises:
         ValueError: not 0 <= begin < end, every < 1, or a value that is not finite.
@@ -62,7 +63,7 @@ def linear(start: float, stop: float, *, begin: int = 0, end: int, every: int = 
 
 
 def cubic(start: float, stop: float, *, begin: int = 0, end: int, every: int = 1) -> Schedule:
-    r"""Fast at first, slower and slower: :math:`e + (s - e)(1 - t)^3`.
+    r"""Fast at first, then slower and slower: :math:`e + (s - e)(1 - t)^3`.
 
     Zhu and Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model
     compression", equation 1; :math:`t = (step - begin) / (end - begin)`.
@@ -87,8 +88,8 @@ def cubic(start: float, stop: float, *, begin: int = 0, end: int, every: int = 1
 def exponential(start: float, stop: float, *, begin: int = 0, end: int, every: int = 1) -> Schedule:
     r"""The same share of what remains at each step: :math:`1 - (1 - s)^{1 - t} (1 - e)^t`.
 
-    What is kept, one minus the value, falls as a power, as it does when a fixed share of the
-    remaining weights is pruned again and again (Frankle and Carbin 2019).
+    The share that is kept, one minus the value, falls exponentially, as it does when a fixed share
+    of the remaining weights is pruned again and again (Frankle and Carbin 2019).
 
     Args:
         start: as in :func:`linear`, below 1.
@@ -119,7 +120,7 @@ def steps(values: dict[int, float]) -> Schedule:
     """Each value from its step on.
 
     Args:
-        values: by the step at which they begin; the first one also holds before.
+        values: by the step at which they begin; the first value also holds before that step.
 
     Raises:
         ValueError: no values, a negative step, or a value that is not finite.
@@ -150,10 +151,10 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
 
     Args:
         schedules: in their order.
-        boundaries: the steps at which the second and every later one begins.
+        boundaries: the steps at which the second and later schedules begin.
 
     Raises:
-        ValueError: not one boundary fewer than schedules, or boundaries that do not rise.
+        ValueError: not one boundary fewer than schedules, or boundaries that do not increase.
 
     Example:
         >>> warm_up_and_hold = join([linear(0.0, 1.0, end=2), constant(0.5)], [3])
@@ -167,7 +168,7 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         )
     starts = [0, *boundaries]
     if any(a >= b for a, b in itertools.pairwise(starts)):
-        raise ValueError(f"boundaries should be positive and rise, got {list(boundaries)}")
+        raise ValueError(f"boundaries should be positive and increase, got {list(boundaries)}")
     parts = list(zip(starts, schedules, strict=True))
 
     def schedule(step: int) -> float:
@@ -182,7 +183,9 @@ def _between(
 ) -> Schedule:
     start, stop = _number(start, "start"), _number(stop, "stop")
     if not 0 <= begin < end:
-        raise ValueError(f"0 <= begin < end should hold, got begin={begin} and end={end}")
+        raise ValueError(
+            f"begin and end should satisfy 0 <= begin < end, got begin={begin} and end={end}"
+        )
     if every < 1:
         raise ValueError(f"every should be at least 1, got {every}")
 

@@ -313,12 +313,12 @@ def test_check_passes_here():
 @pytest.mark.parametrize("version", ["{minor}.0", "{minor}.7+cu130", "{minor}.0.dev20260101"])
 def test_check_passes_for_every_torch_of_the_minor(monkeypatch, version):
     version = version.format(minor=".".join(_build.TORCH.split(".")[:2]))
-    monkeypatch.setattr(build_info, "_torch_at_hand", lambda: (version, _build.CUDA))
+    monkeypatch.setattr(build_info, "_installed_torch", lambda: (version, _build.CUDA))
     build_info.check()
 
 
 def test_check_without_torch(monkeypatch):
-    monkeypatch.setattr(build_info, "_torch_at_hand", lambda: None)
+    monkeypatch.setattr(build_info, "_installed_torch", lambda: None)
     with pytest.raises(ImportError, match=r"no torch is installed here. Install it:\n.* install"):
         build_info.check()
 
@@ -326,7 +326,7 @@ def test_check_without_torch(monkeypatch):
 @pytest.mark.parametrize("here, described", [(None, "has none"), ("12.8", "has 12.8")])
 def test_check_with_another_cuda(monkeypatch, here, described):
     monkeypatch.setattr(_build, "CUDA", "13.0")
-    monkeypatch.setattr(build_info, "_torch_at_hand", lambda: (_build.TORCH, here))
+    monkeypatch.setattr(build_info, "_installed_torch", lambda: (_build.TORCH, here))
     with pytest.raises(ImportError, match=rf"built with CUDA 13.0, and the torch .*, {described}"):
         build_info.check()
 

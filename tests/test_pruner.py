@@ -582,10 +582,10 @@ def test_bad_input() -> None:
         (ValueError, "max_layer_sparsity", {"max_layer_sparsity": 1.5}),
         (TypeError, "max_layer_sparsity should be a number", {"max_layer_sparsity": None}),
         (TypeError, "should be a number.* got 'a'", {"min_layer_sparsity": {"0": "a"}}),
-        (TypeError, "glob patterns .* got a tuple", {"max_layer_sparsity": {params[0]: 0.5}}),
+        (TypeError, "glob patterns .* got tuple", {"max_layer_sparsity": {params[0]: 0.5}}),
         (
             ValueError,
-            "matches no parameter: 'encoder'",
+            "should have patterns that match parameters, got 'encoder'",
             {"max_layer_sparsity": {"encoder": 0.5}},
         ),
         (ValueError, "should not be above", {"min_layer_sparsity": 0.5, "max_layer_sparsity": 0.4}),

@@ -166,7 +166,7 @@ def test_bad_input_says_what_was_expected() -> None:
     wrong(lambda: ops.shard_counts(w, 2**32 - 1, 0, 8), "key should be one of 32 bits")
     wrong(lambda: ops.shard_counts([w[0].double()], 2**64 - 1, 0, 8), "key should be one of 64")
     wrong(lambda: ops.shard_masks(w, -1, [0]), "key should be one of 32 bits")
-    wrong(lambda: ops.shard_masks(w, 1 << 64, [0]), "key should be one of 64 bits")
+    wrong(lambda: ops.shard_masks(w, 1 << 64, [0]), "key should have at most 64 bits")
     wrong(lambda: ops.shard_masks(w, 0, []), "splits should have one entry for each of the 1")
     wrong(lambda: ops.shard_masks(w, 0, [7], **names), r"split of here .* \[0, 6\], got 7")
     wrong(lambda: ops.shard_ties(w, 0, []), "edges should have one entry for each of the 1")

@@ -1,4 +1,4 @@
-"""What the extension was built with, and whether it fits the torch at hand."""
+"""What the extension was built with, and whether it fits the installed torch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ OPENMP = {201511: "4.5", 201811: "5.0", 202011: "5.1", 202111: "5.2", 202411: "6
 
 
 def check() -> None:
-    """Check that the extension is there and was built for the torch at hand.
+    """Check that the extension is there and was built for the installed torch.
 
     Called before torch or the extension is loaded: with another torch than its own an extension
     fails on undefined symbols at best, and at worst does not fail.
 
     Raises:
-        ImportError: What the extension was built with, what is here, and the command that mends it.
+        ImportError: it is missing or was built for another torch. The message says what it was
+            built with, what is installed, and which command mends it.
     """
     if not any((PACKAGE / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         raise ImportError(_not_compiled())
@@ -39,7 +40,7 @@ def check() -> None:
 
     built = "torchalignprune was built with"
     its_torch = f"torch=={_minor(_build.TORCH)}.*"
-    here = _torch_at_hand()
+    here = _installed_torch()
     if here is None:
         raise ImportError(
             f"{built} torch {_build.TORCH}, and no torch is installed here. Install it:\n"
@@ -101,7 +102,7 @@ def info() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any] | None = None) -> str:
-    """What `info` returns, or returned before, as lines of text."""
+    """What `info` returns, now or earlier, as lines of text."""
     found = info() if found is None else found
     openmp = "none, one thread"
     if found["openmp"]:
@@ -126,7 +127,7 @@ def render(found: dict[str, Any] | None = None) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
-def _torch_at_hand() -> tuple[str, str | None] | None:
+def _installed_torch() -> tuple[str, str | None] | None:
     """Version and CUDA version of the torch that would be imported, read without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

@@ -1,4 +1,4 @@
-"""How a mask sits on a module: one forward pre-hook, one bool mask, as torch's own pruning does.
+"""Masks on modules: one forward pre-hook and one bool mask, in the form of torch's own pruning.
 
 A pruned parameter ``name`` becomes the parameter ``name_orig`` and the buffer ``name_mask``, and a
 forward pre-hook puts their product where ``name`` was. ``torch.nn.utils.prune.is_pruned`` and
@@ -28,28 +28,28 @@ __all__ = ["MaskHook", "cached_weights", "load_state_dict", "put_masks"]
 
 
 class MaskHook(prune.BasePruningMethod):
-    """The one forward pre-hook of a pruned parameter.
+    """The only forward pre-hook of a pruned parameter, however often its mask has changed.
 
-    It holds nothing but the parameter's name, however the mask came about and however often it
-    changed; methods and their references are not kept alive by the model.
+    It holds the parameter's name and a weak reference to the module, so the model does not keep
+    pruning methods and their references alive.
     """
 
     PRUNING_TYPE = "unstructured"
 
     straight_through = False
-    """Whether the gradient of pruned entries reaches ``name_orig`` too, for a criterion."""
+    """Whether gradients also reach the pruned entries of ``name_orig``, for a criterion."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._tensor_name = name
         self._module = weakref.ref(module)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        """Show the product."""
+        """Put the product where the parameter was."""
         keep_mask(self)
         super().__call__(module, inputs)  # type: ignore[no-untyped-call]
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The mask there is: a hook prunes nothing further."""
+        """The present mask: a hook prunes nothing further."""
         return default_mask
 
     def apply_mask(self, module: nn.Module) -> Tensor:
@@ -71,9 +71,9 @@ class MaskHook(prune.BasePruningMethod):
         return made.product
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHook:
-        # After a forward the masked weight has a history, or is what a transform of torch.func has
-        # left, and deepcopy refuses both. A module's hooks are copied after its parameters and
-        # buffers and before the masked weight, so the copy's weight can be made here and put where
+        # After a forward the masked weight has an autograd history or is a wrapper left over from a
+        # torch.func transform, and deepcopy refuses both. Hooks are copied after parameters and
+        # buffers but before the masked weight, so the copy's weight can be made here and put where
         # deepcopy will look for it.
         module = self._module()
         copied = memo.get(id(module)) if module is not None else None
@@ -116,13 +116,13 @@ class _Made:
         return same and self.state == self._state()
 
     def _state(self) -> list[Any]:
-        # What is made in inference mode is of no use outside of it.
+        # A product that was made in inference mode is of no use outside of it.
         versions = [None if t.is_inference() else t._version for t in self.tensors]
         places = [t.data_ptr() for t in self.tensors]
         return [torch.is_inference_mode_enabled(), *versions, *places]
 
 
-# By hook, while there are scopes of cached_weights(), of whatever thread.
+# Products by hook, while any thread is inside cached_weights().
 _cache: dict[MaskHook, _Made] | None = None
 _scopes = 0
 _lock = threading.Lock()
@@ -133,24 +133,23 @@ def _is_plain(original: Tensor) -> bool:
 
 
 def _is_unwrapped(tensor: Tensor) -> bool:
-    """Whether it belongs to no transform of ``torch.func``, not even to one that is over."""
+    """Whether it belongs to no transform of ``torch.func``, not even to a finished one."""
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @contextmanager
 def cached_weights() -> Iterator[None]:
-    """Within it, weights that need no gradient are multiplied by their masks once.
+    """A context that applies the masks of weights that need no gradient only once.
 
-    For an evaluation under ``torch.no_grad()`` or ``torch.inference_mode()``: the first forward
-    makes the masked weights, the others take them as they are, as
-    ``torch.nn.utils.parametrize.cached()`` does for parametrizations. Where a gradient is needed,
-    nothing is kept. Scopes can be nested, and threads share them; what they kept is freed when the
-    last one ends.
+    For evaluation under ``torch.no_grad()`` or ``torch.inference_mode()``: the first forward makes
+    the masked weights and later ones reuse them, as with ``torch.nn.utils.parametrize.cached()``
+    for parametrizations. Weights that need a gradient are not cached. Contexts can be nested, and
+    threads share the cache; it is freed when the last context ends.
 
-    The weights are not to be changed within it. Changes of weights and masks that torch counts
-    (optimizers, ``load_state_dict``, in-place operators) and new tensors in their place are
-    noticed, but torch does not count those made through ``.data`` and NumPy, nor those of
-    ``fused=True`` optimizers. This is why nothing is kept outside of it.
+    Do not change weights inside it. The cache notices changes of weights and masks that torch
+    counts (optimizers, ``load_state_dict``, in-place operators) and new tensors in their place, but
+    torch does not count changes through ``.data`` and NumPy, nor those of ``fused=True``
+    optimizers. Therefore nothing is cached outside of it.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -178,14 +177,14 @@ def cached_weights() -> Iterator[None]:
 def put_masks(
     masks: Iterable[tuple[nn.Module, str, Tensor]], *, zeroed: bool = False
 ) -> list[MaskHook]:
-    """Prune parameters by given masks, replacing those there are, all or none.
+    """Put masks on parameters, replacing their present masks: all of them or, on an error, none.
 
     Args:
-        masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. A mask that
-            comes with several parameters (tied weights) is shared by them. That of a DTensor is one
-            of the same layout, or a whole one that is the same on all ranks.
-        zeroed: the stored weights are zero, or are about to be, wherever the masks prune, so that
-            until the next forward the modules can show them without a product of their own.
+        masks: ``(module, name, mask)``; a mask is bool and shaped like the parameter. Parameters
+            that are given the same mask (tied weights) share it. The mask of a DTensor has its
+            layout, or is whole and the same on all ranks.
+        zeroed: the stored weights are or will at once be zero wherever the masks prune, so that
+            until the next forward the modules can show them without computing a product.
 
     Returns:
         The hook of each parameter.
@@ -217,7 +216,7 @@ def _put_over(module: nn.Module, name: str, mask: Tensor, original: Tensor) -> M
 
 
 def _next_product(module: nn.Module, name: str, original: Tensor, mask: Tensor) -> Tensor:
-    """The product, in the memory of the one that the module has, if nobody else has that."""
+    """The product, in the memory of the module's previous one if nothing else uses that."""
     over = None
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
         over = _C.masked_weight_over(vars(module), name, original, mask)
@@ -227,7 +226,7 @@ def _next_product(module: nn.Module, name: str, original: Tensor, mask: Tensor) 
 def _product(original: Tensor, mask: Tensor) -> Tensor:
     if is_dtensor(original):
         return original * mask
-    # torch's own pruning has masks in the dtype of the weight, which may come with a checkpoint.
+    # A checkpoint may have masks of torch's own pruning, in the dtype of the weight.
     return ops.masked_weight(original, bool_mask(mask))
 
 
@@ -246,7 +245,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing to keep, but torch.func transforms no function without it."""
+        """Nothing to save, but torch.func requires it."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -261,7 +260,7 @@ def put_mask(
     pruned: Tensor | None,
     kind: type[MaskHook] = MaskHook,
 ) -> MaskHook:
-    """Put one mask on: the names, what is shown (None: what there is), and one hook of a kind."""
+    """Put one mask on: the names, the shown weight (None: unchanged), and one hook of a kind."""
     hooks = [
         (key, hook)
         for key, hook in module._forward_pre_hooks.items()
@@ -290,13 +289,13 @@ def load_state_dict(
 
     Every parameter of which ``state_dict`` has ``name_orig`` and ``name_mask`` gets its hook and
     mask; parameters that are pruned in the model and dense in ``state_dict`` become dense. Then
-    ``model.load_state_dict`` does the rest. Each place of a tied weight gets its own mask of
-    ``state_dict``; those that are equal become one shared tensor.
+    ``model.load_state_dict`` does the rest. Each place of a tied weight gets the mask that
+    ``state_dict`` has for it; equal masks become one shared tensor.
 
     Args:
         model: a model of the same architecture, pruned or not.
-        state_dict: from ``state_dict()`` of a pruned model; masks of torch's own methods (in the
-            dtype of the weight) are welcome too.
+        state_dict: from ``state_dict()`` of a pruned model. Masks of torch's own methods, in the
+            dtype of the weight, work too.
         strict: as in ``torch.nn.Module.load_state_dict``.
         assign: as in ``torch.nn.Module.load_state_dict``.
 
@@ -331,7 +330,9 @@ def load_state_dict(
             continue
         module = modules.get(path)
         if module is None or not _is_parameter(module, name):
-            raise ValueError(f"state_dict has a mask for {dense}, no parameter of the model")
+            raise ValueError(
+                f"state_dict should have masks of the model's parameters only, got one of {dense}"
+            )
         wanted.append((dense, module, name))
         given = state_dict[f"{dense}_mask"]
         if isinstance(given, Tensor):
@@ -345,7 +346,7 @@ def load_state_dict(
     _check_state(model, state, [w[0] for w in wanted], [d[0] for d in dense_again], strict, assign)
     for module, name in dict.fromkeys((module, name) for _, module, name in dense_again):
         prune.remove(module, name)
-    # By parameter, what is to be loaded and the mask it will be loaded into.
+    # For each parameter, the masks of the state and the tensors that they will be loaded into.
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
     masks: list[tuple[nn.Module, str, Tensor]] = []
     for dense, module, name in wanted:
@@ -383,7 +384,7 @@ def _check_state(
     strict: bool,
     assign: bool,
 ) -> None:
-    """What load_state_dict would raise, before anything has changed."""
+    """Raises what load_state_dict would raise, before anything has changed."""
     own = dict(model.state_dict())
     for name in dense:
         own[name] = own.pop(f"{name}_orig")

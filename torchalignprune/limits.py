@@ -1,4 +1,4 @@
-"""Bounds on what a parameter and a unit may lose, whatever the ranking says."""
+"""Limits on what a parameter and a unit may lose, whatever the ranking says."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from torchalignprune.targets import Target, count_true
 __all__ = ["LayerShare", "Limits"]
 
 LayerShare = float | Mapping[str, float]
-"""A share for every parameter, or by glob patterns of parameters and modules; the first one that
-matches counts."""
+"""One share for all parameters, or shares by glob patterns of parameters and modules, where the
+first pattern that matches counts."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of every parameter and unit is kept, or pruned, at least.
+    """Limits on how much of every parameter and unit is pruned.
 
-    Within the limits it is still the entries of the lowest scores that go: of all masks that keep
-    to them, the chosen ones have the highest sum of scores.
+    Within the limits the entries with the lowest scores are pruned: of all masks that keep to the
+    limits, the chosen ones have the highest sum of scores.
 
     Attributes:
-        min_unit: how many entries every unit keeps at least; a unit that has fewer keeps those.
-        max_layer_sparsity: the share of a parameter that may be pruned at most; 1 where no pattern
+        min_unit: the minimum number of entries that every unit keeps; a unit that has fewer keeps
+            them all.
+        max_layer_sparsity: the maximum share of a parameter that is pruned; 1 where no pattern
             matches.
-        min_layer_sparsity: the share of a parameter that is pruned at least, as far as there is
-            anything to prune: never more than the overall sparsity asked for; 0 where no pattern
-            matches.
+        min_layer_sparsity: the minimum share of a parameter that is pruned, as far as the other
+            limits allow and capped at the overall sparsity; 0 where no pattern matches.
     """
 
     min_unit: int = 0
@@ -50,19 +50,19 @@ class Limits:
             for pattern in given if isinstance(given, Mapping) else ():
                 if not isinstance(pattern, str):
                     raise TypeError(
-                        f"{which} should have glob patterns as its keys, got a "
+                        f"{which} should have glob patterns as its keys, got "
                         f"{type(pattern).__name__}"
                     )
             for value in given.values() if isinstance(given, Mapping) else [given]:
                 if not isinstance(value, numbers.Real):
                     raise TypeError(
-                        f"{which} should be a number, or numbers by patterns, got {value!r}"
+                        f"{which} should be a number, or numbers by glob pattern, got {value!r}"
                     )
                 if not 0 <= float(value) <= 1:
                     raise ValueError(f"{which} should be in [0, 1], got {value}")
 
     def check(self, names: Sequence[str]) -> None:
-        """Whether the limits make sense for the parameters of these names.
+        """Check that the limits make sense for the parameters of these names.
 
         Raises:
             ValueError: a pattern that matches none of them; a floor above its ceiling.
@@ -71,10 +71,9 @@ class Limits:
             given = getattr(self, which)
             for pattern in given if isinstance(given, Mapping) else ():
                 if not any(matches(name, pattern) for name in names):
-                    shown = some(names)
                     raise ValueError(
-                        f"{which} has a pattern that matches no parameter: {pattern!r}; they are "
-                        f"{shown}"
+                        f"{which} should have patterns that match parameters, got {pattern!r}; the "
+                        f"parameters are {some(names)}"
                     )
         for name in names:
             floor, ceiling = self._floor(name), self._ceiling(name)
@@ -100,9 +99,9 @@ class Limits:
         """Masks that prune ``count`` more entries of the targets, within the limits.
 
         Args:
-            targets: the parameters; what their masks prune already is no candidate.
-            scores: one for each, shaped like it; the lowest go first.
-            unit_dims: the dimension of the units of each.
+            targets: the parameters; entries that their masks already prune are no candidates.
+            scores: one tensor for each target, shaped like it; the lowest are pruned first.
+            unit_dims: the dimension of each target's units.
             count: how many entries to prune.
 
         Returns:
@@ -150,17 +149,17 @@ class Limits:
         free: Sequence[int],
         count: int,
     ) -> tuple[list[int], list[int]]:
-        """How many more entries each parameter loses at least and at most, ``count`` in all.
+        """The minimum and the maximum number of entries that each parameter has yet to lose.
 
-        Between the two it is the lowest scores of all that go. In every parameter the lowest go
-        first, too.
+        Each parameter first loses its minimum, lowest scores first; the rest of ``count`` are the
+        lowest scores of all parameters.
 
         Args:
             names: of the parameters.
             sizes: how many entries each has.
             alive: how many of these are not pruned yet.
-            free: how many of these ``min_unit`` does not spare.
-            count: how many are to be pruned, of all parameters together.
+            free: how many of these ``min_unit`` does not protect.
+            count: how many entries of all parameters together to prune.
 
         Raises:
             ValueError: the limits leave fewer entries than ``count``.
@@ -185,7 +184,7 @@ class Limits:
         ]
         least = [min(n, room) for n, room in zip(due, most, strict=True)]
         if sum(least) > count:
-            # Other parameters have lost more than their share already.
+            # Other parameters have already lost more than their share, so not all can get theirs.
             return [0] * len(least), least
         return least, most
 
@@ -198,12 +197,12 @@ class Limits:
 
 
 def as_rows(tensor: Tensor, dim: int) -> Tensor:
-    """A row for each unit along a dimension; what has at most one dimension is one unit."""
+    """A row for each unit along a dimension; a tensor of at most one dimension is one unit."""
     return tensor.movedim(dim, 0).flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
 def from_rows(rows: Tensor, shape: Sequence[int], dim: int) -> Tensor:
-    """The other way round."""
+    """The inverse of :func:`as_rows`."""
     if len(shape) < 2:
         return rows.reshape(list(shape))
     others = [size for i, size in enumerate(shape) if i != dim]
@@ -211,13 +210,13 @@ def from_rows(rows: Tensor, shape: Sequence[int], dim: int) -> Tensor:
 
 
 def best_of_rows(scores: Tensor, mask: Tensor, count: int, name: str) -> Tensor:
-    """A mask of the best ``count`` entries of each row among those of a mask; all if fewer."""
+    """A mask of each row's best ``count`` entries among those of a mask, or of all if fewer."""
     counts = (mask.sum(dim=1) - count).clamp(min=0)
     return ops.select_rows(scores, counts, mask=mask, name=name)
 
 
 def _lowest(score: Tensor, mask: Tensor, count: int, name: str) -> Tensor:
-    """The ``count`` entries of the lowest scores among those of a mask."""
+    """The ``count`` entries with the lowest scores among those of a mask."""
     (stay,) = ops.select_global([score], count, score="value", masks=[mask], names=[name])
     return mask & ~stay
 
@@ -228,5 +227,5 @@ def _share(given: LayerShare, name: str, default: float) -> float:
     return next((share for pattern, share in given.items() if matches(name, pattern)), default)
 
 
-# Shares like 0.7 of 10 are a little below what they mean.
+# Products like 0.29 * 100 are a little below the integer that is meant.
 _ROUNDING = 1e-6

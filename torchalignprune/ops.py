@@ -1,9 +1,9 @@
 """The operators of the C++/CUDA extension, as Python functions.
 
-They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so that they work under
-``torch.compile``. Those that choose masks have no gradient; :func:`apply_mask`, and
-:func:`unit_products` and :func:`unit_combination`, which the regularizers are made of, can be
-differentiated any number of times, the latter two backwards alone.
+They are registered as ``torch.ops.torchalignprune.*`` with fake kernels, so they work under
+``torch.compile``. Operators that choose masks have no gradient. :func:`apply_mask` can be
+differentiated any number of times, and so can :func:`unit_products` and :func:`unit_combination`,
+which the regularizers are made of, but only in reverse mode.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def select_global(
 ) -> list[Tensor]:
     """Masks that prune exactly ``count`` entries of all the tensors together: the lowest scores.
 
-    Among equal scores the lower position goes first: earlier tensors before later ones, then by
-    flat index. The tensors are streamed, never concatenated, copied or sorted, and the result does
-    not depend on the number of threads. A tensor is read as rows (dim 0) and columns (dim 1);
+    Among equal scores the lower position is pruned first: earlier tensors before later ones, then
+    by flat index. The tensors are streamed, never concatenated, copied or sorted, and the result
+    does not depend on the number of threads. A tensor is read as rows (dim 0) and columns (dim 1);
     trailing dimensions share their column's scale, and a tensor of at most one dimension is a
     single row.
 
@@ -67,7 +67,7 @@ def select_global(
 
     Args:
         weights: tensors of any shape and strides, float32, float64, float16 or bfloat16, all on
-            one device. Scores are computed in float32, in float64 if a tensor is float64.
+            one device. Scores are computed in float32, or in float64 if any tensor is float64.
         count: how many entries to prune, of those that ``masks`` leave.
         score: ``"value"``: the entries themselves, with their sign; ``"magnitude"``: ``|v|``;
             ``"worth"``: ``v * (2 * u - v)``; where ``v = w * row_scale * column_scale`` and
@@ -109,7 +109,7 @@ def _score_arguments(
     column_scales: Sequence[Tensor | None] | None,
     names: Sequence[str] | None,
 ) -> tuple[Any, ...]:
-    """The same with the defaults filled in."""
+    """The arguments, with the defaults filled in."""
     none = [None] * len(weights)
     return (
         [w.detach() for w in weights],
@@ -138,15 +138,14 @@ def shard_counts(
 
     A key is an unsigned integer of 32 bits (64 if a tensor is float64) that orders as its score
     does: the bits of the score with the sign bit flipped, all bits flipped if it is negative; -0
-    has the key of +0. Processes that hold the shards of the same tensors add up what they count,
-    and agree in a few rounds on the key of the last entry that is to be pruned, for
-    :func:`shard_masks`.
+    has the key of +0. Processes that hold shards of the same tensors add up their counts, and so
+    find in a few rounds the key of the last entry to prune, for :func:`shard_masks`.
 
     Args:
-        weights: at least one tensor, as in :func:`select_global`; maybe empty.
+        weights: at least one tensor, as in :func:`select_global`; tensors may be empty.
         low: the first key that is counted in a bin.
         shift: bins are ``2**shift`` keys wide.
-        bins: how many, at most 2048; those behind the last key stay empty.
+        bins: the number of bins, at most 2048; those beyond the last key stay empty.
         score: as in :func:`select_global`.
         masks: as in :func:`select_global`.
         references: as in :func:`select_global`.
@@ -156,7 +155,7 @@ def shard_counts(
 
     Returns:
         int64, shape ``(bins + 2,)``, on the device of the weights: the bins, then how many
-        candidates have lower keys, then 0, or with NaN among the candidates' scores 1 + the number
+        candidates have keys below ``low``, then 0, or if candidates' scores are NaN, 1 + the index
         of the first tensor that has one.
 
     Raises:
@@ -191,14 +190,14 @@ def shard_ties(
     column_scales: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """How many candidates between given places have exactly the given key.
+    """How many candidates have exactly the given key, in each of the given stretches.
 
     Args:
         weights: at least one tensor, as in :func:`shard_counts`.
         key: as in :func:`shard_counts`.
-        edges: for each tensor rising flat indices, int64, shape ``(stretches + 1,)``, on the CPU: a
-            stretch reaches from one edge to just before the next. What is before the first and
-            behind the last edge is not looked at.
+        edges: for each tensor ascending flat indices, int64, shape ``(stretches + 1,)``, on the
+            CPU: a stretch reaches from one edge to just before the next. Entries before the first
+            edge and from the last edge on are not counted.
         score: as in :func:`select_global`.
         masks: as in :func:`select_global`.
         references: as in :func:`select_global`.
@@ -207,8 +206,7 @@ def shard_ties(
         names: as in :func:`select_global`.
 
     Returns:
-        int64, shape ``(stretches,)``, those of one tensor after those of another, on the device of
-        the weights.
+        int64, shape ``(stretches,)``, in the order of the tensors, on the device of the weights.
 
     Raises:
         ValueError: a shape or device that does not fit; a key of too many bits; no weights.
@@ -239,13 +237,13 @@ def shard_masks(
     column_scales: Sequence[Tensor | None] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[Tensor]:
-    """Masks that prune the candidates with keys below ``key``, and some of those that have it.
+    """Masks that prune the candidates with keys below ``key``, and the first ones with that key.
 
     Args:
         weights: at least one tensor, as in :func:`shard_counts`, without NaN among the scores of
             the candidates.
         key: as in :func:`shard_counts`.
-        splits: for each tensor a flat index: the entries before it that have the key go.
+        splits: for each tensor a flat index: candidates before it that have the key are pruned.
         score: as in :func:`select_global`.
         masks: as in :func:`select_global`.
         references: as in :func:`select_global`.
@@ -273,9 +271,9 @@ def shard_masks(
 
 
 def _signed(key: int) -> int:
-    """A key of 64 bits as the int64 of the same bits."""
+    """A key of 64 bits as the int64 with the same bits."""
     if not -(1 << 63) <= key < 1 << 64:
-        raise ValueError(f"a key should be one of 64 bits, got {key}")
+        raise ValueError(f"key should have at most 64 bits, got {key}")
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
@@ -284,7 +282,7 @@ def select_rows(
 ) -> Tensor:
     """A mask that prunes exactly ``counts[i]`` entries of row ``i``: the lowest scores of the row.
 
-    Among equal scores the lower column goes first.
+    Among equal scores the lower column is pruned first.
 
     Args:
         scores: shape ``(rows, columns)``, any strides, float32, float64, float16 or bfloat16.
@@ -296,8 +294,8 @@ def select_rows(
         bool, shape ``(rows, columns)``, contiguous, True where an entry is kept.
 
     Raises:
-        ValueError: NaN among the scores; a count larger than its row has candidates; a shape or
-            device that does not fit.
+        ValueError: NaN among the scores; a count larger than its row's number of candidates; a
+            shape or device that does not fit.
         TypeError: a dtype that does not fit.
 
     Example:
@@ -318,7 +316,7 @@ def cosine_gains(
     column_scale: Tensor | None = None,
     name: str = "weight",
 ) -> Tensor:
-    r"""What each entry adds to the alignment of its unit, taken in falling order of importance.
+    r"""What each entry adds to its unit's alignment, taken in descending order of importance.
 
     A unit is a row (dim 0, the rest flattened; a tensor of at most one dimension is one unit). Its
     alignment with the reference ``r`` under a mask ``m`` is :math:`A(m) = \langle p, r\rangle /
@@ -329,17 +327,16 @@ def cosine_gains(
               \qquad C_k = \sum_{i \le k} w_i^2.
 
     Gains fall within a unit, so keeping the K largest of a whole network maximises its summed
-    alignment (marginal analysis, Fox 1966). For another reference the next entry is always the one
-    with which those before it are aligned best, the largest
-    :math:`(d + w r) / \sqrt{q + w^2}` with :math:`d = \langle w, r\rangle` and
-    :math:`q = \langle w, w\rangle` of those before it (a quarter as many at once as there are
-    before), and the differences of ``A`` are replaced by those of its least concave majorant. Sums
-    are in float64.
+    alignment (marginal analysis, Fox 1966). For another reference each next entry is the one that
+    aligns best together with those before it: the largest :math:`(d + w r) / \sqrt{q + w^2}`, with
+    :math:`d = \langle w, r\rangle` and :math:`q = \langle w, w\rangle` over those before it (a
+    quarter as many entries at once as there are before). The gains are then the differences not of
+    ``A`` but of its least concave majorant. Sums are in float64.
 
     Args:
         weight: any shape and strides, float32, float64, float16 or bfloat16.
         mask: bool, shaped like the weight; False entries are no candidates (their gain is 0), but
-            :math:`|r|` stays that of the whole unit.
+            :math:`|r|` is still that of the whole unit.
         reference: shaped like the weight, any of the dtypes. Default: the weight.
         column_scale: shape ``(columns,)`` or ``(1,)``, in the dtype of the gains; multiplies the
             weight and the reference, column by column (dim 1).
@@ -372,10 +369,10 @@ def cosine_gains(
 def greedy_match(similarity: Tensor, *, name: str = "similarity") -> Tensor:
     """Match rows with columns: the largest entry first, then the largest of what is left.
 
-    The row and the column of an entry that is taken are struck. Among equal entries the lowest row
-    goes first, then the lowest column; -0 and 0 are equal. The result is that of the sequential
-    definition, and the same on every device and with any number of threads. For entries that are
-    not negative the sum over the matched ones is at least half of the largest possible one.
+    The row and the column of a matched entry are struck. Among equal entries the lowest row comes
+    first, then the lowest column; -0 and 0 are equal. The result is that of the sequential
+    definition, on every device and with any number of threads. For non-negative entries the sum of
+    the matched ones is at least half of the largest possible sum.
 
     Equivalent to::
 
@@ -412,10 +409,10 @@ def _(similarity: Tensor, name: str) -> Tensor:
 
 
 def match_in_order(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tensor:
-    """Go through pairs and keep each whose row and column no pair before it has.
+    """Go through pairs and keep each whose row and column are in no pair kept before.
 
-    Of pairs by falling similarity these are the ones that :func:`greedy_match` matches. One pass on
-    the CPU, where pairs on another device are copied to.
+    If the pairs are in descending order of similarity, these are the ones that :func:`greedy_match`
+    matches. It takes one pass on the CPU; pairs on another device are copied there.
 
     Args:
         rows: shape ``(n,)``, int64, in ``[0, row_count)``.
@@ -449,10 +446,10 @@ def _(rows: Tensor, columns: Tensor, row_count: int, column_count: int) -> Tenso
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """The weight where a mask is True, and +0 elsewhere.
 
-    A pruned entry is +0 whatever the weight has there, where ``weight * mask`` gives -0 for a
-    negative number and NaN for NaN and infinity. The gradient is the same operator on the gradient
-    of the product, where nobody else has that one in place; so are all further ones. Forward-mode
-    derivatives and the transforms of ``torch.func`` work.
+    A pruned entry is +0 whatever its weight, while ``weight * mask`` gives -0 for a negative number
+    and NaN for NaN and infinity. The gradient is the same operator on the gradient of the product
+    (in place if nothing else uses that), and so are all higher ones. Forward-mode derivatives and
+    the transforms of ``torch.func`` work.
 
     Equivalent to::
 
@@ -485,21 +482,21 @@ def _(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_weight(weight: Tensor, mask: Tensor) -> Tensor:
-    """:func:`apply_mask` for the forward of a layer: no product where the weight is masked already.
+    """:func:`apply_mask` for the forward of a layer: no product if the weight is masked already.
 
-    On the CPU the weight is looked at first. Is it +0 wherever the mask is False, as after
+    On the CPU the weight is checked first. If it is +0 wherever the mask is False, as after
     :func:`zero_pruned_`, the result shares its memory: nothing is written, and no memory is taken
-    until the backward. Gradients are those of :func:`apply_mask`. A GPU would have to be waited
-    for, so there it is always a product. So it is under ``torch.compile`` and ``torch.export``
-    and for subclasses of ``Tensor``, and there it is ``torch.where``, which compilers can fuse.
+    until the backward. Gradients are those of :func:`apply_mask`. On a GPU, where checking would
+    mean waiting, it is always a product. Under ``torch.compile`` and ``torch.export`` and for
+    subclasses of ``Tensor`` the product is ``torch.where``, which compilers can fuse.
 
     Args:
         weight: as in :func:`apply_mask`.
         mask: as in :func:`apply_mask`.
 
     Returns:
-        The product, or another tensor with the memory of the weight. In both cases no parameter,
-        and equal to ``apply_mask(weight, mask)``.
+        The product, or another tensor with the memory of the weight: never a parameter, and always
+        equal to ``apply_mask(weight, mask)``.
 
     Raises:
         ValueError: as :func:`apply_mask`.
@@ -527,10 +524,10 @@ def zero_pruned_(
 ) -> None:
     """Set the entries of tensors to +0 where their mask is False, in place.
 
-    For stored weights and for the optimizer's state. Whatever was there, NaN, infinity and -0 too,
-    becomes +0. Of stretches without pruned entries only the mask is read, and nothing is written
-    where there is +0 already. Done as under ``torch.no_grad()``, as an optimizer's step is; the
-    tensors' version counters go up. All tensors of a GPU go into a few launches.
+    For stored weights and optimizer states. Whatever was there, NaN, infinity and -0 too, becomes
+    +0. In stretches without pruned entries only the mask is read, and nothing is written where
+    there is +0 already. Runs under ``torch.no_grad()``, like an optimizer's step, and increments
+    the tensors' version counters. A GPU takes a few launches for all tensors.
 
     Equivalent to::
 
@@ -570,22 +567,22 @@ def _(tensors: list[Tensor], masks: list[Tensor], names: list[str]) -> None:
 def pack_entries(
     weight: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One bit for each entry, and the values of those that have one.
+    """One bit for each entry, and the values of those whose bit is set.
 
     Entries are numbered in row-major order; entry ``i`` has bit ``i % 8``, counted from the lowest,
-    of byte ``i // 8``, and the bits past the last are 0. Nothing is computed with: NaN keep their
-    payloads, and zeros their sign. On the CPU alone.
+    of byte ``i // 8``, and the bits past the last are 0. Values are copied bit for bit: NaN keep
+    their payloads, and zeros their sign. On the CPU only.
 
     Args:
         weight: any shape and strides, float32, float64, float16 or bfloat16.
-        mask: bool, shaped like the weight: which entries have a bit. Default: those that are not
-            zero.
+        mask: bool, shaped like the weight: the entries whose bit is set. Default: those that are
+            not zero.
 
     Returns:
         ``bits``, uint8, shape ``(ceil(n / 8),)``; ``values``, shape ``(count,)``, in the dtype of
-        the weight; ``signs``, uint8, shape ``(ceil((n - count) / 8),)``, of the entries without a
-        bit, in order, which are -0.0, or of shape ``(0,)`` if none is; ``lost``, int64, shape
-        ``()``: how many entries without a bit are not zero. If there are any, values and signs are
+        the weight; ``signs``, uint8, shape ``(ceil((n - count) / 8),)``: a bit for each other
+        entry, in order, set if that is -0.0, or of shape ``(0,)`` if none is; ``lost``, int64,
+        shape ``()``: how many of the other entries are not zero. If any is, values and signs are
         empty.
 
     Raises:
@@ -614,17 +611,17 @@ def _(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def unpack_entries(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor that :func:`pack_entries` made these of, contiguous.
+    """The tensor that :func:`pack_entries` has packed, contiguous.
 
     Args:
         bits: uint8, shape ``(ceil(n / 8),)``.
         values: shape ``(count,)``, float32, float64, float16 or bfloat16.
         signs: uint8, shape ``(ceil((n - count) / 8),)`` or ``(0,)``.
-        shape: that of the result, of n entries.
+        shape: the shape of the result, of n entries.
 
     Raises:
-        ValueError: a shape that does not fit, values that are not as many as the bits, or bits past
-            the last.
+        ValueError: a shape that does not fit, another number of values than of set bits, or bits
+            set past the last.
         TypeError: a dtype that does not fit.
 
     Example:
@@ -644,14 +641,14 @@ def _(bits: Tensor, values: Tensor, signs: Tensor, shape: Sequence[int]) -> Tens
 
 
 def count_bits(bits: Tensor, count: int) -> int:
-    """How many of the first bits are set.
+    """How many of the first ``count`` bits are set.
 
     Args:
         bits: uint8, shape ``(ceil(count / 8),)``.
         count: how many bits there are.
 
     Raises:
-        ValueError: another shape, or bits past the last.
+        ValueError: another shape, or bits set past the last.
         TypeError: another dtype.
 
     Example:
@@ -675,7 +672,7 @@ def square_sums(
     all_columns: int | None = None,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor]:
-    """The sums of the squares of a tensor's rows and of its columns, in one pass.
+    """The sums of squares of a tensor's rows and of its columns, in one pass.
 
     Sums are in float64 and in an order that does not depend on the number of threads.
 
@@ -689,9 +686,9 @@ def square_sums(
             columns as in :func:`select_global`.
         row_scale: shape ``(rows,)`` or ``(1,)``, float32 (float64 for a float64 weight).
         column_scale: shape ``(columns,)`` or ``(1,)``, likewise.
-        all_columns: where these are only some columns of a tensor, how many that has: the sums of
-            the columns are then the same, bit for bit, as those of the whole tensor. (Those of a
-            row are so whatever other rows there are.) Default: as many as the weight.
+        all_columns: if these are only some columns of a tensor, how many that has: the sums of the
+            columns are then bit for bit those of the whole tensor. (The sum of a row never depends
+            on other rows.) Default: as many as the weight.
         name: what to call the tensor in an error.
 
     Returns:
@@ -736,15 +733,15 @@ def unit_products(
     dims: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    r"""The inner products of the units of all tensors: what alignment and distortion are made of.
+    r"""The inner products of the units of all tensors, from which alignment and distortion follow.
 
-    Of each unit :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
+    For each unit :math:`\langle p, p\rangle`, :math:`\langle p, r\rangle` and
     :math:`\langle r, r\rangle`, where :math:`p = m w` are its pruned and ``r`` its reference
     weights.
 
-    One pass over the tensors, with sums in float64 and in an order that does not depend on the
-    number of threads. The gradient reaches the weights, by :func:`unit_combination`; nothing but
-    the inputs is kept for it.
+    It takes one pass over the tensors, with sums in float64 and in an order that does not depend on
+    the number of threads. :func:`unit_combination` computes the gradient of the weights, for which
+    only the inputs are saved.
 
     Equivalent to, for each tensor::
 
@@ -758,17 +755,17 @@ def unit_products(
         masks: bool, shaped like the weights. Default: nothing is pruned.
         references: shaped like the weights, any of the dtypes (read as float32 unless the weight is
             float64), on the device of the weights or on the CPU, from where a GPU fetches them one
-            at a time (pinned ones without waiting); constants. Default: the weights without the
-            masks.
+            at a time (pinned ones without waiting). They get no gradient. Default: the weights
+            without the masks.
         indices: int64, shape ``(units,)`` each: unit ``i`` of a weight goes with unit ``index[i]``
-            of its reference. Default: with its own. A GPU is waited for once a call, to know that
-            they are in range.
+            of its reference. Default: with unit ``i``. To check their range, a call waits for the
+            GPU once.
         dims: the dimension of each tensor's units, 0 or 1; 0 for a tensor of at most one dimension,
             which is one unit. Default: 0.
         names: what to call the tensors in an error. Default: ``weights[i]``.
 
     Returns:
-        float64, shape ``(3, units)``, the units of one tensor after those of another.
+        float64, shape ``(3, units)``, the units in the order of the tensors.
 
     Raises:
         ValueError: a shape, device or dim that does not fit; an index out of range; no weights.
@@ -801,7 +798,7 @@ def unit_combination(
 ) -> list[Tensor]:
     """``mask * (a * reference + b * weight)`` with a pair ``(a, b)`` for each unit, in one pass.
 
-    The gradient of whatever is made of :func:`unit_products` has this form.
+    The gradient of any function of :func:`unit_products` has this form.
 
     Args:
         weights: as in :func:`unit_products`.
@@ -835,12 +832,12 @@ def unit_combination(
 
 
 def _refuse_tangents(tensors: Sequence[Tensor]) -> None:
-    # torch.library knows gradients alone and would drop tangents silently: derivatives of zero.
+    # torch.library supports only reverse mode: it would silently take tangents for zero.
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            "the products and combinations of units have no forward-mode derivatives: use "
+            "unit_products and unit_combination have no forward-mode derivatives: use "
             "torch.autograd.grad or backward()"
         )
 
@@ -853,7 +850,7 @@ def _unit_arguments(
     dims: Sequence[int] | None,
     names: Sequence[str] | None,
 ) -> tuple[Any, ...]:
-    """The same with the defaults filled in."""
+    """The arguments, with the defaults filled in."""
     count = len(weights)
     if count == 0:
         raise ValueError("weights should have at least one tensor, got none")
@@ -918,7 +915,7 @@ def _kept(ctx: Any) -> list[Any]:
 
 
 def _no_gradient(entries: list[Tensor | None]) -> list[None] | None:
-    # torch takes a list for one of tensors only if it has no None in it.
+    # torch takes a list as one of tensors only if it has no None in it.
     return None if any(entry is None for entry in entries) else [None] * len(entries)
 
 
@@ -943,7 +940,7 @@ def _products_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _combination_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     weights, masks, references, indices, coefficients = _kept(ctx)
-    # The gradient takes the place of the weight, so that the same two operators serve again.
+    # With the gradient in the place of the weight, the same two operators serve again.
     partners = [
         weight.detach() if reference is None else reference
         for weight, reference in zip(weights, references, strict=True)

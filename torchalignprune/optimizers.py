@@ -1,4 +1,4 @@
-"""Which optimizers move the weights, seen from the steps that they take."""
+"""Finds the optimizers that move the weights, through hooks on their steps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["OptimizerWatch"]
 
 
 class OptimizerWatch:
-    """Knows every optimizer that has taken a step since, and can clear parts of their states.
+    """Knows every optimizer that has taken a step since it was made, and their states.
 
-    Nothing has to be handed over: it hears of each step through the hooks that torch calls for
-    all optimizers, so that it works inside a Trainer too.
+    No optimizer has to be passed in: torch calls its global hooks at the steps of all optimizers,
+    so this works inside a Trainer too.
 
-    Both functions are bound methods, which are not kept alive.
+    Both functions are bound methods, of which only weak references are kept.
 
     Args:
         before_step: called with the optimizer before each of its steps, when the gradients are
@@ -46,7 +46,7 @@ class OptimizerWatch:
         self._before_step = None if before_step is None else weakref.WeakMethod(before_step)
         self._after_step = None if after_step is None else weakref.WeakMethod(after_step)
         self._settled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        # Some may have gone in the meantime.
+        # Drop the watches that no longer exist.
         _WATCHES[:] = [watch for watch in _WATCHES if watch() is not None]
         _WATCHES.append(weakref.ref(self))
         if not _HANDLES:
@@ -54,19 +54,19 @@ class OptimizerWatch:
             _HANDLES.append(register_optimizer_step_post_hook(_after))
 
     def states(self, parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
-        """What the optimizers hold of the parameters, entry by entry.
+        """The optimizers' states that have one number for each entry of a parameter.
 
         Returns:
-            The position of the parameter, and a floating-point tensor of its shape, for each; such
-            as the momentum of SGD and the two moments of Adam. States of another shape (Adafactor),
-            of integers or of quantized kinds of tensors (8-bit optimizers) belong to no single
-            entry.
+            Pairs of the parameter's position and a floating-point tensor of its shape, such as the
+            momentum of SGD and the two moments of Adam. Left out are states that belong to no
+            single entry: those of another shape (Adafactor), of integers, or of quantized tensor
+            types (8-bit optimizers).
         """
         found = []
         parameters = list(parameters)
         for optimizer in self._seen:
             for number, parameter in enumerate(parameters):
-                # Not optimizer.state[parameter], which would make an entry.
+                # Not optimizer.state[parameter], which would add the missing key.
                 for value in optimizer.state.get(parameter, {}).values():
                     if (
                         isinstance(value, Tensor)
@@ -98,19 +98,19 @@ class OptimizerWatch:
         self._settled.add(optimizer)
 
     def look_again(self) -> None:
-        """Call after the next step of each optimizer again."""
+        """Call ``after_step`` again after the next step of each optimizer."""
         self._settled.clear()
 
     def remove(self) -> None:
-        """Hear of no more steps."""
+        """Stop watching."""
         _WATCHES[:] = [watch for watch in _WATCHES if watch() not in (None, self)]
 
 
-# The two hooks stay once they are there: torch iterates over them while an optimizer steps, when
+# The two hooks are never removed: torch iterates over them while an optimizer steps, and just then
 # the garbage collector may take a watch.
 _WATCHES: list[weakref.ref[OptimizerWatch]] = []
 _HANDLES: list[RemovableHandle] = []
-# What torch puts around the ``step`` of every optimizer, and what calls the two hooks.
+# The wrapper that torch puts around the ``step`` of every optimizer; it calls the two hooks.
 _STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
@@ -127,8 +127,10 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def gradients(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients that the optimizer is about to use, times its :func:`gradient_scale`; None for
-    parameters that it does not have or that have none."""
+    """The gradients that the optimizer is about to use, times its :func:`gradient_scale`.
+
+    None for a parameter that it does not have or that has no gradient.
+    """
     own = own_ids(optimizer)
     return [p.grad if id(p) in own else None for p in parameters]
 
@@ -139,11 +141,11 @@ def own_ids(optimizer: Optimizer) -> set[int]:
 
 
 def is_inner_step() -> bool:
-    """Whether the optimizer that is about to step was called by the step of another one, as
-    ``ZeroRedundancyOptimizer`` does, or by a subclass's own: torch calls the hooks for both.
+    """Whether the step that is about to run was called by another step.
 
-    The stack of calls says it, because a step that raises tells no hook of its end. A step that
-    ``torch.compile`` looks at is taken for none.
+    That is so within ``ZeroRedundancyOptimizer``, or if a subclass wraps ``step``: torch calls the
+    hooks for both steps. The call stack tells, because a step that raises calls no hook at its end.
+    False under ``torch.compile``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -156,18 +158,20 @@ def is_inner_step() -> bool:
 
 
 def gradient_scale(optimizer: Optimizer) -> float:
-    """What a GradScaler has left in the gradients, which a fused optimizer takes out itself."""
+    """The scale that a GradScaler has left in the gradients for a fused optimizer to remove."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
 
 
 def overflowed(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler has found gradients that are not finite: a fused optimizer is called
-    all the same, and skips its step by itself."""
+    """Whether a GradScaler has found gradients that are not finite.
+
+    A fused optimizer is called all the same, and skips its step by itself.
+    """
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _rests(optimizer: Optimizer) -> bool:
-    """Whether there are parameters with a learning rate of 0, as when a warm-up begins."""
+    """Whether some parameters have a learning rate of 0, as at the beginning of a warm-up."""
     return any(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups)

@@ -19,35 +19,35 @@ from torchalignprune.parameters import (
 
 __all__ = ["to_semi_structured"]
 
-# Of what the outputs and the inputs have to be multiples, by what torch multiplies with.
+# By the library that torch multiplies with: outputs and inputs should be multiples of these.
 _MULTIPLES = {"cuSPARSELt": (16, 16), "CUTLASS": (32, 64)}
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def to_semi_structured(params: Parameters) -> None:
-    """Put 2:4 sparse weights where a GPU multiplies by them on its sparse tensor cores.
+    """Convert 2:4 sparse weights so that a GPU multiplies by them on its sparse tensor cores.
 
     The weights of the layers become ``torch.sparse.SparseSemiStructuredTensor`` parameters that
     need no gradient, in the format of cuSPARSELt or, without it, CUTLASS; masks, hooks and
-    ``name_orig`` go. They take 9/16 of the memory. All layers are converted or, if there is an
-    error, none. A small product by each weight is tried before the model changes.
+    ``name_orig`` are removed. They take 9/16 of the dense memory. All layers are converted or, on
+    an error, none. A small product by each weight is tried before the model changes.
 
     This is for GPUs with sparse tensor cores, of compute capability 8.0 (A100) or higher. On other
-    devices, and with any other pattern than n:m, zeros in a weight make files smaller but no
+    devices, and with any other pattern than 2:4, zeros in a weight make files smaller but no
     product faster.
 
-    What the model can do then: forward passes under ``torch.inference_mode()`` or
-    ``torch.no_grad()``, for inputs in the dtype of the weights that are contiguous. What it cannot:
-    be trained or pruned further; change its dtype; load a ``state_dict()``, or save one other than
-    by pickle (``safetensors`` cannot). So save the pruned model first, and convert it again after
-    it was loaded. torch calls this tensor type a prototype, and warns of it once.
+    The converted model runs forward passes under ``torch.inference_mode()`` or
+    ``torch.no_grad()``, for contiguous inputs in the dtype of the weights. It cannot be trained or
+    pruned further, change its dtype, load a ``state_dict()``, or save one other than by pickle
+    (``safetensors`` cannot). So save the pruned model first, and convert it again after loading.
+    torch calls this tensor type a prototype, and warns about it once.
 
     Args:
         params: ``(module, name)`` pairs of weights of ``nn.Linear`` or transformers' ``Conv1D``, on
-            one or more GPUs, float16 or bfloat16, of which at most 2 of every 4 neighbouring inputs
+            one or more GPUs, float16 or bfloat16, in which at most 2 of every 4 neighbouring inputs
             of a unit are not zero: pruned by ``AlignedNM(2, 4)``, or with such zeros in a parameter
             that is not masked. Outputs and inputs are multiples of 16 (with CUTLASS of 32 and 64).
-            Tied weights stay tied where all their places are given.
+            Tied weights stay tied if all their places are given.
 
     Raises:
         RuntimeError: a weight is not on a GPU that has sparse tensor cores; the GPU's library
@@ -150,7 +150,7 @@ def _packed(name: str, module: nn.Module, attribute: str, backend: str) -> nn.Pa
     units = weight.movedim(out_dim, 0).contiguous()
     _check_groups(name, units)
     packed = _pack(units, backend)
-    # Conv1D multiplies by inputs x outputs: by a transposed one, whose groups still are inputs.
+    # Conv1D multiplies by inputs x outputs: transposed, so that the groups are of inputs here too.
     return nn.Parameter(packed.t() if out_dim == 1 else packed, requires_grad=False)
 
 
@@ -163,7 +163,7 @@ def _check_groups(name: str, units: Tensor) -> None:
     raise ValueError(
         f"{name} should have at most 2 entries that are not zero of every 4 neighbouring inputs, "
         f"got {int(counts[unit, group])} in unit {unit}, inputs {4 * group} to {4 * group + 3}, "
-        f"the first of {int(wrong.sum()):,} such groups; AlignedNM(2, 4) prunes so"
+        f"the first of {int(wrong.sum()):,} such groups: prune with AlignedNM(2, 4)"
     )
 
 

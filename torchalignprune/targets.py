@@ -1,8 +1,8 @@
-"""What a pruning method looks at: one entry for each parameter, from whatever the caller gave.
+"""What a pruning method works on: one target for each parameter, whatever the caller gave.
 
 A method's :meth:`apply` and :func:`torchalignprune.global_unstructured` know the modules. torch's
-own ``global_unstructured`` hands a method one flat vector of the entries that are not pruned yet;
-where they belong is read off the vector's autograd history, or asked of the caller.
+own ``global_unstructured`` passes a method one flat vector of the entries that are not pruned yet;
+which parameters they belong to is read off the calling frame or the vector's autograd history.
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ class Target:
         mask: bool, shaped like the weight, or None if nothing is pruned yet.
         name: what to call it in an error.
         out_dim: the dimension of the units (outputs): 0, or 1 for transformers' Conv1D.
-        places: where it sits; several for tied weights, none where only the values are known.
-        parameter: the parameter itself, where only its values are known.
-        reference: what its units are to stay aligned with, shaped like the weight, maybe on another
-            device; None for the weight itself.
+        places: the ``(module, name)`` pairs that hold it: several for tied weights, none if the
+            modules are unknown.
+        parameter: the parameter itself, if it is known but its modules are not.
+        reference: the weights that its units are to stay aligned with, shaped like the weight,
+            maybe on another device; None for the weight itself.
         input_norms: one for each input, or None.
         shard: where its entries lie in the whole parameter; None if this is the whole, or a DTensor
-            that nobody has looked into yet.
+            whose part on this rank has not been taken yet.
     """
 
     weight: Tensor
@@ -97,7 +98,7 @@ class Target:
         return None if self.reference is None else self.reference.to(self.weight.device)
 
     def remaining(self) -> int:
-        """How many entries are not pruned yet; those of all ranks, which are to call together."""
+        """How many entries are not pruned yet; of a DTensor on all ranks, which all must call."""
         if self.mask is None:
             return self.weight.numel()
         if not is_dtensor(self.mask):
@@ -115,7 +116,7 @@ class Target:
 def count_true(mask: Tensor) -> int:
     """How many entries of a bool mask are True."""
     if mask.device.type == "cpu" and type(mask) is Tensor:
-        # torch would make a copy of eight bytes an entry first.
+        # torch would first make a copy of eight bytes per entry.
         return int(np.count_nonzero(mask.numpy()))
     return int(mask.sum())
 
@@ -125,9 +126,9 @@ def targets_of(parameters: Parameters) -> list[Target]:
 
     Raises:
         TypeError: not pairs of a module and a name; not a floating-point parameter.
-        AttributeError: the module has nothing of that name.
-        ValueError: no pairs; tied weights whose masks differ; a name that is taken; a mask with
-            other numbers than 0 and 1.
+        AttributeError: the module has no attribute of that name.
+        ValueError: no pairs; tied weights whose masks differ; an attribute in the place of the mask
+            or the original; a mask with other numbers than 0 and 1.
     """
     pairs = pairs_of(parameters)
     if not pairs:
@@ -137,7 +138,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
             got = (
                 f"a {type(pair).__name__} of {len(pair)}"
                 if isinstance(pair, tuple | list)
-                else (type(pair).__name__)
+                else type(pair).__name__
             )
             raise TypeError(
                 f"parameters should be (module, name) pairs, got {got}; prunable_parameters(model) "
@@ -156,7 +157,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
             check_mask(mask, label)
             mask = bool_mask(mask)
         if mask is not None and is_dtensor(weight) and not is_dtensor(mask):
-            # Pruned first and sharded then: every rank has the whole mask.
+            # It was sharded after it was pruned, so every rank has the whole mask.
             mask = like(weight, own_part(mask, weight, label).contiguous())
         tied = found.get(id(weight))
         if tied is None:
@@ -177,7 +178,7 @@ def targets_of(parameters: Parameters) -> list[Target]:
 def _parameter(module: nn.Module, name: str, label: str) -> Tensor:
     """The stored parameter, if it is one that can be pruned."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(f"{label} is in a ScriptModule, which a pruning hook cannot go on")
+        raise TypeError(f"{label} should be in a module that takes pruning hooks, got ScriptModule")
     if not hasattr(module, name):
         raise AttributeError(f"{label}: {type(module).__name__} has no attribute {name!r}")
     masked = mask_of(module, name) is not None and f"{name}_orig" in module._parameters
@@ -204,12 +205,12 @@ def _list(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def with_references(targets: Sequence[Target], reference: PerParameter | None) -> list[Target]:
-    """The targets with the reference that belongs to each, wherever that is.
+    """The targets, each with its reference, on whatever device that is.
 
     Raises:
         ValueError: too few or too many, none for a target, another shape than the weight's, or on
             the meta device.
-        TypeError: not tensors, or sparse ones.
+        TypeError: not tensors, or sparse or not floating-point ones.
     """
     results = []
     for target, own in _per_target(targets, reference, "reference"):
@@ -229,12 +230,12 @@ def with_references(targets: Sequence[Target], reference: PerParameter | None) -
 def with_input_norms(
     targets: Sequence[Target], norms: PerParameter | Calibration | None
 ) -> list[Target]:
-    """The targets with the input norms that belong to each; parameters of one dimension have none.
+    """The targets, each with its input norms; one-dimensional parameters have none.
 
     Raises:
         ValueError: too few or too many, none for a target, another length than the weight has
             inputs, on the meta device, or negative, infinite or NaN.
-        TypeError: not tensors, or sparse ones.
+        TypeError: not tensors, or sparse or not floating-point ones.
     """
     if isinstance(norms, Calibration):
         norms = norms.norms()
@@ -310,8 +311,9 @@ def _per_target(
 
 
 def check_readable(given: Tensor, what: str, weight: Tensor) -> None:
-    """Refuses a tensor for a weight that has no entry for each place: a sparse one, or one on the
-    meta device unless the weight is there too.
+    """Refuses a tensor without readable entries: a sparse one, or one on the meta device.
+
+    If the weight is on the meta device, the tensor may be too.
 
     Raises:
         TypeError: it is sparse.
@@ -324,10 +326,10 @@ def check_readable(given: Tensor, what: str, weight: Tensor) -> None:
 
 
 def parameters_of_caller() -> tuple[list[Pair], bool] | None:
-    """The parameters that torch's ``global_unstructured``, which is calling, is about to prune, and
-    whether by scores.
+    """The parameters that torch's ``global_unstructured`` is pruning, and whether by scores.
 
-    It hands a method their entries alone, but has the rest at hand itself.
+    It passes a method only their entries, so they are read from its frame. None if it is not among
+    the callers.
     """
     frame = sys._getframe(1).f_back
     while frame is not None:
@@ -344,8 +346,8 @@ def targets_from_history(vector: Tensor) -> list[Target] | None:
 
     The history leads from the vector (``t[mask == 1]``) over the concatenation and the views to the
     parameters, or to their products with the masks. Returns None if there is no such history. The
-    modules are not part of it: units are along dimension 0 unless ``prunable_parameters`` has seen
-    the parameter and knows better.
+    modules are not part of it: units are along dimension 0 unless ``prunable_parameters`` has
+    listed the parameter with units along dimension 1.
     """
     index = vector.grad_fn
     if index is None or index.name() != "IndexBackward0":
@@ -399,7 +401,7 @@ def _leaf(node: Any) -> Tensor | None:
             factor = _factor(node)
         node = inputs[0]
     variable = getattr(node, "variable", None)
-    # The product that a pickle brings back is a leaf too, but no parameter.
+    # A product that was unpickled is a leaf too, but no parameter.
     if not isinstance(variable, nn.Parameter):
         return None
     is_mask = factor is None or (
@@ -414,7 +416,7 @@ def _is_product(node: Any) -> bool:
 
 
 def _factor(product: Any) -> Tensor | None:
-    """What torch multiplied a parameter by; None if it was us, or once a backward has freed it."""
+    """What torch multiplied a parameter by; None for our operator, or if a backward freed it."""
     if product.name() != "MulBackward0":
         return None
     try:

@@ -1,23 +1,25 @@
-# Each target makes its own virtual environment in .venv, once, with the versions of
-# requirements.txt. They need nothing but Python with its headers and venv, make and a C++ compiler.
+# The targets make a virtual environment in .venv, once, with the versions of requirements.txt. They
+# need only make, a C++ compiler, and Python with its headers and venv.
 #
-#   make demo         prune a real pretrained encoder by every method and compare them, then
-#                     prune it once more into a folder, which is loaded again and reported on;
-#                     then see what pruning does to languages: to made-up ones, with a tiny encoder
-#                     that is pretrained on the spot, and to real ones, with the miniature
+#   make demo         prune a real pretrained encoder by every method and compare them; prune it
+#                     once more into a folder, load that again and report on it; then see what
+#                     pruning does to languages: to made-up ones, with a tiny encoder that is
+#                     pretrained on the spot, and to real ones, with the miniature
 #   make test         the tests
 #   make lint         style and types
 #   make cuda-syntax  compile the CUDA sources, without linking them, where nvcc is found
 #   make sanitize     the operators' tests, with the extension and the kernels of the emulated GPU
-#                     compiled by GCC so that a wrong access to memory ends them; takes long
-#   make bench        the benchmarks, without zero_shot.py, which takes hours and data
+#                     compiled by GCC with sanitizers, which stop at wrong memory accesses; slow
+#   make bench        the benchmarks, without zero_shot.py, which needs hours and data
 #   make clean        remove everything that these made
 #
-# PYTHON is the interpreter to make the environment with, TORCH the release of torch to put into it
-# instead of the pinned one, WORKERS how many processes share the tests, ARGS what to add to the
-# command that a target runs (the first one of the demo; ZERO_SHOT_ARGS: the one with made-up
-# languages, MINI_ARGS: the one with the miniature). ISOLATION= compiles in an environment of pip's
-# own, as plain `pip install -e .` does, which fetches the build requirements each time.
+# PYTHON     the interpreter to make the environment with
+# TORCH      the release of torch to install instead of the pinned one
+# WORKERS    how many processes share the tests
+# ARGS       what to add to the command that a target runs: in the demo to the first one; to those
+#            with the made-up languages and the miniature add ZERO_SHOT_ARGS and MINI_ARGS
+# ISOLATION  empty: compile in an environment of pip's own, as plain `pip install -e .` does, which
+#            fetches the build requirements each time
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' requirements.txt)
 WORKERS ?= 2
@@ -26,8 +28,8 @@ ISOLATION ?= --no-build-isolation
 VENV := .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-# The environment is made anew when the pins, TORCH or the version of PYTHON change, and compiled
-# again when the sources do.
+# The environment is made anew when the pins, TORCH or the version of PYTHON change; the extension
+# is compiled again when its sources change.
 INSTALLED := $(VENV)/installed-$(VERSION)-$(subst /,_,$(TORCH))
 COMPILED := $(VENV)/compiled
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
@@ -42,7 +44,7 @@ demo: $(COMPILED)
 	$(BIN)/python examples/zero_shot_pruning.py --out build/demo/zero_shot $(ZERO_SHOT_ARGS)
 	$(BIN)/python examples/mini_xlmr_pruning.py --out build/demo/mini_xlmr $(MINI_ARGS)
 
-# Threads that wait sleep, so that those of one worker do not take the cores from the other's.
+# Waiting threads sleep, so that one worker's do not take the cores from another's.
 test: $(COMPILED)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -52,7 +54,7 @@ lint: $(COMPILED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 
-# Stacks are left out, because the emulated GPU's threads change them.
+# Without checks of stacks, which the emulated GPU's threads switch.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined --param=asan-stack=0
 OPERATORS := apply_mask zero_pruned select_global select_rows select_shards square_sums unit_products \
   cosine_gains greedy_match bitmask encode_words emulated_cuda
@@ -109,14 +111,14 @@ else
 cuda-syntax: $(patsubst csrc/cuda/%,$(VENV)/cuda/%.o,$(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp))
 endif
 
-# As C++17, which torch 2.11 compiles extensions as.
+# As C++17, like the extensions that torch 2.11 compiles.
 NVCC := nvcc -c -O3 --fmad=false -std=c++17 -arch=sm_90 -Werror all-warnings -Xcompiler -Wall,-Werror
 
 $(VENV)/cuda/%.cu.o: csrc/cuda/%.cu $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
 	@mkdir -p $(@D)
 	$(NVCC) $< -o $@
 
-# A torch without CUDA has the headers that this includes, all but the one of its own configuration.
+# A torch without CUDA has all headers that this includes, except that of its CUDA configuration.
 $(VENV)/cuda/%.cpp.o: csrc/cuda/%.cpp $(wildcard csrc/*.h csrc/cuda/*.*h) | $(COMPILED)
 	@mkdir -p $(@D)
 	$(NVCC) -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE $$($(BIN)/python -c \

@@ -1,10 +1,10 @@
-"""The build backend: that of setuptools, with the installed torch in sight.
+"""The build backend: setuptools', with the installed torch importable.
 
 A package that compiles against torch has to compile against the torch it will run with. Build
 isolation hides that torch, and listing torch as a build requirement would fetch another one. So the
 hooks that compile find the environment the package is being installed into and put its site
-folders at the end of `sys.path`, after everything the isolated environment has. Only where no torch
-is installed is one asked for.
+folders at the end of `sys.path`, after everything the isolated environment has. They require torch
+only if none is installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from setuptools import build_meta
 
 TORCH = "torch>=2.11"
 
-# Run by the interpreter of another environment, to say where its torch and its packages are.
+# Run by the interpreter of another environment, to print where its torch and its packages are.
 LOOK = """
 import importlib.util, json, os, sys, sysconfig
 sys.path = [folder for folder in sys.path if folder]
@@ -42,8 +42,8 @@ if torch is not None and torch.origin is not None:
 class _FrontEnd:
     """The process that called this hook: pip, build, uv or another.
 
-    Such tools change environment variables for their hooks; those that they were started with tell
-    where torch is. Only Linux shows them; elsewhere this falls back to what is known here.
+    Such tools change the environment variables of their hooks; those that they were started with
+    tell where torch is. Only Linux shows them; elsewhere this process's own variables have to do.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class _FrontEnd:
             self.command, self.folder = [""], ""
 
     def interpreters(self) -> Iterator[str]:
-        """The interpreters the package may be going to be installed for, the likeliest first."""
+        """The interpreters that the package may be installed for, the likeliest first."""
         yield sys.executable
         name = os.path.basename(self.command[0])
         if name.startswith("python"):
@@ -79,7 +79,7 @@ class _FrontEnd:
                 yield os.path.join(prefix, "bin", "python")
 
     def _named_to_uv_pip(self) -> str | None:
-        """The interpreter of `uv pip install --python`, unless it is named by its version."""
+        """The interpreter named by `uv pip install --python`, unless that is a version."""
         if "pip" not in self.command:
             return None  # Other commands install into an environment of the project.
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -148,6 +148,6 @@ prepare_metadata_for_build_editable = _with_torch(build_meta.prepare_metadata_fo
 build_wheel = _with_torch(build_meta.build_wheel)
 build_editable = _with_torch(build_meta.build_editable)
 
-# A source distribution is the same whatever is installed, so it needs no torch.
+# A source distribution does not depend on what is installed, so it needs no torch.
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 build_sdist = build_meta.build_sdist

@@ -1,7 +1,8 @@
-"""Compiles `torchalignprune._C` against the installed torch; build_backend.py says how it is found.
+"""Compiles `torchalignprune._C` against the installed torch, which build_backend.py finds.
 
-TORCHALIGNPRUNE_CUDA=0|1 turns the CUDA sources off or on; without it they are built when torch has
-CUDA and nvcc is found. TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS are torch's own.
+TORCHALIGNPRUNE_CUDA=0|1 turns the CUDA sources off or on; if it is not set, they are built if torch
+has CUDA and a matching nvcc is found. TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX and MAX_JOBS are torch's
+own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CPU_SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").gl
 CUDA_SOURCES = [*sorted(map(str, Path("csrc/cuda").glob("*.cu"))), "csrc/cuda/glue.cpp"]
 RECORD = "torchalignprune/_build.py"
 MINIMUM = (2, 11)
-# Python's own flags may ask for debug information, which would be most of the extension: hence -g0.
+# -g0, because Python's own flags may ask for debug information, most of the extension's size.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-g0"]
 # Apple's compiler has no OpenMP; everywhere else it comes with the compiler.
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -59,7 +60,7 @@ def toolkit() -> str | None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return "/usr/local/cuda" if os.path.exists("/usr/local/cuda/bin/nvcc") else None
-    # nvcc on PATH may be a wrapper that lies elsewhere than the toolkit; nvcc itself knows.
+    # nvcc on PATH may be a wrapper outside of the toolkit; a dry run says where that is.
     dry_run = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True
     )
@@ -68,7 +69,7 @@ def toolkit() -> str | None:
 
 
 def why_no_cuda(torch: Any) -> str | None:
-    """The reason why the CUDA sources are not built, None if they are."""
+    """The reason why the CUDA sources are not built; None if they are."""
     wish = os.environ.get("TORCHALIGNPRUNE_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"TORCHALIGNPRUNE_CUDA should be 0 or 1, got {wish!r}")
@@ -101,7 +102,7 @@ def why_no_cuda(torch: Any) -> str | None:
 
 
 def check_compiler(compiler: str) -> None:
-    """Say what to install, where the compiler would only say what it misses."""
+    """Fail with what to install; the compiler would only say what is missing."""
     if shutil.which(shlex.split(compiler)[0]) is None:
         fail(f"no C++ compiler was found ({compiler!r} is not on PATH). Install one:\n{COMPILERS}")
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
@@ -126,7 +127,7 @@ def check_compiler(compiler: str) -> None:
 
 
 def choose_architectures(torch: Any) -> None:
-    """Where no GPU is seen and none is named, build for those that torch was built for."""
+    """With no GPU here and none named, build for the architectures that torch was built for."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or torch.cuda.device_count() > 0:
         return
     numbers = re.findall(r"\bsm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
@@ -150,7 +151,7 @@ def with_torch(torch: Any) -> dict[str, Any]:
             f"  pip install '{TORCH}'"
         )
     reason = why_no_cuda(torch)
-    # torch calls ninja by its name, and an environment that is not activated is not on PATH.
+    # torch finds ninja on PATH, which lacks an environment that is not activated.
     path = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
     os.environ["PATH"] = os.pathsep.join(path)
 
@@ -177,7 +178,7 @@ def with_torch(torch: Any) -> dict[str, Any]:
         )
 
     class BuildExtension(cpp_extension.BuildExtension):
-        """Compiles, and writes down in `torchalignprune/_build.py` what was compiled with what."""
+        """Compiles, and records in `torchalignprune/_build.py` what it was compiled with."""
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -220,13 +221,13 @@ def with_torch(torch: Any) -> dict[str, Any]:
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension},
-        # The extension runs with the torch minor that it was compiled against and with no other.
+        # The extension runs only with the minor version of torch that it was compiled against.
         "install_requires": [f"torch=={major}.{minor}.*", "numpy"],
     }
 
 
 def without_torch(error: ImportError | None) -> dict[str, Any]:
-    """The arguments of `setup` that do for metadata and source distributions."""
+    """The arguments of `setup` that suffice for metadata and source distributions."""
 
     class BuildExtension(build_ext):
         def run(self) -> None:
@@ -240,7 +241,7 @@ def without_torch(error: ImportError | None) -> dict[str, Any]:
 
 
 def arguments() -> dict[str, Any]:
-    if "sdist" in sys.argv:  # It is the same whatever is installed.
+    if "sdist" in sys.argv:  # A source distribution does not depend on what is installed.
         return without_torch(None)
     try:
         import torch

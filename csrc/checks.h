@@ -63,7 +63,7 @@ inline void check_mask(
       mask->scalar_type());
 }
 
-// What is set to zero in place, and where.
+// The tensors that are zeroed in place, and their masks.
 inline void check_zero_pruned(
     at::ArrayRef<at::Tensor> tensors, at::ArrayRef<at::Tensor> masks,
     const std::vector<std::string>& names) {
@@ -86,8 +86,8 @@ inline void check_zero_pruned(
   }
 }
 
-// Whether both lie in memory without gaps and in the same order, so that entry i of the one goes
-// with entry i of the other.
+// Whether both lie in memory without gaps and in the same order, so that the i-th entries in memory
+// belong together.
 inline bool lie_alike(const at::Tensor& a, const at::Tensor& b) {
   if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -124,7 +124,7 @@ inline void check_scale(
       weight.device(), ", got ", scale->device());
 }
 
-// Scores are computed in float32, in float64 as soon as one of the tensors is float64.
+// Scores are computed in float32, or in float64 if any of the tensors is float64.
 inline at::ScalarType score_dtype(at::ArrayRef<at::Tensor> weights) {
   const bool wide = std::any_of(weights.begin(), weights.end(), [](const at::Tensor& weight) {
     return weight.scalar_type() == at::kDouble;
@@ -168,7 +168,7 @@ inline void check_score_arguments(
   }
 }
 
-// Keys come in as the bits of an int64; the largest one is no score's.
+// Keys are passed as the bits of an int64; no score has the largest one.
 inline void check_shard_key(at::ArrayRef<at::Tensor> weights, int64_t key) {
   const bool wide = score_dtype(weights) == at::kDouble;
   TORCH_CHECK_VALUE(
@@ -226,7 +226,7 @@ inline void check_splits(
   }
 }
 
-// What goes into the score of each tensor's entries, as the operators take it.
+// The tensors and what their entries are scored by, as the operators take them.
 struct ScoreArguments {
   std::vector<at::Tensor> weights;
   std::vector<std::optional<at::Tensor>> masks, references, row_scales, column_scales;
@@ -288,7 +288,7 @@ inline int64_t units_of(const at::Tensor& weight, int64_t dim) {
   return dim == 0 ? rows_of(weight) : columns_of(weight);
 }
 
-// What belongs to one of the weights whose units are looked at.
+// A weight that is read as units, with what belongs to it.
 struct UnitArguments {
   at::Tensor weight;
   std::optional<at::Tensor> mask, reference, index;
@@ -355,7 +355,7 @@ inline std::vector<UnitArguments> check_unit_arguments(
   return calls;
 }
 
-// An entry of the index.
+// Checks an entry of the index.
 inline void check_partner(const UnitArguments& call, int64_t partner) {
   const int64_t units = units_of(call.weight, call.dim);
   TORCH_CHECK_VALUE(

@@ -45,9 +45,9 @@ TORCH_LIBRARY(torchalignprune, m) {
 
 namespace {
 
-// The tensor among a module's attributes, if nobody else refers to it in Python.
+// The attribute of a module, if it is a tensor that nothing else in Python refers to.
 const at::Tensor* own_tensor(const pybind11::dict& attributes, const std::string& name) {
-#ifdef Py_GIL_DISABLED  // Then other threads may come to refer to it meanwhile.
+#ifdef Py_GIL_DISABLED  // Other threads could take a reference to it at any time.
   return nullptr;
 #else
   PyObject* found = PyDict_GetItemString(attributes.ptr(), name.c_str());

@@ -58,8 +58,8 @@ at::Tensor apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
   return out;
 }
 
-// The product in memory of a former one, as a tensor of its own: the former may have a history, or
-// be one of inference mode.
+// The product in the memory of a former one, as a new tensor: the former one may have a history or
+// be an inference tensor.
 at::Tensor apply_mask_in(
     const c10::Storage& memory, const at::Tensor& weight, const at::Tensor& mask) {
   const at::Tensor out = at::empty({0}, weight.options());
@@ -87,7 +87,7 @@ void call_zero_pruned(const at::Tensor& tensor, const at::Tensor& mask) {
   op.call({tensor}, {mask}, c10::List<std::string>({"grad"}));
 }
 
-// Whether the product would have the bits of the weight. Other devices would have to be waited for.
+// Whether the product would equal the weight bit for bit. Other devices would mean waiting: false.
 bool is_masked(const at::Tensor& weight, const at::Tensor& mask) {
   if (at::isTensorSubclassLike(weight) || at::isTensorSubclassLike(mask)) return false;
   if (!weight.is_cpu()) return false;
@@ -100,7 +100,7 @@ bool is_masked(const at::Tensor& weight, const at::Tensor& mask) {
   const auto* kept = static_cast<const uint8_t*>(mask.const_data_ptr());
   std::atomic<bool> masked{true};
   at::parallel_for(0, weight.numel(), grain, [&](int64_t begin, int64_t end) {
-    // Where there is one entry too many, it is mostly found at once.
+    // If some entry is not masked, one is mostly found at once.
     constexpr int64_t step = int64_t{1} << 12;
     for (int64_t at = begin; at < end && masked; at += step) {
       if (!kernel(values + at * bytes, kept + at, std::min(step, end - at))) masked = false;
@@ -109,8 +109,8 @@ bool is_masked(const at::Tensor& weight, const at::Tensor& mask) {
   return masked;
 }
 
-// The same memory under the same version counter, so that a graph that has kept it is told of a
-// change. Not a view, which would lose its history by the next step of the optimizer.
+// The same memory under the same version counter, so that a graph that saved it notices changes.
+// Not a view, which would lose its history at the next step of the optimizer.
 at::Tensor alias_of(const at::Tensor& weight) {
   const auto* impl = weight.unsafeGetTensorImpl();
   if (weight.is_inference()) return at::alias(weight);
@@ -118,8 +118,9 @@ at::Tensor alias_of(const at::Tensor& weight) {
       impl->version_counter(), /*allow_tensor_metadata_change=*/false));
 }
 
-// Whether a gradient may be written to: nobody else has it, or its memory. That of a linear layer
-// is a view whose base has no other owner. torch's engine adds up gradients in place likewise.
+// Whether a gradient may be written to, because nothing else holds it or its memory. That of a
+// linear layer is a view whose base has no other owner. torch's engine, too, adds up gradients in
+// place under such conditions.
 bool is_nobody_elses(const at::Tensor& grad) {
   if (at::GradMode::is_enabled() || at::isTensorSubclassLike(grad)) return false;
   if (grad.use_count() != 1 || !grad.is_non_overlapping_and_dense()) return false;
@@ -155,7 +156,7 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
     at::Tensor grad = std::move(grads[0]);
     if (grad.defined()) {
       const at::Tensor mask = context->get_saved_variables()[0];
-      if (grad.layout() != at::kStrided) {  // That of an embedding with sparse gradients.
+      if (grad.layout() != at::kStrided) {  // from an embedding with sparse gradients
         grad = at::mul(grad, mask.to(grad.scalar_type()));
       } else if (is_nobody_elses(grad)) {
         call_zero_pruned(grad, mask);
@@ -169,7 +170,7 @@ class MaskedWeight : public torch::autograd::Function<MaskedWeight> {
 
 namespace {
 
-// torch.func and forward-mode derivatives know how to take those of torch's own operators.
+// torch.func and forward mode have the derivatives of torch's own operators.
 bool has_transforms(const at::Tensor& weight) {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
          weight._fw_grad(/*level=*/0).defined();
@@ -184,7 +185,7 @@ at::Tensor apply_mask_with_gradient(const at::Tensor& weight, const at::Tensor& 
   return MaskedWeight::apply(weight, mask, Sharing::never, c10::Storage());
 }
 
-// Where there is no kernel for the device.
+// For devices without a kernel.
 at::Tensor apply_mask_anywhere(const at::Tensor& weight, const at::Tensor& mask) {
   check_weight(weight, "weight");
   check_mask(weight, mask, "weight");
@@ -228,7 +229,7 @@ bool may_overwrite(const at::Tensor& product, const at::Tensor& weight, const at
                      lie_alike(weight, mask) && product.scalar_type() == weight.scalar_type() &&
                      product.sizes() == weight.sizes() && product.strides() == weight.strides();
   if (!alike) return false;
-  // The memory of a product, and not one that NumPy, a file or another process has a part in.
+  // Memory that a product was made in, not any that is shared with NumPy, a file or a process.
   const c10::Storage& memory = product.storage();
   return memory.use_count() == 1 && product.storage_offset() == 0 &&
          memory.nbytes() == weight.nbytes() &&

@@ -1,18 +1,19 @@
-// The product of a weight and its mask in the memory of a former one.
+// The product of a weight and its mask in memory that exists already.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace torchalignprune {
 
-// Whether nobody but the caller has a former product or its memory, and the next one fits in there.
+// Whether the next product may be written over a former one: only the caller holds that and its
+// memory, and the next one fits.
 bool may_overwrite(const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask);
 
-// As the operator masked_weight, where a product is made written over the former one.
+// Like the operator masked_weight, but if a product is made, it is written over the former one.
 at::Tensor masked_weight_over(
     const at::Tensor& product, const at::Tensor& weight, const at::Tensor& mask);
 
-// The product where the weight is known to be masked already, or about to be: in its memory.
+// The product in the memory of the weight, which is masked already or is about to be.
 at::Tensor zeroed_weight(const at::Tensor& weight, const at::Tensor& mask);
 
 }  // namespace torchalignprune

@@ -1,4 +1,4 @@
-// The entries of a list of tensors, cut into chunks that the threads share out.
+// The entries of a list of tensors, cut into chunks that are distributed to the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -82,8 +82,8 @@ class Chunks {
     return masks;
   }
 
-  // Hands `edit` the n bytes of a mask from `at` in a chunk on, contiguous, and puts them where the
-  // mask's strides want them. Without `load` they come in with any content.
+  // Calls `edit` with n contiguous bytes, the mask from `at` in a chunk on, and writes them back by
+  // the strides of the mask. Without `load` their content is undefined at first.
   template <class Edit>
   void with_mask(
       const std::vector<at::Tensor>& masks, int64_t c, int64_t at, int64_t n, bool load,

@@ -1,4 +1,4 @@
-// What each entry adds to the alignment of its unit (row), taken in falling order of importance.
+// What each entry adds to the alignment of its unit (row), taken in descending order of importance.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
@@ -12,7 +12,7 @@
 namespace torchalignprune {
 namespace {
 
-// Sorts positions by rising scores; among equals the lower position comes first.
+// Sorts positions by ascending score; among equals the lower position comes first.
 class RowSort {
  public:
   explicit RowSort(int64_t row_size) : items_(row_size + 1), spare_(row_size + 1) {}
@@ -130,8 +130,8 @@ class Unit {
     for (size_t k = 0; k < order_.size(); ++k) out[order_[k]] = static_cast<Acc>(gains_[k]);
   }
 
-  // The same for r = w, the way that most go: magnitudes travel with their positions in the items
-  // that are sorted. `alive` may be null, and `norm` is that of the whole unit.
+  // The same for r = w, the common case: the items that are sorted hold magnitudes and positions.
+  // `alive` may be null, and `norm` is that of the whole unit.
   void rank_magnitudes(const float* values, const uint8_t* alive, double norm, float* out) {
     sort_.fill(values, size_, alive);
     const int64_t count = sort_.size();
@@ -292,7 +292,7 @@ at::Tensor cosine_gains_as(
   };
   const auto load_wide = [&](const at::Tensor& from, int64_t row, std::vector<double>& to) {
     load(from, row, to);
-    // Alignment does not see a unit's scale, and squares of float64 may overflow or vanish.
+    // Squares of float64 may overflow or vanish, and alignment does not depend on a unit's scale.
     if constexpr (sizeof(Acc) == 8) {
       double peak = 0;
       for (const double value : to) peak = std::max(peak, std::abs(value));
@@ -306,7 +306,7 @@ at::Tensor cosine_gains_as(
     Unit<Acc> unit(row_size);
     std::vector<uint8_t> mask_buffer(row_size);
     std::vector<Acc> row_gains(out.is_contiguous() ? 0 : row_size);
-    // Calls rank(alive, gains) and sees that the gains of the row get where they belong.
+    // Calls rank(alive, gains) and puts the gains of the row where they belong in `out`.
     const auto rank_row = [&](int64_t row, auto rank) {
       const uint8_t* alive = nullptr;
       if (mask) alive = read_mask(*mask, row * row_size, row_size, mask_buffer.data());

@@ -3,8 +3,7 @@
 // The entries are taken in bands, from the largest ones down: every round collects those above a
 // bound that a sample chose, sorts them, and goes through them one after the other. A bound decides
 // how many entries a round has, and nothing else. With a few times as many entries as there are
-// free rows or columns most of those find their match, and the next round has only the rest to look
-// at.
+// free rows or columns, most of those find their match, and the next round has only the rest left.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -22,12 +21,11 @@
 namespace torchalignprune {
 namespace {
 
-// Of the entries that a round collects, for each free row or column, whichever are fewer. A round
-// leaves about one in 1 + `first_share` of them, or many more where all want the same ones; then
-// the share is doubled.
+// How many entries a round collects for each free row or column, whichever are fewer. A round
+// leaves about one in 1 + `first_share` of those free, or many more if they compete for the same
+// partners; then the share is doubled.
 constexpr int64_t first_share = 6;
-// How many entries of the sample are to lie above the bound, unless that needs too large a share of
-// the entries.
+// How many sampled entries should lie above the bound, unless that takes too large a sample.
 constexpr int64_t sampled_above = 64;
 constexpr double most_sampled = 1.0 / 32;
 // Neighbours in memory that are sampled together.
@@ -178,7 +176,7 @@ class Matcher {
     return !nan;
   }
 
-  // Those of one similarity go by row, then by column. All that is above has been matched.
+  // Matches entries of one similarity by row, then by column; all larger ones are done.
   void match_equals(Acc value) {
     for (const uint32_t row : free_rows_) {
       if (index_[row] >= 0) continue;
@@ -222,7 +220,7 @@ void greedy_match_as(const at::Tensor& similarity, const std::string& name, int6
       if (!Matcher<Acc>(similarity, matrix, index + matrix * rows).run()) nan = true;
     }
   };
-  // Small ones are shared out whole; the rows of large ones are.
+  // Threads share the matrices if they are small, and the rows of each if they are large.
   if (each < 65536) {
     at::parallel_for(0, batch, std::max<int64_t>(1, 16384 / each), run);
   } else {

@@ -80,8 +80,8 @@ struct ScoreKernels {
       const Acc* weight, const uint8_t* mask, const Acc* reference, const double* of_reference,
       const double* of_weight, int64_t step, int64_t n, Acc* out);
 
-  // Writes the places of the values > bound, with above[1] of those >= bound, to `places`; returns
-  // how many there are. Sets `nan` if a value is NaN. They should be few.
+  // Writes the places of the values > bound (above[1]: >= bound), which should be few, to `places`;
+  // returns how many there are. Sets `nan` if a value is NaN.
   using Above = int64_t (*)(const Acc* values, int64_t n, Acc bound, uint32_t* places, bool* nan);
   Above above[2];
 };
@@ -110,12 +110,12 @@ struct Kernels {
   using IsMasked = bool (*)(const void* values, const uint8_t* mask, int64_t n);
   IsMasked is_masked[3];
 
-  // Entries of 2, 4 and 8 bytes become +0 where the mask is 0. Nothing is written where they are.
+  // Sets entries of 2, 4 and 8 bytes to +0 where the mask is 0; writes nothing where they all are.
   using ZeroPruned = void (*)(void* values, const uint8_t* mask, int64_t n);
   ZeroPruned zero_pruned[3];
 
-  // squares[k] are falling, sums[k] their running sums: out[k] is what the (k+1)-th of them adds to
-  // sqrt(sum) / norm, in the form that does not cancel.
+  // squares[k] are descending, sums[k] their running sums: out[k] is what the (k+1)-th square adds
+  // to sqrt(sum) / norm, in the form that does not cancel.
   void (*gains)(const double* squares, double* sums, double norm, int64_t n, double* out);
 };
 

@@ -1,6 +1,6 @@
 // The body of kernels_<level>.cpp, which defines TAP_LEVEL, TAP_LEVEL_NAME and TAP_LEVEL_BITS and
-// sets the compiler's target. It may include nothing: an inline function of a header, compiled here
-// for a wide target, could be the copy that the linker keeps for everybody.
+// sets the compiler's target. It may include nothing: the linker could keep the copy of a header's
+// inline function that is compiled here, for a wide target, for all processors.
 
 namespace torchalignprune {
 namespace TAP_LEVEL {

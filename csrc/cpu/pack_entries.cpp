@@ -1,7 +1,7 @@
-// A tensor as one bit for each entry and the values that have one; and back, bit for bit.
+// Packs a tensor into one bit for each entry and the values whose bit is set, and unpacks it.
 //
-// Entry i has bit i % 8 of byte i / 8. Entries without a bit are zeros; which of those are negative
-// is a second, shorter row of bits.
+// Entry i has bit i % 8 of byte i / 8. Entries whose bit is not set are zeros; a second, shorter
+// row of bits says which of those are negative.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -41,7 +41,7 @@ int first_one(uint64_t bits) { return __builtin_ctzll(bits); }
 
 bool bit_at(const uint8_t* bits, int64_t i) { return (bits[i / 8] >> (i % 8) & 1) != 0; }
 
-// What a block of entries has: values, and zeros with a sign; and what the mask would lose.
+// How many values and negative zeros a block of entries has, and how many values a mask would lose.
 struct Counts {
   int64_t kept = 0;
   int64_t negative = 0;
@@ -53,7 +53,7 @@ struct Edge {
   uint8_t bits = 0;
 };
 
-// Of up to 8 entries, a bit each.
+// A bit for each of up to 8 entries.
 struct Eight {
   unsigned nonzero = 0, negative = 0, kept = 0;
 
@@ -172,7 +172,7 @@ void check_bits(const at::Tensor& bits, int64_t n, const char* what) {
       " should be 0 past the last of ", n);
 }
 
-// How many bits there are before each block, and at the end how many in all.
+// How many bits are set before each block, and in the last element how many in all.
 std::vector<int64_t> count_blocks(const uint8_t* bits, int64_t n) {
   const int64_t blocks = (n + block_size - 1) / block_size;
   std::vector<int64_t> first(blocks + 1);
@@ -220,7 +220,7 @@ void unpack_as(
   });
 }
 
-// How many entries a tensor of a shape has, which is to be checked before it asks for memory.
+// How many entries a tensor of a shape has, checked before memory is taken for it.
 int64_t entries_of(c10::IntArrayRef shape) {
   constexpr int64_t most = std::numeric_limits<int64_t>::max() - 7;  // which bytes round up
   int64_t n = 1;

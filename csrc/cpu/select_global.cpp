@@ -1,4 +1,4 @@
-// Masks that prune exactly `count` entries of a list of tensors, those of the lowest scores.
+// Masks that prune exactly `count` entries of a list of tensors, those with the lowest scores.
 //
 // A sample brackets the score of the last pruned entry; one pass counts the entries below the
 // bracket and collects those inside it, which are few; a last pass writes the masks. Where the
@@ -49,7 +49,7 @@ class Selection {
     int64_t pruned = 0;
   };
 
-  // What one thread finds in a bracket, apart from the others' in memory.
+  // What one thread finds in a bracket, on cache lines of its own.
   struct alignas(64) Found {
     int64_t below = 0;
     std::vector<int64_t> bins = std::vector<int64_t>(bin_count, 0);
@@ -87,7 +87,7 @@ class Selection {
     return alive;
   }
 
-  // Two keys between which the rank-th smallest of all lies, most probably.
+  // Two keys that most probably bracket the rank-th smallest of all.
   std::pair<Key, Key> bracket(int64_t rank, int64_t alive) {
     if (all_.size <= always_held) return {0, highest};
     std::vector<Key> sample(sample_runs * sample_run, not_a_candidate<Key>);
@@ -96,7 +96,7 @@ class Selection {
     for (const auto& chunk : all_.chunks) ends.push_back(end += chunk.length);
     at::parallel_for(0, sample_runs, 1024, [&](int64_t from, int64_t to) {
       for (int64_t run = from; run < to; ++run) {
-        // Spread evenly, with a fixed scatter that no row length falls in step with.
+        // Spread evenly, with a fixed jitter that no row length is in step with.
         const double scatter = std::fmod(static_cast<double>(run) * 0.6180339887498949, 1.0);
         const auto position = static_cast<int64_t>(
             (static_cast<double>(run) + scatter) * (static_cast<double>(all_.size) / sample_runs));
@@ -212,8 +212,8 @@ class Selection {
 
   std::vector<at::Tensor> write(const Threshold& threshold) {
     const std::vector<at::Tensor> masks = all_.empty_masks();
-    // Where only some of the equals go, the larger party is written first, and the chunks that hold
-    // the others are gone over again.
+    // If only some of the entries that equal the threshold are pruned, all are first written like
+    // the larger group of them; then the chunks that hold the others are corrected.
     const bool keep_equal = 2 * threshold.pruned < threshold.equal || threshold.equal == 0;
     std::vector<int64_t> equal(all_.chunks.size(), 0);
     for_each_piece([&](int64_t c, const Piece<Acc>& piece, int64_t at, bool* nan) {

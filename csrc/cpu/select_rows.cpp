@@ -1,4 +1,4 @@
-// A mask that prunes exactly `counts[i]` entries of row i, those of the lowest scores.
+// A mask that prunes exactly `counts[i]` entries of row i, those with the lowest scores.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 

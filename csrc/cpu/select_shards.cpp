@@ -1,5 +1,5 @@
-// What the processes that hold the shards of a list of tensors add up to agree on a threshold, and
-// the masks of the shards once they have. The tensors here are those of one process.
+// The counts that the processes holding the shards of a list of tensors add up to agree on a
+// threshold, and then the masks of the shards. The tensors here are those of one process.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -62,7 +62,7 @@ class Shards {
       const auto* end = begin + own.numel();
       std::array<Key, block_size> keys;
       const int64_t chunk_end = chunk.begin + chunk.length;
-      // The last edge that is not behind the chunk's first entry, or the first one.
+      // The last edge at or before the chunk's first entry, or else the first edge.
       const auto* edge = std::upper_bound(begin, end, chunk.begin);
       if (edge != begin) --edge;
       for (; edge + 1 < end && *edge < chunk_end; ++edge) {
@@ -87,7 +87,7 @@ class Shards {
     all_.for_each_piece([&](int64_t c, const Piece<Acc>& piece, int64_t at, bool* nan) {
       const auto& chunk = all_.chunks[c];
       const int64_t begin = chunk.begin + at;
-      const int64_t equals_until = splits[chunk.tensor] - begin;  // those before it go
+      const int64_t equals_until = splits[chunk.tensor] - begin;  // those before it are pruned
       all_.with_mask(masks, c, at, piece.n, false, [&](uint8_t* mask) {
         const int64_t equal = keep_(piece, key, equals_until <= 0, mask, nan);
         if (equal == 0 || equals_until <= 0 || equals_until >= piece.n) return;
@@ -100,7 +100,7 @@ class Shards {
   }
 
  private:
-  // What one thread counts, apart from the others' in memory.
+  // What one thread counts, on cache lines of its own.
   struct alignas(64) Found {
     int64_t below = 0;
     std::vector<int64_t> bins;

@@ -12,8 +12,8 @@
 namespace torchalignprune {
 namespace {
 
-// Rows are shared out in parts whatever the number of threads, and the parts' columns are added up
-// in their order, so that the result does not depend on it.
+// Rows are cut into the same parts for any number of threads, and the parts' columns are added up
+// in order, so the result does not depend on that number.
 constexpr int64_t most_parts = 64;
 constexpr int64_t most_partial_sums = int64_t{1} << 20;
 
@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
     const at::Tensor& weight, const std::optional<at::Tensor>& row_scale,
     const std::optional<at::Tensor>& column_scale, std::optional<int64_t> all_columns) {
   const int64_t rows = rows_of(weight);
-  // The columns of a single row are its entries, and nobody's sums.
+  // A tensor of at most one dimension has no columns to add up.
   const int64_t columns = weight.dim() < 2 ? 0 : columns_of(weight);
   const auto options = weight.options().dtype(at::kDouble);
   at::Tensor row_sums = at::zeros({rows}, options);

@@ -1,5 +1,5 @@
-// mask * (a reference + b weight) with an a and a b for each unit: the gradient of whatever is made
-// of the unit products, in one pass.
+// mask * (a reference + b weight) with an a and a b for each unit: the gradient of any function of
+// the unit products, in one pass.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 

@@ -1,4 +1,4 @@
-// Of every unit the inner products that alignment and distortion are made of, in one pass.
+// The inner products of every unit, from which alignment and distortion follow, in one pass.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
@@ -8,8 +8,8 @@
 namespace torchalignprune {
 namespace {
 
-// Rows are shared out in parts whatever the number of threads, and the parts' columns are added up
-// in their order, so that the result does not depend on it.
+// Rows are cut into the same parts for any number of threads, and the parts' columns are added up
+// in order, so the result does not depend on that number.
 constexpr int64_t most_parts = 64;
 constexpr int64_t most_partial_sums = int64_t{1} << 20;
 

@@ -61,7 +61,7 @@ void zero_pruned_(at::TensorList tensors, at::TensorList masks, c10::List<std::s
   }
 }
 
-// On every device: a graph that has kept one of the tensors is told that it has changed.
+// For every device: lets a graph that has saved one of the tensors notice that it has changed.
 void zero_and_tell(
     c10::DispatchKeySet keys, at::TensorList tensors, at::TensorList masks,
     c10::List<std::string> names) {
@@ -77,7 +77,7 @@ void zero_and_tell(
   }
 }
 
-// Where there is no kernel for the device.
+// For devices without a kernel.
 void zero_pruned_anywhere_(
     at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
   check_zero_pruned(tensors, masks, names.vec());

@@ -1,4 +1,4 @@
-// The entries of a list of tensors, cut into chunks that blocks go over, and their keys.
+// The entries of a list of tensors, cut into chunks that blocks process, and their keys.
 #pragma once
 
 #include "device.cuh"
@@ -12,8 +12,7 @@ constexpr int group_size = 4;
 
 using Count = unsigned long long;  // what atomicAdd takes
 
-// The tensors, cut into chunks; an array of first chunks and one of first entries tell where each
-// tensor begins.
+// The tensors, cut into chunks; two arrays hold the first chunk and the first entry of each tensor.
 struct Table {
   const Tensor* tensors;
   const int64_t* first_chunks;
@@ -58,7 +57,7 @@ __device__ __forceinline__ uint64_t read_bytes(const uint8_t* data) {
   }
 }
 
-// The keys of a group of a tensor that is read in vectors.
+// The keys of a group of entries, of a tensor that is read in vectors.
 template <class Acc, Score kind>
 __device__ __forceinline__ bool group_keys(
     const Tensor& tensor, int64_t index, KeyFor<Acc> (&keys)[group_size]) {
@@ -104,7 +103,7 @@ __device__ __forceinline__ bool group_keys(
   return nan;
 }
 
-// A whole chunk of a plain tensor, in vectors of 16 bytes, several of them on their way at a time.
+// A whole chunk of a plain tensor, in vectors of 16 bytes, with several loads under way at a time.
 // `Bits` is as wide as an element.
 template <class Acc, Score kind, class Bits, class Widen, class Visit>
 __device__ __forceinline__ bool visit_plain(
@@ -152,7 +151,7 @@ __device__ __forceinline__ bool visit_plain(
   return nan;
 }
 
-// Hands all keys of a chunk, in arrays of neighbours, to visit(keys, index of the first). Returns
+// Calls visit(keys, index of the first) for all keys of a chunk, in arrays of neighbours. Returns
 // whether a candidate's score is NaN.
 template <class Acc, Score kind, class Visit>
 __device__ __forceinline__ bool visit_chunk(

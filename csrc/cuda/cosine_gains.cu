@@ -1,11 +1,11 @@
-// What each entry adds to the alignment of its unit (row), taken in falling order of importance.
+// What each entry adds to the alignment of its unit (row), taken in descending order of importance.
 //
-// Rows are sorted in shared memory, those of more than 4096 entries in global memory, all of them
-// together. With a reference a block puts a row in order, by searching for the best of those that
-// are left, up to 512 at a time. Sums are in float64 and run along a row one by one, in the order
-// of the CPU's, so that the gains are the same bit for bit; a warp does that for a row, and rows
-// run in parallel. So the time of a single very long row is that of its chain of additions, and
-// with a reference it grows with the square of the length from some ten thousand entries on.
+// Rows are sorted in shared memory; those of more than 4096 entries in global memory, all of them
+// together. With a reference a block orders a row by searching for the best of the entries that are
+// left, up to 512 at a time. Sums are in float64 and add up a row entry by entry, in the order of
+// the CPU, so that the gains are the same bit for bit. One warp adds up a row, and rows run in
+// parallel. A single very long row therefore takes the time of its chain of additions, and with a
+// reference a time that grows with the square of its length from some ten thousand entries on.
 #include <cfloat>
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/device/device_radix_sort.cuh>
@@ -88,7 +88,7 @@ __device__ __forceinline__ double read_entry(
   return value_of(view, load<Acc>(call, view, row, position));
 }
 
-// Alignment does not see a unit's scale, and squares of float64 may overflow or vanish.
+// Squares of float64 may overflow or vanish, and alignment does not depend on a unit's scale.
 template <class Acc>
 __device__ __forceinline__ double normed(double value, double peak) {
   return sizeof(Acc) == 8 ? value / peak : value;
@@ -201,8 +201,8 @@ __device__ __forceinline__ KeyFor<Acc> magnitude_key(
   return order(static_cast<Acc>(fabs(weight_at<Acc>(call, unit, row, position))));
 }
 
-// The kernels that sort write the candidates of each row in rising order, as their places in the
-// slab. Among equals the lower position comes first, and is pruned first.
+// The sorting kernels write the candidates of each row in ascending order, as places in the slab.
+// Among equals the lower position comes first, and is pruned first.
 
 // Rows of up to 32 entries: a lane for each, which counts those that come before its own.
 template <class Acc>
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(threads) sort_block_kernel(
     for (int i = 0; i < items; ++i) {
       const int position = static_cast<int>(threadIdx.x) * items + i;
       positions[i] = static_cast<uint16_t>(position);
-      // What fills up the row comes after the entries that are no candidates.
+      // Padding comes after the entries that are no candidates.
       keys[i] = position < call.row_size ? magnitude_key<Acc>(call, unit, slab.first + r, position)
                                          : not_a_candidate<Key>();
     }
@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(threads) sort_block_kernel(
   }
 }
 
-// Longer rows: all entries are sorted by their keys, and then, which keeps that order, by their
-// rows.
+// Longer rows: all entries are sorted by their keys, and then by their rows, in a stable way.
 template <class Acc>
 __global__ void __launch_bounds__(block_threads) key_kernel(
     CosineGains call, Slab slab, const Unit* units, KeyFor<Acc>* keys, uint32_t* entries) {
@@ -285,7 +284,7 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// With a reference: always next is the entry with which the chosen ones are aligned best,
+// With a reference: the next entry is always the one with which the chosen ones are aligned best,
 // (d + w r) / sqrt(q + w^2) where d = <w, r> and q = <w, w> of the chosen; a quarter as many at
 // once as are chosen already. A block for each row; `keys` and `rest` have a place for each entry.
 template <class Acc, int threads>
@@ -403,8 +402,8 @@ __device__ __forceinline__ void write_gain(
   out[offset_of(call.out, row * call.row_size + position)] = static_cast<Acc>(gain);
 }
 
-// The gains of a row, a warp for each. With a reference they are made to fall by one lane; `gains`
-// and `starts` have a place for each entry then.
+// The gains of a row, a warp for each. With a reference, one lane makes them fall, and `gains` and
+// `starts` have a place for each entry.
 template <class Acc>
 __global__ void __launch_bounds__(block_threads) gain_kernel(
     CosineGains call, Slab slab, const Unit* units, const uint32_t* sorted, double* gains,
@@ -423,7 +422,7 @@ __global__ void __launch_bounds__(block_threads) gain_kernel(
         if (count == 0 || !is_candidate(call, row, i)) write_gain<Acc>(call, row, i, 0);
       }
     }
-    // The k-th in falling order, as its place in the slab.
+    // The k-th in descending order, as its place in the slab.
     const auto place_of = [&](int64_t k) { return sorted[begin + count - 1 - k]; };
     // Entries are loaded while those before them are added up, and their places one step earlier.
     struct {
@@ -579,7 +578,7 @@ cudaError_t sort_in_blocks(
   return cudaGetLastError();
 }
 
-// The keys and the rest take the places of the gains and of the pools' starts, which come later.
+// The keys and the rest use the memory of the gains and of the pools' starts, which come later.
 template <class Acc, int threads>
 cudaError_t align_rows(
     const CosineGains& call, Slab slab, const Workspace<Acc>& work, cudaStream_t stream) {
@@ -632,7 +631,7 @@ cudaError_t cosine_gains_as(
   Workspace<Acc> work(call, memory);
   TAP_CHECK(work.asked);
   TAP_CHECK(cudaMemsetAsync(work.faults, 0, sizeof(uint32_t), stream));
-  // Low bits in which no two keys differ: widening leaves them alike.
+  // Low bits in which no two keys differ, because widening fills them alike.
   int first_bit = 0;
   if (sizeof(Acc) == 4 && call.column_scale == nullptr) {
     first_bit = call.weight.element == Element::bf16  ? 16

@@ -1,4 +1,4 @@
-// What threads do together, and how many blocks run at a time.
+// Sums over the threads of a warp or a block, and how many blocks run at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -62,7 +62,7 @@ __device__ __forceinline__ Number block_running_sum(Number value, Number* sums, 
 }
 
 // Adds the lanes' values to `total` one after the other; returns the sum up to this lane's. They
-// come from shared memory, of which a warp has 32 places: shuffles would take four times as long.
+// pass through shared memory, 32 places for each warp: shuffles would take four times as long.
 __device__ __forceinline__ double sum_in_order(double value, double* values, double& total) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   values[lane] = value;
@@ -80,8 +80,7 @@ __device__ __forceinline__ double sum_in_order(double value, double* values, dou
   return own;
 }
 
-// As many blocks as run at a time, and no more than `most`: each then takes its share of the work
-// in a loop.
+// As many blocks as run at a time, at most `most`: each takes its share of the work in a loop.
 template <class Kernel>
 cudaError_t resident_blocks(Kernel kernel, int threads, int64_t most, int* blocks) {
   int device = 0;

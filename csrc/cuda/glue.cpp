@@ -65,7 +65,7 @@ bool fits(const cuda::View& view) { return view.dimensions <= cuda::most_dimensi
 // The tensors that the views of a call point into.
 class Inputs {
  public:
-  // A tensor with more dimensions than a view has is copied: there are none such in practice.
+  // A tensor with more dimensions than a view can have is copied; in practice there are none.
   cuda::View view(const at::Tensor& tensor) {
     const cuda::View view = view_of(tensor);
     if (fits(view)) return view;
@@ -85,7 +85,7 @@ class Inputs {
   std::vector<at::Tensor> kept_;
 };
 
-// An output with the strides of a tensor, and where the kernel writes it.
+// An output with the strides of a tensor, and the tensor that the kernel writes.
 struct Output {
   Output(const at::Tensor& like, at::ScalarType dtype)
       : tensor(at::empty_like(like, at::TensorOptions().dtype(dtype))), written(tensor) {
@@ -140,7 +140,7 @@ void select(
   C10_CUDA_CHECK(cuda::select_global_write(call, memory.data_ptr(), found, stream));
 }
 
-// The tensors of a call as the kernels take them, those that are not empty, and their masks.
+// The tensors of a call that are not empty, as the kernels take them, and their masks.
 struct ScoreTensors {
   ScoreTensors(const ScoreArguments& call, bool with_masks) {
     for (size_t i = 0; i < call.weights.size(); ++i) {
@@ -174,7 +174,7 @@ struct ScoreTensors {
   Inputs inputs;
   std::vector<Output> outputs;
   std::vector<cuda::Tensor> tensors;
-  std::vector<int64_t> numbers;  // of the tensors among all
+  std::vector<int64_t> numbers;  // the tensors' places among all
 };
 
 std::vector<at::Tensor> select_global(
@@ -301,7 +301,7 @@ std::vector<at::Tensor> shard_masks(
   return all.masks();
 }
 
-// A few long rows would leave most of the device idle with a block for each.
+// With a block for each, a few long rows would leave most of the device idle.
 bool are_few_long_rows(int64_t rows, int64_t columns) {
   return rows <= 16 && columns >= int64_t{1} << 20;
 }
@@ -410,7 +410,7 @@ std::tuple<at::Tensor, at::Tensor> square_sums(
   const c10::cuda::CUDAGuard guard(weight.device());
   const auto options = weight.options().dtype(at::kDouble);
   at::Tensor row_sums = at::zeros({rows_of(weight)}, options);
-  // The columns of a single row are its entries, and nobody's sums.
+  // A tensor of at most one dimension has no columns to add up.
   const bool has_columns = weight.dim() >= 2;
   at::Tensor column_sums = at::zeros({has_columns ? columns_of(weight) : 0}, options);
   if (weight.numel() == 0) return {row_sums, column_sums};
@@ -455,7 +455,7 @@ at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
   return index;
 }
 
-// A weight read as units and what goes with it, contiguous and on the device.
+// A weight that is read as units, with what belongs to it, contiguous and on the device.
 struct UnitInputs {
   explicit UnitInputs(const UnitArguments& call) {
     tensor.weight = use(call.weight);
@@ -494,9 +494,8 @@ struct UnitInputs {
   std::vector<at::Tensor> kept_;
 };
 
-// Calls launch(tensors) for all tensors that can be taken as they are, together, and before that
-// for each of the others by itself, so that there is the copy of one at a time. With `outs` they
-// are what is to be written.
+// Calls launch(tensors) for each tensor that has to be copied by itself, so that only one copy
+// exists at a time, and then for all others together. With `outs` these are written to.
 template <class Launch>
 void launch_units(
     const std::vector<UnitArguments>& calls, const std::vector<at::Tensor>* outs, Launch launch) {
@@ -522,7 +521,7 @@ void launch_units(
   if (!together.empty()) launch(together);
 }
 
-// Waits for the device, and that only if there are indices.
+// Waits for the device, but only if there are indices.
 void check_indices(const std::vector<UnitArguments>& calls) {
   std::vector<at::Tensor> kept;
   std::vector<cuda::UnitTensor> tensors;
@@ -595,7 +594,7 @@ std::vector<at::Tensor> unit_combination(
   return outs;
 }
 
-// All of them lie in memory as one another.
+// Values, mask and output that lie in memory alike.
 cuda::MaskedRun run_of(const at::Tensor& values, const at::Tensor& mask, void* out) {
   return {
       values.const_data_ptr(), static_cast<const uint8_t*>(mask.const_data_ptr()), out,

@@ -31,7 +31,7 @@ struct Market {
   Element element;
   int64_t rows, columns;
   // For every column the key of a proposal that it has had, 0 for none, and the row that it holds.
-  // Both only ever get better, so that what is refused because of an old value is refused rightly.
+  // Both only get better, so a refusal because of an old value is right.
   volatile Key* bars;
   volatile uint32_t* holders;
   uint32_t* nan;
@@ -60,7 +60,7 @@ struct Market {
     return holder == nobody || is_before(key, row, matrix, holder, column);
   }
 
-  // Returns who has to look further: the row that the column held, this one, or nobody.
+  // Returns the row that has to look further: the one that the column held, this one, or nobody.
   __device__ __forceinline__ uint32_t
   propose(Key key, uint32_t row, int64_t matrix, int64_t column) const {
     const int64_t place = matrix * columns + column;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void wait_for_group() {
   }
 }
 
-// The best of the threads' choices: the largest key, of equals the lowest column.
+// The best of the threads' choices: the largest key, and among equals the lowest column.
 template <class Key, int threads>
 __device__ __forceinline__ void best_of_group(
     Key& key, uint32_t& column, ProposalScratch<Key, threads>& scratch) {
@@ -137,8 +137,8 @@ __device__ __forceinline__ void best_of_group(
   }
 }
 
-// `threads` work on a row: a warp, of which there are several in a block, or a block. A group goes
-// on with the row that its own has displaced, until none is left over.
+// `threads` work on a row: a warp, of which there are several in a block, or a block. The group
+// continues with the row that its own has displaced, until none is left.
 template <class Acc, int threads>
 __global__ void __launch_bounds__(threads < least_threads ? least_threads : threads)
     propose_kernel(Market<Acc> market, int64_t all_rows) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(threads < least_threads ? least_threads : thre
         }
       }
       best_of_group<Key, threads>(best, choice, scratch);
-      if (choice == nobody) break;  // The row goes without.
+      if (choice == nobody) break;  // The row stays unmatched.
       if (member == 0) scratch.next = market.propose(best, row, matrix, choice);
       wait_for_group<threads>();
       row = scratch.next;
@@ -197,7 +197,7 @@ cudaError_t propose_all(const Market<Acc>& market, int64_t all_rows, cudaStream_
   return cudaGetLastError();
 }
 
-// Bars of eight bytes lie first, so that all are aligned.
+// Bars of eight bytes come first, so that all are aligned.
 template <class Acc>
 cudaError_t greedy_match_as(
     const GreedyMatch& call, void* workspace, uint32_t* nan, cudaStream_t stream) {

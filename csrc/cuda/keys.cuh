@@ -109,7 +109,7 @@ TAP_BOTH uint64_t order(double score) {
   return bits ^ (static_cast<uint64_t>(static_cast<int64_t>(bits) >> 63) | 0x8000000000000000u);
 }
 
-// Of a weight and a reference that have been multiplied with the factors of row and column.
+// The score of a weight and a reference that have been multiplied by the factors of row and column.
 template <Score kind, class Acc>
 TAP_BOTH Acc score_of(Acc weight, Acc reference) {
   Acc score = weight;
@@ -118,8 +118,8 @@ TAP_BOTH Acc score_of(Acc weight, Acc reference) {
   return add(score, Acc{0});  // -0 becomes +0: they are equals
 }
 
-// Where the entry of a flat index lies: in index order, or by strides. A view of no dimensions is
-// contiguous.
+// Where the entry of a flat index lies in memory: in index order, or by strides. A view of no
+// dimensions is contiguous.
 constexpr int most_dimensions = 6;
 
 struct View {
@@ -176,7 +176,7 @@ TAP_BOTH bool is_true(const View& mask, int64_t index) {
   return static_cast<const uint8_t*>(mask.data)[offset_of(mask, index)] != 0;
 }
 
-// A tensor, what its scores are made of, and where its mask goes. Views without data are absent.
+// A tensor, what its scores are made of, and where its mask goes. A view without data is absent.
 struct Tensor {
   View weight, mask, reference, out;
   const void* row_scale = nullptr;
@@ -184,7 +184,7 @@ struct Tensor {
   int64_t row_step = 0, column_step = 0;  // 0 where one factor serves all
   int64_t size = 0;                       // entries
   int64_t row_size = 1, inner = 1;        // entries of a row, and of a column in a row
-  bool vectors = false;                   // all views there are are aligned
+  bool vectors = false;                   // all views that have data are aligned
   bool plain = false;                     // and there are neither references nor scales
 };
 
@@ -217,7 +217,7 @@ TAP_BOTH KeyFor<Acc> key_at(const Tensor& tensor, int64_t index, bool& nan) {
   return order(score);
 }
 
-// The place of the last of the rising values[0, n) that is not above x; values[0] is not.
+// The place of the last of the ascending values[0, n) that is not above x; values[0] is not.
 template <class Number>
 TAP_BOTH int64_t last_not_above(const Number* values, int64_t n, Number x) {
   int64_t low = 0;
@@ -229,7 +229,7 @@ TAP_BOTH int64_t last_not_above(const Number* values, int64_t n, Number x) {
   return low;
 }
 
-// How many of the rising keys[0, n) are below `key`.
+// How many of the ascending keys[0, n) are below `key`.
 template <class Key>
 TAP_BOTH int64_t count_below(const Key* keys, int64_t n, Key key) {
   int64_t low = 0;
@@ -288,14 +288,14 @@ TAP_BOTH void plan(Search<Key>& search, Key low, Key high, bool few) {
   if (search.fine_shift > search.coarse_shift) search.fine_shift = search.coarse_shift;
 }
 
-// Begins with the whole range, or with no range where nothing is to be pruned.
+// Begins with the whole range, or with none if nothing is to be pruned.
 template <class Key>
 TAP_BOTH void plan_all(Search<Key>& search) {
   plan<Key>(search, 0, search.count > 0 ? not_a_candidate<Key>() - 1 : 0, false);
 }
 
-// Begins with the range in which the key lies most probably, from n sorted keys that were drawn
-// evenly from `total`. A wrong guess costs passes, not exactness.
+// Begins with the range that most probably holds the key, from n sorted keys that were drawn evenly
+// from `total`. A wrong guess costs passes, not exactness.
 template <class Key>
 TAP_BOTH void plan_sampled(Search<Key>& search, const Key* sample, int64_t n, int64_t total) {
   const Key none = not_a_candidate<Key>();
@@ -316,7 +316,7 @@ TAP_BOTH void plan_sampled(Search<Key>& search, const Key* sample, int64_t n, in
   plan(search, low, high, inside <= n / 16);
 }
 
-// A bin, how many keys lie in those before it, and how many in it.
+// A bin, how many keys lie in the bins before it, and how many in it.
 struct Bin {
   int64_t index = -1;
   int64_t below = 0;
@@ -333,8 +333,8 @@ TAP_BOTH void narrow(Search<Key>& search, int shift, const Bin& bin) {
 }
 
 // After a pass has counted: narrows the range, and ends the search or plans the next pass.
-// pick(fine, first, n, rank) finds the bin of [first, first + n) that holds the rank-th key of
-// theirs; its index counts from `first`, and is -1 if they hold fewer keys.
+// pick(fine, first, n, rank) finds which of the bins [first, first + n) holds the rank-th of their
+// keys; its index counts from `first`, and is -1 if they hold fewer keys.
 template <class Key, class Pick>
 TAP_BOTH void advance(Search<Key>& search, Pick pick) {
   search.counted = true;
@@ -362,13 +362,13 @@ TAP_BOTH void advance(Search<Key>& search, Pick pick) {
   plan(search, search.low, search.high, search.inside <= search.alive / 64);
 }
 
-// What the search found: the keys in [low, high] are equals, of which `pruned` go, by position.
+// What the search found: the keys in [low, high] are equals; the first `pruned` of them are pruned.
 template <class Key>
 struct Threshold {
   Key low, high;
   int64_t pruned;
-  bool keep_equal;  // write the equals as kept at first: they are the larger party
-  bool ties;        // some of the equals go and some stay
+  bool keep_equal;  // write the equals as kept at first, because most of them are
+  bool ties;        // some of the equals are pruned and some kept
 };
 
 template <class Key>
@@ -388,7 +388,7 @@ TAP_BOTH bool is_kept(const Threshold<Key>& threshold, Key key) {
   return key >= first && key != not_a_candidate<Key>();
 }
 
-// Whether a chunk has equals that the first writing got wrong: `before` of them lie in the chunks
+// Whether a chunk has equals that the first writing got wrong: `before` equals lie in the chunks
 // before it, `own` in it.
 template <class Key>
 TAP_BOTH bool is_wrong(const Threshold<Key>& threshold, int64_t before, int64_t own) {

@@ -1,6 +1,6 @@
-// How the kernels are started: raw pointers, sizes and a stream. What a launcher needs on the
-// device comes in as a workspace of the size it asks for. Every launcher returns the first error of
-// the CUDA runtime. Those that hand something back on the host wait for the stream.
+// How the kernels are started: raw pointers, sizes and a stream. Memory that a launcher needs on
+// the device is passed as a workspace of the size that it asks for. Every launcher returns the
+// first error of the CUDA runtime. Those that return something on the host wait for the stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,14 +13,14 @@
 namespace torchalignprune {
 namespace cuda {
 
-// Masks that prune exactly `count` entries of a list of tensors, those of the lowest scores.
+// Masks that prune exactly `count` entries of a list of tensors, those with the lowest scores.
 struct SelectGlobal {
   const Tensor* tensors;  // on the host
   int64_t length;
   Score score;
   bool wide;  // scores in float64
   int64_t count;
-  // From so many entries on, a sample says where to look first.
+  // With this many entries or more, a sample says where to look first.
   int64_t sample_from = int64_t{1} << 24;
 };
 
@@ -41,7 +41,7 @@ cudaError_t select_global_search(
 cudaError_t select_global_write(
     const SelectGlobal& call, void* workspace, const Found& found, cudaStream_t stream);
 
-// The shards of a list of tensors that are here.
+// This process's shards of a list of tensors.
 struct Shards {
   const Tensor* tensors;  // on the host, none of them empty
   int64_t length;         // at least one
@@ -52,7 +52,7 @@ struct Shards {
 // How many candidates have keys in bins of 2^shift keys from `low` on.
 struct ShardCounts {
   Shards shards;
-  const int64_t* numbers;  // on the host: that of each tensor among `all`, empty ones included
+  const int64_t* numbers;  // on the host: each tensor's place among `all`, with the empty ones
   int64_t all;
   uint64_t low;
   int shift;
@@ -67,7 +67,7 @@ cudaError_t shard_counts(const ShardCounts& call, void* workspace, cudaStream_t 
 struct ShardTies {
   Shards shards;
   uint64_t key;
-  const int64_t* edges;            // on the host, those of one tensor after those of another
+  const int64_t* edges;            // on the host, in the order of the tensors
   const int64_t* first_edges;      // on the host, length + 1: where those of each tensor begin
   const int64_t* first_stretches;  // on the host: where those of each tensor begin in `out`
   int64_t* out;                    // all 0 before
@@ -76,8 +76,8 @@ struct ShardTies {
 size_t shard_ties_workspace(const ShardTies& call);
 cudaError_t shard_ties(const ShardTies& call, void* workspace, cudaStream_t stream);
 
-// Masks without the candidates of lower keys, and without those before each tensor's split that
-// have the key.
+// Masks that prune the candidates with lower keys, and those before each tensor's split that have
+// the key.
 struct ShardMasks {
   Shards shards;
   uint64_t key;
@@ -87,7 +87,7 @@ struct ShardMasks {
 size_t shard_masks_workspace(const ShardMasks& call);
 cudaError_t shard_masks(const ShardMasks& call, void* workspace, cudaStream_t stream);
 
-// A mask that prunes exactly counts[i] entries of row i, those of the lowest scores.
+// A mask that prunes exactly counts[i] entries of row i, those with the lowest scores.
 struct SelectRows {
   const void* weight;
   const uint8_t* mask;    // or null
@@ -105,7 +105,7 @@ struct Faults {
 
 size_t select_rows_workspace();
 
-// The mask counts for nothing if there is a fault.
+// The mask is meaningless if there is a fault.
 cudaError_t select_rows(
     const SelectRows& call, void* workspace, Faults* faults, cudaStream_t stream);
 
@@ -120,14 +120,14 @@ struct CosineGains {
 
 size_t cosine_gains_workspace(const CosineGains& call);
 
-// Not `finite`: a weight or a reference is NaN or infinite, and the gains count for nothing.
+// Not `finite`: a weight or a reference is NaN or infinite, and the gains are meaningless.
 cudaError_t cosine_gains(
     const CosineGains& call, void* workspace, bool* finite, cudaStream_t stream);
 
 // The sums of squares of a tensor's rows and columns.
 struct SquareSums {
   View weight;
-  const void* row_scale;  // as the other in float64 if the weight is, in float32 if not
+  const void* row_scale;  // both scales are float64 if the weight is, and float32 otherwise
   const void* column_scale;
   int64_t row_step, column_step;
   int64_t rows, columns, inner;
@@ -150,11 +150,11 @@ struct GreedyMatch {
 
 size_t greedy_match_workspace(const GreedyMatch& call);
 
-// The matching counts for nothing if there is NaN.
+// The matching is meaningless if there is NaN.
 cudaError_t greedy_match(
     const GreedyMatch& call, void* workspace, bool* has_nan, cudaStream_t stream);
 
-// A weight that is read as units, and what goes with it, all contiguous: `outer` times the units
+// A weight that is read as units, with what belongs to it, all contiguous: `outer` times the units
 // one after the other, with `inner` entries of each side by side. None of the sizes is zero.
 struct UnitTensor {
   const void* weight = nullptr;
@@ -168,8 +168,8 @@ struct UnitTensor {
   Element reference_element = Element::f32;
 };
 
-// Of the units of a list of tensors, whose number is `units` together with those of empty ones,
-// <p, p>, <p, r> and <r, r>, in three rows.
+// <p, p>, <p, r> and <r, r> of the units of a list of tensors, in three rows. `units` counts the
+// units of empty tensors too.
 struct UnitProducts {
   const UnitTensor* tensors;  // on the host
   int64_t length;

@@ -1,6 +1,6 @@
-// How the kernels share out the entries of tensors that are masked, 16 bytes to a thread at a time.
-// Many tensors go into one launch: what the kernels have to know of them fits into the arguments of
-// a launch, so that nothing is copied to the device.
+// How the kernels distribute the entries of masked tensors, 16 bytes to a thread at a time. Many
+// tensors go into one launch: what the kernels need to know of them fits into the arguments of a
+// launch, so that nothing is copied to the device.
 #pragma once
 
 #include "unit_pieces.cuh"
@@ -20,7 +20,7 @@ struct RunBatch {
 };
 static_assert(sizeof(RunBatch) + 64 <= 4096, "the arguments of a kernel have 4 KiB");
 
-// How many entries of so many bytes a thread takes at a time.
+// How many entries of a size in bytes a thread takes at a time.
 constexpr int width_for(int bytes) { return 16 / bytes; }
 
 inline bool is_aligned(const MaskedRun& run) {
@@ -69,8 +69,8 @@ cudaError_t launch_runs(Kernel kernel, const RunBatch& batch, cudaStream_t strea
   return cudaGetLastError();
 }
 
-// Calls use(run, places, whole) with the first of `width` entries that this thread takes at each of
-// its turns; `whole[j]` says whether the run has all of them.
+// Calls use(run, places, whole) with the first of the `width` entries that this thread takes at
+// each of its turns; `whole[j]` says whether the run has all of them.
 template <int width, class Use>
 __device__ __forceinline__ void for_each_turn(const RunBatch& batch, Use use) {
   constexpr int64_t step = mask_threads * width;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void for_each_turn(const RunBatch& batch, Use use) {
   }
 }
 
-// The entries at the end of a run that are fewer than `width`.
+// The entries at the end of a run, if they are fewer than `width`.
 template <int width, class Use>
 __device__ __forceinline__ void for_each_left(
     const MaskedRun& run, const int64_t* places, const bool* whole, Use use) {

@@ -51,9 +51,9 @@ count_before(bool yes, RowScratch<Key, threads>& scratch, int64_t* total) {
   return before;
 }
 
-// Narrows the range of the count-th smallest of the keys key_at(0) to key_at(n - 1), from that
-// between the smallest and the largest one, by histograms. `alive` becomes the number of
-// candidates; if there are fewer than `count`, or that is negative, the search is not done.
+// Searches for the count-th smallest of the keys key_at(0) to key_at(n - 1) by histograms, from the
+// range between the smallest and the largest one. `alive` becomes the number of candidates; if that
+// is less than `count`, or `count` is negative, the search is not done.
 template <class Key, int threads, class KeyAt>
 __device__ __forceinline__ Search<Key> search_row(
     int64_t n, int64_t count, RowScratch<Key, threads>& scratch, KeyAt key_at) {

@@ -1,11 +1,11 @@
-// Masks that prune exactly `count` entries of a list of tensors, those of the lowest scores.
+// Masks that prune exactly `count` entries of a list of tensors, those with the lowest scores.
 //
-// A sample says between which two keys the last pruned entry lies, most probably; a pass over all
-// entries counts those below and makes a histogram of those between, whose bins are single keys
-// unless the two lie far apart, when further passes narrow the bins down; a last pass writes the
-// masks. Where only some of the equals go, their places are counted chunk by chunk. Every pass is
-// one launch for all tensors, and entries are never copied, concatenated or sorted. All counts are
-// integers, so that nothing depends on the order in which blocks run.
+// A sample gives two keys that most probably bracket the last pruned entry. A pass over all entries
+// counts those below and makes a histogram of those between; its bins are single keys unless the
+// bracket is wide, and then further passes narrow them down. A last pass writes the masks. If only
+// some of the equals are pruned, their places are counted chunk by chunk. Every pass is one launch
+// for all tensors, and entries are never copied, concatenated or sorted. All counts are integers,
+// so that nothing depends on the order in which blocks run.
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 #include <vector>
@@ -22,7 +22,7 @@ constexpr int sample_runs = 1 << 14;
 constexpr int sample_size = sample_runs * run_length;
 constexpr int64_t most_fine_bins = int64_t{1} << 19;
 
-// Draws short runs of entries, spread evenly with a fixed scatter that no row length falls in step
+// Draws short runs of entries, spread evenly with a fixed jitter that no row length is in step
 // with.
 template <class Acc, Score kind>
 __global__ void sample_kernel(Table table, KeyFor<Acc>* sample) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(advance_threads)
   __shared__ int64_t sums[advance_threads / warp_size];
   __shared__ int64_t found[3];
   Search<Key> own = *search;
-  __syncthreads();  // everybody has read what the first thread writes at the end
+  __syncthreads();  // all threads have read what the first one writes at the end
   if (own.done) return;
   const auto pick = [&](bool is_fine, int64_t first, int64_t n, int64_t rank) {
     const Count* bins = (is_fine ? fine : coarse) + first;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(block_threads)
   });
 }
 
-// Turns the number of equals in each chunk into that in the chunks before it.
+// Replaces the number of equals in each chunk by the number in all chunks before it.
 __global__ void __launch_bounds__(advance_threads) rank_kernel(Count* equals, int64_t chunks) {
   __shared__ Count sums[advance_threads / warp_size];
   Count before = 0;
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(advance_threads) rank_kernel(Count* equals, in
   }
 }
 
-// Goes over the chunks again whose equals were not all written rightly. They are the first or the
-// last ones, so the blocks take turns. Each thread has a stretch of neighbours.
+// Corrects the chunks whose equals were not all written rightly. They are the first or the last
+// ones, so the blocks take turns. Each thread has a stretch of neighbours.
 template <class Acc, Score kind>
 __global__ void __launch_bounds__(block_threads)
     tie_kernel(Table table, Threshold<KeyFor<Acc>> threshold, const Count* before) {
@@ -263,7 +263,7 @@ struct Workspace {
 
   char* base;
   size_t size = 0;
-  size_t copied = 0;  // so much comes from the host
+  size_t copied = 0;  // bytes that come from the host
   Table table{};
   bool sampled = false;
   int64_t fine_bins = coarse_bins;
@@ -285,7 +285,7 @@ struct Workspace {
   }
 };
 
-// Low bits in which no two keys differ: widening leaves them alike.
+// Low bits in which no two keys differ, because widening fills them alike.
 int grain_of(const SelectGlobal& call) {
   int grain = call.wide || call.score == Score::worth ? 0 : 16;
   for (int64_t t = 0; t < call.length && grain > 0; ++t) {
@@ -343,8 +343,8 @@ cudaError_t search_as(const SelectGlobal& call, void* memory, Found* found, cuda
     plan_kernel<Key><<<1, 1, 0, stream>>>(work.search, work.sorted, work.table.entries);
     TAP_CHECK(cudaGetLastError());
   }
-  // So many passes do, most probably, and the host looks once they are done. Passes that are not
-  // needed return at once.
+  // This many passes most probably suffice, and the host looks once they are done. Passes that are
+  // not needed return at once.
   const int bits = static_cast<int>(8 * sizeof(Key)) - search.grain;
   int passes = work.sampled ? 1 : (bits + 10) / 11;
   while (!search.done) {

@@ -1,7 +1,7 @@
-// A mask that prunes exactly counts[i] entries of row i, those of the lowest scores.
+// A mask that prunes exactly counts[i] entries of row i, those with the lowest scores.
 //
-// Rows of up to 32 entries take a lane for each entry, which counts those that go before its own.
-// Longer ones take a warp or a block each.
+// Rows of up to 32 entries take a lane for each entry, which counts those that are pruned before
+// its own. Longer ones take a warp or a block each.
 #include "device.cuh"
 #include "launchers.h"
 #include "row_search.cuh"

@@ -1,5 +1,5 @@
-// What the processes that hold the shards of a list of tensors add up to agree on a threshold, and
-// the masks of the shards once they have. Every operator is one launch for all tensors of this
+// The counts that the processes holding the shards of a list of tensors add up to agree on a
+// threshold, and then the masks of the shards. Every operator is one launch for all tensors of this
 // process; all counts are integers, so that nothing depends on the order in which blocks run.
 #include <algorithm>
 #include <vector>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int most_bins = 2048;
 
-// `numbers` are those of the tensors among `all`, of which the empty ones are not here.
+// `numbers` are the tensors' places among `all`; empty tensors are left out here.
 template <class Acc, Score kind>
 __global__ void __launch_bounds__(block_threads) counts_kernel(
     Table table, const int64_t* numbers, int64_t all, KeyFor<Acc> low, KeyFor<Acc> span, int shift,
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(block_threads) counts_kernel(
   }
 }
 
-// Turns what the blocks have left of NaN into 1 + the number of the tensor.
+// Turns what the blocks have left about NaN into 1 + the number of the tensor.
 __global__ void number_kernel(Count* nan, int64_t all) {
   if (*nan > 0) *nan = static_cast<Count>(all) + 1 - *nan;
 }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(block_threads)
   });
 }
 
-// The table on the device, and behind it the numbers that a kernel wants.
+// The table on the device, and behind it the numbers that a kernel needs.
 struct Upload {
   Upload(const Shards& call, const std::vector<std::pair<const int64_t*, int64_t>>& lists) {
     first_chunks.push_back(0);

@@ -32,7 +32,7 @@ int64_t parts_of(const SquareSums& call) {
 template <Element element>
 using Acc = std::conditional_t<element == Element::f64, double, float>;
 
-// Of the column that an entry of a row lies in.
+// The factor of the column that an entry of a row lies in.
 template <class Acc>
 __device__ __forceinline__ Acc column_factor(const SquareSums& call, int64_t position) {
   if (call.column_scale == nullptr) return 1;
@@ -40,7 +40,7 @@ __device__ __forceinline__ Acc column_factor(const SquareSums& call, int64_t pos
   return factor<Acc>(call.column_scale, column * call.column_step);
 }
 
-// The sum of the squares of n entries, one after the other, each multiplied with the factors of its
+// The sum of the squares of n entries, one after the other, each multiplied by the factors of its
 // row and column. Eight are read before the first of them is multiplied, so that as many loads are
 // under way.
 template <Element element, class IndexOf, class RowFactorOf, class ColumnFactorOf>
@@ -59,8 +59,8 @@ __device__ __forceinline__ double sum_of_squares(
       row_factors[j] = row_factor_of(k);
       column_factors[j] = column_factor_of(k);
     }
-    // Apart from what has branches: a value that was read before one would be widened there, which
-    // waits for it.
+    // Kept apart from code with branches, before which a value would be widened, which waits for
+    // it.
 #pragma unroll
     for (int j = 0; j < ahead; ++j) {
       values[j] = read<Acc<element>>(call.weight.data, element, offsets[j]);

@@ -27,7 +27,7 @@ __device__ __forceinline__ void narrow(double value, Element, uint64_t& bits) {
   bits = bits_as<uint64_t>(value);
 }
 
-// pair(i) is that of entry i.
+// pair(i) gives the coefficients of entry i.
 template <class Some, class PairOf>
 __device__ __forceinline__ void write(
     const UnitTensor& tensor, const Some& entries, int64_t offset, PairOf pair) {
@@ -50,7 +50,7 @@ pair_of(const UnitTensor& tensor, int64_t unit, int64_t units, const double* coe
   return {coefficients[at], coefficients[units + at]};
 }
 
-// Where units lie side by side.
+// If units lie side by side.
 template <int weight_bytes, int reference_bytes>
 __global__ void __launch_bounds__(unit_threads, unit_blocks)
     piece_kernel(UnitBatch batch, int64_t units, const double* coefficients) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ void combine_columns(
       });
 }
 
-// Where units are columns.
+// If units are columns.
 template <int weight_bytes, int reference_bytes>
 __global__ void __launch_bounds__(unit_threads, unit_blocks)
     column_kernel(UnitBatch batch, int64_t units, const double* coefficients) {

@@ -1,11 +1,11 @@
-// How the kernels share out the units of a list of tensors, and how they read their entries.
+// How the kernels distribute the units of a list of tensors, and how they read their entries.
 //
-// The entries of a unit are cut into pieces, in a way that depends on nothing but its tensor, so
-// that sums depend neither on the GPU nor on the other tensors. Their last bits do depend on how
-// the weight, the mask and the reference are aligned: where one of them is not, entries are read
-// one by one and shared out to the threads in another way.
+// The entries of a unit are cut into pieces in a way that depends only on its tensor, so that sums
+// depend neither on the GPU nor on the other tensors. Their last bits do depend on the alignment of
+// the weight, the mask and the reference: if one of them is not aligned, entries are read one by
+// one and distributed to the threads in another way.
 //
-// Many tensors go into one launch: what the kernels have to know of them fits into the arguments of
+// Many tensors go into one launch: what the kernels need to know of them fits into the arguments of
 // a launch, so that nothing is copied to the device.
 #pragma once
 
@@ -83,14 +83,14 @@ inline UnitPieces pieces_of(const UnitTensor& tensor) {
   return pieces;
 }
 
-// How many blocks it takes.
+// How many blocks a tensor takes.
 inline int64_t blocks_of(const UnitPieces& pieces) {
   const int64_t units = pieces.tensor.units;
   return pieces.columns ? shares(units, pieces.lanes * pieces.width) * pieces.pieces
                         : shares(units * pieces.pieces, unit_threads / pieces.lanes);
 }
 
-// Of how many bytes the entries of the reference are, or 0 where it is the weight itself.
+// The size in bytes of the reference's entries, or 0 if it is the weight itself.
 inline int reference_bytes_of(const UnitTensor& tensor) {
   return tensor.reference == nullptr ? 0 : bytes_of(tensor.reference_element);
 }
@@ -164,7 +164,7 @@ __device__ __forceinline__ void for_each_block(const UnitBatch& batch, Use use) 
   }
 }
 
-// As they lie in memory; the alignment makes them one load, or two.
+// Entries as they lie in memory; the alignment makes them one load, or two.
 template <int bytes>
 struct BitsOf;
 template <>
@@ -211,8 +211,8 @@ __device__ __forceinline__ Acc widened(uint64_t bits, Element) {
 template <int weight_bytes>
 using AccFor = std::conditional_t<weight_bytes == 8, double, float>;
 
-// How many times a thread reads before it computes, and how many blocks its registers are to leave
-// room for on a processor: as many bytes as hide the latency of the memory are under way.
+// How many times a thread reads before it computes, and how many blocks its registers should leave
+// room for on a processor, so that enough bytes are under way to hide the latency of the memory.
 template <int weight_bytes, int reference_bytes>
 constexpr int reads_ahead = weight_bytes == 8 || reference_bytes == 8   ? 2
                             : weight_bytes == 4 || reference_bytes == 4 ? 4
@@ -240,7 +240,7 @@ struct Entries {
       references = load<reference_bytes, width>(tensor.reference, offset);
     }
   }
-  // Entry i alone.
+  // Only entry i.
   __device__ __forceinline__ void read_reference(const UnitTensor& tensor, int64_t offset, int i) {
     if constexpr (reference_bytes > 0) {
       references.at[i] = load<reference_bytes, 1>(tensor.reference, offset).at[0];
@@ -312,7 +312,7 @@ __device__ __forceinline__ void for_each_of_piece(
 
 // Where units are columns: calls use(entries, offset) for the rows of a piece that are this
 // thread's, `width` columns at a time from `column` on. Neighbouring blocks take the same rows, so
-// that the reference's are in the cache when an index scatters what is read of them.
+// that the reference's rows are in the cache when an index scatters the reads of them.
 template <int weight_bytes, int reference_bytes, int width, class Use>
 __device__ __forceinline__ void for_each_of_columns(
     const UnitPieces& pieces, int64_t column, int64_t piece, Use use) {

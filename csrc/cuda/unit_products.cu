@@ -1,9 +1,9 @@
-// Of every unit the inner products that alignment and distortion are made of, in one pass.
+// The inner products of every unit, from which alignment and distortion follow, in one pass.
 //
 // Everything is summed in float64: one minus the alignment of a unit that has hardly moved is no
 // more than what sums in float32 would lose. By the data sheets, three products and two conversions
-// for each entry take much less time than its bytes where float64 has half the rate of float32, and
-// no more for float32 tensors with references where it has a 64th.
+// for each entry take much less time than loading its bytes on GPUs where float64 has half the rate
+// of float32, and no more for float32 tensors with references where it has a 64th.
 #include <vector>
 
 #include "unit_pieces.cuh"
@@ -38,7 +38,7 @@ __device__ __forceinline__ void write_products(
   }
 }
 
-// Where units lie side by side.
+// If units lie side by side.
 template <int weight_bytes, int reference_bytes>
 __global__ void __launch_bounds__(unit_threads, unit_blocks)
     piece_kernel(UnitBatch batch, int64_t units, double* products, Products* partial) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(unit_threads, unit_blocks)
   });
 }
 
-// The places of the sums of a warp's columns in shared memory.
+// How many places in shared memory the sums of a warp's columns take.
 constexpr int row_places = warp_size * most_width;
 
 template <int weight_bytes, int reference_bytes, int width>
@@ -94,8 +94,8 @@ __device__ __forceinline__ void add_columns(
   }
 }
 
-// Where units are columns: each thread adds up some rows of its columns, and a block those of its
-// threads.
+// If units are columns: each thread adds up some rows of its columns, and a block adds up the sums
+// of its threads.
 template <int weight_bytes, int reference_bytes>
 __global__ void __launch_bounds__(unit_threads, unit_blocks)
     column_kernel(UnitBatch batch, int64_t units, double* products, Products* partial) {

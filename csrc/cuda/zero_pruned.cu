@@ -5,7 +5,7 @@ namespace torchalignprune {
 namespace cuda {
 namespace {
 
-// Where nothing is pruned only the mask is read, and nothing is written where there is +0 already.
+// Entries are read only if some are pruned, and written only if they are not +0 already.
 template <int bytes, int width>
 __global__ void __launch_bounds__(mask_threads) run_kernel(RunBatch batch) {
   using Bits = typename BitsOf<bytes>::type;

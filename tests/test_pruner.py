@@ -357,7 +357,10 @@ def test_a_state_that_does_not_fit_to_its_end_changes_nothing() -> None:
             {"criterion": {**criterion, "sums": {**sums, "2.weight": torch.ones(2)}}},
             r"the sums of 2\.weight should have shape \(8, 16\), got \(2,\)",
         ),
-        ({"criterion": {"steps": 7}}, r"should have \['criterion', 'steps', 'sums', 'without_gr"),
+        (
+            {"criterion": {"steps": 7}},
+            r"should have the keys \['criterion', 'steps', 'sums', 'without_gr",
+        ),
         ({"criterion": {**criterion, "criterion": "Taylor"}}, "criterion Movement, got Taylor"),
         ({"matching": {"indices": indices}}, r"should have \['calls', 'indices'\], got"),
         ({"matching": {**matching, "indices": {}}}, r"not in both: \['0\.weight', '2\.weight'\]"),
@@ -1317,7 +1320,7 @@ def test_masks_of_which_no_values_are_kept() -> None:
         warnings.simplefilter("error")
         pruner.look_again()
     layer.weight_mask.copy_(torch.tensor([[False, True, True, False]]))
-    message = r"pruned entries of parameters\[0\] .* no value to take back but 0: load the"
+    message = r"pruned entries of parameters\[0\] .* no value to take back but 0: call "
     with pytest.warns(UserWarning, match=message):
         pruner.look_again()
 

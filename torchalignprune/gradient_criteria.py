@@ -63,7 +63,7 @@ class GradientCriterion(ABC):
     signed = False
     """Whether scores are ranked by their value instead of their magnitude."""
     per_round = True
-    """Whether a pruning step starts the sums anew."""
+    """Whether a pruning step restarts the sums."""
 
     def __init__(self, params: Parameters) -> None:
         self.targets: list[Target] = [
@@ -168,7 +168,7 @@ class GradientCriterion(ABC):
 
         Raises:
             RuntimeError: a parameter has had no gradient yet, or none since the last pruning if
-                that has started the sums anew.
+                that has restarted the sums.
         """
         result: dict[Pair, Tensor] = {}
         for target, total in zip(self.targets, self._sums, strict=True):

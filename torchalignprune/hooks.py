@@ -287,8 +287,8 @@ def load_state_dict(
 ) -> Any:
     """Load the state of a pruned model into a model that may not be pruned yet.
 
-    Every parameter of which ``state_dict`` has ``name_orig`` and ``name_mask`` gets its hook and
-    mask; parameters that are pruned in the model and dense in ``state_dict`` become dense. Then
+    Every parameter with ``name_orig`` and ``name_mask`` in ``state_dict`` gets its hook and mask;
+    parameters that are pruned in the model and dense in ``state_dict`` become dense. Then
     ``model.load_state_dict`` does the rest. Each place of a tied weight gets the mask that
     ``state_dict`` has for it; equal masks become one shared tensor.
 

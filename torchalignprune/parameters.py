@@ -287,7 +287,7 @@ def unit_dimension(module: nn.Module, name: str) -> int:
 
 
 def known_unit_dimension(parameter: Tensor) -> int:
-    """The dimension of the units of a parameter whose module is not at hand.
+    """The dimension of the units of a parameter whose module is unknown.
 
     1 if :func:`prunable_parameters` has listed the parameter with that dimension, otherwise 0.
     """

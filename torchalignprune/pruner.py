@@ -57,8 +57,8 @@ class Pruner:
 
     The constructor gives every parameter its hook and its mask, so the keys of
     ``model.state_dict()`` stay the same from the first step to the last. To resume a run, save the
-    states of the model, the optimizer and the pruner (:meth:`state_dict`); then make the model and
-    the pruner anew and load all three.
+    states of the model, the optimizer and the pruner (:meth:`state_dict`); then make the three
+    again and load them, the model first.
 
     Pruned entries are also set to zero in the stored weights and in the states of all optimizers
     that have stepped (the momentum of SGD, the moments of Adam). Their gradients are masked, so
@@ -88,7 +88,7 @@ class Pruner:
             ``"layer"``.
         regrow: let pruned entries come back, with the values that they had when they were pruned
             (kept in as much memory as the parameters take). Each pruning step ranks all entries
-            anew, and a ``criterion`` also sees the gradients of pruned entries. ``True``: prune
+            again, and a ``criterion`` also sees the gradients of pruned entries. ``True``: prune
             when the schedule's value changes; a number N: also every N steps.
 
     Raises:
@@ -273,7 +273,7 @@ class Pruner:
         needs one from any step.
 
         Returns:
-            Whether masks were chosen anew.
+            Whether new masks were chosen.
 
         Raises:
             RuntimeError: after :meth:`finalize`; a mask that is gone; a parameter of which the
@@ -488,10 +488,10 @@ class Pruner:
     def look_again(self) -> None:
         """Adopt the model's masks after its state was loaded in the middle of a run.
 
-        The next step prunes to the sparsity that the schedule asks for. To resume a run, call
-        :meth:`load_state_dict` instead, and so with ``regrow``: the values that pruned entries may
-        take back are in the pruner's state, not in the model's. Entries that this pruner has not
-        pruned itself come back as zeros; a warning names their parameters.
+        The next step prunes to the sparsity that the schedule asks for. To resume a run, or with
+        ``regrow``, call :meth:`load_state_dict` instead: the values that pruned entries may take
+        back are in the pruner's state, not in the model's. Without it, entries that this pruner has
+        not pruned itself come back as zeros; a warning names their parameters.
         """
         self._check_unfinished()
         sparsity = self.sparsity()
@@ -501,8 +501,8 @@ class Pruner:
         names = self._without_values()
         if names:
             warnings.warn(
-                f"pruned entries of {some(names)} have no value to take back but 0: load the "
-                "pruner's state that was saved with the model's by load_state_dict",
+                f"pruned entries of {some(names)} have no value to take back but 0: call "
+                "load_state_dict with the pruner's state that was saved with the model's",
                 UserWarning,
                 stacklevel=2,
             )

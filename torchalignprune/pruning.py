@@ -347,7 +347,7 @@ def global_unstructured(
         TypeError: an argument of the wrong type; a method that is not one of this package.
         AttributeError: a module has no attribute of the given name.
         AssertionError: scores of another shape than their parameter (as in torch).
-        ValueError: an amount out of range; NaN among the scores, or whatever the method refuses.
+        ValueError: an amount out of range; NaN among the scores; anything that the method refuses.
 
     Example:
         >>> import torch, torchalignprune as tap

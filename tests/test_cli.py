@@ -1207,6 +1207,22 @@ def test_unexpected_errors_show_where_they_come_from(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_running_out_of_memory_is_named(
+    bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Python's own ``MemoryError`` has no message."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli.prune, "alignment_report", fail)
+    assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err == "torchalignprune prune: error: out of memory\n"
+
+
 def test_new_folder_appears_at_once(tmp_path: Path) -> None:
     out = tmp_path / "a" / "out"
     with new_folder(out) as partial:

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         pass  # whoever reads the output has seen enough; the work is done
     except (OSError, ImportError, MemoryError) as error:
-        print(prefix, error or "out of memory", file=sys.stderr)
+        print(prefix, str(error) or "out of memory", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"torchalignprune {options.command}: interrupted", file=sys.stderr)

@@ -917,7 +917,10 @@ def test_in_a_thread(bert: Path, tmp_path: Path) -> None:
         ([], "--method aligned-magnitude needs --sparsity"),
         (["--sparsity", "1"], "argument --sparsity: should be from 0 to below 1, got 1"),
         (["--sparsity", "50"], "argument --sparsity: should be from 0 to below 1, got 50"),
-        (["--sparsity", ".5", "--seed", str(2**64)], "argument --seed: should be from 0 to below"),
+        (
+            ["--sparsity", ".5", "--seed", str(2**64)],
+            "argument --seed: should be an integer from 0",
+        ),
         (["--sparsity", "half"], "argument --sparsity: should be from 0 to below 1, got half"),
         (["--sparsity", "nan"], "argument --sparsity: should be from 0 to below 1, got nan"),
         (["--sparsity", ".5", "--method", "best"], "argument --method: invalid choice: 'best'"),
@@ -938,11 +941,17 @@ def test_in_a_thread(bert: Path, tmp_path: Path) -> None:
         ),
         (
             ["--sparsity", ".5", "--alignment", "frobenius", "--units", "in"],
-            "--units does not go with --alignment frobenius",
+            "--units does not go with --alignment frobenius, unless --budget is unit",
         ),
         (["--sparsity", ".5", "--nm", "2:4"], "--nm goes with --method aligned-nm, not aligned"),
-        (["--method", "aligned-nm", "--sparsity", ".5"], "--sparsity does not go with aligned-nm"),
-        (["--method", "aligned-nm", "--nm", "4:2"], "argument --nm: should be like 2:4, got 4:2"),
+        (
+            ["--method", "aligned-nm", "--sparsity", ".5"],
+            "--sparsity does not go with --method aligned-nm",
+        ),
+        (
+            ["--method", "aligned-nm", "--nm", "4:2"],
+            "argument --nm: should be N:M with 0 < N < M, such as 2:4, got 4:2",
+        ),
         (["--method", "aligned-nm", "--nm", "3:5"], "should be a multiple of m=5"),
         (["--sparsity", ".5", "--calibration", "/no/such"], "/no/such cannot be read"),
         (["--sparsity", ".5", "--include", "layers.0"], "include pattern 'layers.0' matches no"),
@@ -1172,6 +1181,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["--help"],
         ["prune", "--help"],
         ["report", "--help"],
+        ["evaluate", "--help"],
         ["demo", "--help"],
         ["info", "--help"],
     ):

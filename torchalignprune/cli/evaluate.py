@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torchalignprune.crosslingual import ZeroShotReport
 
 _TASKS = ("pos", "pud", "topics", "xnli", "pawsx", "ner")
-# Options by which sentences are read, so that evaluations with others are not of the same.
+# Options that change how sentences are read: evaluations that differ in one are not comparable.
 _READ_BY = ("max_length", "bare_pieces")
 
 
@@ -45,11 +45,11 @@ def add_parser(commands: Any, **shared: Any) -> None:
         "evaluate",
         help="score a fine-tuned checkpoint folder in many languages",
         description=(
-            "Score a fine-tuned Transformers checkpoint folder in the language it was trained on\n"
-            "and in others, with bootstrap intervals, and compare it with the dense model.\n"
-            "Words are scored at their first subword with a character. A model that run_ner.py or\n"
-            "XTREME's scripts fine-tuned labels a bare space before a word, and takes\n"
-            "--bare-pieces label.\n"
+            "Score a fine-tuned Transformers checkpoint folder in its training language and in\n"
+            "others, with bootstrap intervals, and compare it with the dense model if asked to.\n"
+            "Words are scored at their first subword with a character. Models fine-tuned by\n"
+            "run_ner.py or XTREME's scripts have learned to label the bare space before a word:\n"
+            "score them with --bare-pieces label.\n"
             'Needs pip install "torchalignprune[crosslingual]".'
         ),
         **shared,
@@ -61,69 +61,77 @@ def add_parser(commands: Any, **shared: Any) -> None:
         "--task",
         required=True,
         choices=_TASKS,
-        help="pos and pud: parts of speech; topics: SIB-200; ner: WikiANN; xnli, pawsx: pairs",
+        help="pos, pud: parts of speech (Universal Dependencies); topics: SIB-200; ner: WikiANN; "
+        "xnli, pawsx: sentence pairs",
     )
     parser.add_argument(
         "--languages",
         nargs="+",
         metavar="CODE",
-        help="default: all of the task's that are in --data, which is then needed",
+        help="the languages to score; required without --data (default: all of the task's in it)",
     )
     parser.add_argument(
         "--supervised",
         default="en",
         metavar="CODE",
-        help="the language it was trained on, or none (default: en)",
+        help="the language that the model was fine-tuned on, or none (default: en)",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="read from this folder, not from the hub"
+        "--data", type=Path, metavar="DIR", help="read the data from this folder, not from the hub"
     )
     parser.add_argument(
-        "--split", choices=["test", "validation", "train"], default="test", help="default: test"
+        "--split",
+        choices=["test", "validation", "train"],
+        default="test",
+        help="the split to score (default: test)",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="DENSE",
-        help="the dense model's folder, or the JSON file of its evaluation",
+        help="compare with the dense model: its folder, or the JSON file of its evaluation",
     )
     parser.add_argument(
         "--batch-size",
         type=positive,
         default=32,
         metavar="N",
-        help="sentences at a time (default: 32)",
+        help="sentences per batch (default: 32)",
     )
     parser.add_argument(
         "--max-length",
         type=positive,
         metavar="N",
-        help="most subwords of a sentence (default: what the model allows)",
+        help="cut sentences to N subwords, special tokens included (default: the model's limit)",
     )
     parser.add_argument(
         "--bare-pieces",
         choices=["skip", "label"],
         default="skip",
-        help="whether words are scored at a bare space before them (default: skip)",
+        help="skip a bare space before a word, or score the word there (default: skip)",
     )
     parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if there is one)"
+        "--device", metavar="DEVICE", help="cpu, cuda, ... (default: cuda if available)"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the intervals (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="the seed of the bootstrap intervals (default: 0)"
+    )
     parser.add_argument(
         "--out",
         nargs="+",
         type=report_file,
         default=[],
         metavar="FILE",
-        help=f"write the scores, or the comparison, by suffix: {', '.join(SUFFIXES)}",
+        help="write the scores or the comparison to these files; the suffix sets the format: "
+        + ", ".join(SUFFIXES),
     )
     parser.add_argument(
         "--cc100",
         action="store_true",
-        help="for XLM-R: draw the drops against the text it was pretrained on too",
+        help="with --compare, for XLM-R: also plot the drops against the amount of pretraining "
+        "text in each language",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -204,7 +212,9 @@ def _check_model(folder: Path, task: Any) -> None:
     kind = "TokenClassification" if task.kind == "words" else "SequenceClassification"
     name = type(checkpoints.empty_model(folder)).__name__
     if not name.endswith(kind):
-        raise ValueError(f"{folder} should be a model for {kind}, as {task.name} is, got {name}")
+        raise ValueError(
+            f"{folder} should be a model for {kind}, for --task {task.name}, got {name}"
+        )
 
 
 def _evaluation(
@@ -237,21 +247,26 @@ def _evaluation(
                 seed=options.seed,
                 progress=sys.stderr.isatty(),
             )
-        except TypeError as error:  # a tokenizer that is not a fast one
+        except TypeError as error:  # the tokenizer is not a fast one
             raise ValueError(str(error)) from error
 
 
 def _earlier_report(
     options: argparse.Namespace, supervised: str | None, codes: Sequence[str]
 ) -> ZeroShotReport:
-    """The evaluation in a file. What it lacks would come out only after the model's own."""
+    """The evaluation in the file of ``--compare``.
+
+    It is checked before the model is evaluated, which may take long.
+    """
     from torchalignprune.crosslingual import ZeroShotReport
 
     try:
         text = options.compare.read_text(encoding="utf-8")
         earlier = ZeroShotReport.from_json(text)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--compare {options.compare} is no evaluation: {error}") from error
+        raise ValueError(
+            f"--compare {options.compare} is not the JSON file of an evaluation: {error}"
+        ) from error
     for what, own, theirs in (
         ("task", options.task, earlier.task),
         ("split", options.split, earlier.split),
@@ -267,7 +282,7 @@ def _earlier_report(
             f"--compare {options.compare} should have the same languages, {', '.join(codes)}, got "
             f"{', '.join(earlier.languages)}"
         )
-    # Only the command line writes these down.
+    # Only the JSON of the command has these, not that of ZeroShotReport.to_json.
     written = json.loads(text)
     for key in _READ_BY:
         own = getattr(options, key)
@@ -280,13 +295,13 @@ def _earlier_report(
 
 
 def _legend(report: ZeroShotReport, compared: bool) -> str:
-    drawn = "the same for all languages" if report.parallel else "for each language on its own"
-    lines = f"intervals: {report.level:.0%}, over {report.resamples:,} draws of sentences, {drawn}"
+    drawn = "the same for all languages" if report.parallel else "separate for each language"
+    lines = f"intervals: {report.level:.0%}, {report.resamples:,} resamples of sentences, {drawn}"
     if not compared:
         return lines
     return (
-        "dense, pruned: scores in percent; drop: in points; relative: of the dense score\n"
-        f"{lines}; the same for both models"
+        "dense, pruned: scores in percent; drop: in points; relative: as a share of the dense "
+        f"score\n{lines}; the same for both models"
     )
 
 
@@ -302,7 +317,7 @@ def _device(text: str | None) -> torch.device:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Has ``datasets`` show progress on a terminal only."""
+    """Lets ``datasets`` show progress bars on a terminal only."""
     from torchalignprune.crosslingual.columns import import_datasets
 
     library = import_datasets()

@@ -11,9 +11,12 @@ from torchalignprune.cli.output import print_json
 def add_parser(commands: Any, **shared: Any) -> None:
     """Adds the command to those of the command line."""
     parser = commands.add_parser(
-        "info", help="versions and build", description="Print versions and build flags.", **shared
+        "info",
+        help="print versions and build flags",
+        description="Print versions and build flags.",
+        **shared,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.set_defaults(run=run)
 
 

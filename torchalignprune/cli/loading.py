@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint folder, dense or in the format ``"bitmask"``."""
+    """Loads a checkpoint folder, dense or in the format ``"bitmask"``."""
     from torchalignprune import checkpoints, saving
     from torchalignprune.pruned_files import is_bitmask
 
@@ -30,6 +30,7 @@ def load_tokenizer(folder: Path, what: str) -> Any:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{what} needs the tokenizer of {folder}: {reason}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of nothing
+    # Without tokenizer files, transformers may return a tokenizer of special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise InputError(f"{what} needs the tokenizer of {folder}: it has no vocabulary")
     return tokenizer

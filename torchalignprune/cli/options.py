@@ -1,4 +1,4 @@
-"""What the commands' options are read by, and what is said of wrong ones."""
+"""Types of the commands' options, and the error for wrong input."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SUFFIXES = (".json", ".png", ".pdf", ".svg")
 
 
 class InputError(Exception):
-    """What is wrong with the user's input, in one line."""
+    """The user's input is wrong; the message is one line."""
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """What the library finds wrong here was the user's input."""
+    """Turns a ``ValueError`` of the library into an :class:`InputError`."""
     try:
         yield
     except ValueError as error:
@@ -25,13 +25,13 @@ def input_errors() -> Iterator[None]:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"should be an integer of at least 1, got {text}")
     return int(text)
 
 
 def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"should be from 0 to below 2**64, got {text}")
+        raise argparse.ArgumentTypeError(f"should be an integer from 0 to below 2**64, got {text}")
     return int(text)
 
 
@@ -50,5 +50,5 @@ def report_file(text: str) -> Path:
     if path.suffix not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"should end in {', '.join(SUFFIXES)}, got {text}")
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
+        raise argparse.ArgumentTypeError(f"should be a file, got the folder {text}")
     return path

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def writable(folders: Iterable[Path]) -> Iterator[None]:
-    """Makes folders and tries to write there, before the work whose results go there.
+    """Makes folders, and checks before the work begins that they can be written to.
 
-    Those that were made are gone again when the block fails.
+    When the block fails, the folders that were made are removed.
     """
     made: list[Path] = []
     try:
@@ -46,14 +46,14 @@ def writable(folders: Iterable[Path]) -> Iterator[None]:
         yield
     except BaseException:
         for path in reversed(made):
-            with suppress(OSError):  # somebody else uses it by now
+            with suppress(OSError):  # something else is in it by now
                 path.rmdir()
         raise
 
 
 @contextmanager
 def writable_files(files: Sequence[Path]) -> Iterator[None]:
-    """As :func:`writable`, for the folders of files, and what draws the pictures among them."""
+    """:func:`writable` for the folders of files; checks for matplotlib if some are pictures."""
     if any(file.suffix != ".json" for file in files):
         require_matplotlib()
     with writable(file.resolve().parent for file in files):
@@ -62,16 +62,16 @@ def writable_files(files: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def _new_files(files: Iterable[Path]) -> Iterator[list[Path]]:
-    """Temporary files that take the places of ``files`` when the block ends without an error."""
+    """Yields temporary files, which replace ``files`` when the block ends without an error."""
     files = list(files)
     places = [file.resolve() for file in files]
     partials = [
-        # The format goes by the name that was asked for, also where that is a link to another.
+        # The format is that of the given name, even if it is a link to a name with another suffix.
         place.with_name(f".{secrets.token_hex(4)}.partial{file.suffix}")
         for file, place in zip(files, places, strict=True)
     ]
     try:
-        for place in places:  # another run, which had made the folder and failed, may have taken it
+        for place in places:  # another run may have made the folder, failed, and removed it
             place.parent.mkdir(parents=True, exist_ok=True)
         yield partials
         for partial, place in zip(partials, places, strict=True):
@@ -86,7 +86,7 @@ def _new_files(files: Iterable[Path]) -> Iterator[list[Path]]:
 
 
 def write_files(files: Iterable[Path], value: Any, plot: Callable[[Path], object]) -> None:
-    """All of them or none: JSON by the suffix, pictures by the function."""
+    """Writes all files or none: ``value`` into those that end in .json, ``plot`` into the rest."""
     with _new_files(files) as partials:
         for partial in partials:
             if partial.suffix == ".json":
@@ -147,7 +147,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells))
 
 
-def figure(value: float | None) -> str:
+def three_decimals(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""The method that ``torchalignprune prune`` was asked for."""
+"""The pruning method that the options of ``torchalignprune prune`` ask for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torchalignprune.cli.options import InputError
 from torchalignprune.parameters import PrunableParameters
 from torchalignprune.pruning import PruningMethod, global_unstructured
 
-_BUDGETS = {"wanda": "unit", "lookahead": "layer"}  # by criterion, as in their papers
+_BUDGETS = {"wanda": "unit", "lookahead": "layer"}  # of criteria, as in their papers
 _Scores = dict[tuple[nn.Module, str], Tensor]
 
 
 class Plan:
-    """The method and its options, as far as they make sense together."""
+    """The method and its options.
+
+    Raises:
+        InputError: the options do not go together.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         name = options.method or ("magnitude" if options.criterion else "aligned-magnitude")
@@ -42,10 +46,14 @@ class Plan:
                 raise InputError(f"--{option} goes with --method aligned-magnitude, not {name}")
         frobenius = options.alignment == "frobenius"
         if frobenius and options.units and options.budget != "unit":
-            raise InputError("--units does not go with --alignment frobenius, which has no units")
+            raise InputError(
+                "--units does not go with --alignment frobenius, unless --budget is unit"
+            )
         for option in ("sparsity", "budget"):
             if n_of_m and getattr(options, option) is not None:
-                raise InputError(f"--{option} does not go with aligned-nm; --nm says how many")
+                raise InputError(
+                    f"--{option} does not go with --method aligned-nm, which takes --nm instead"
+                )
         if options.nm and not n_of_m:
             raise InputError(f"--nm goes with --method aligned-nm, not {name}")
         if options.sparsity is None and not n_of_m:

@@ -20,9 +20,9 @@ from torchalignprune.calibration import Calibration
 from torchalignprune.cli.loading import load_checkpoint, load_tokenizer
 from torchalignprune.cli.options import InputError, input_errors, seed, share
 from torchalignprune.cli.output import (
-    figure,
     print_json,
     progress_bar,
+    three_decimals,
     versions,
     writable,
     write_json,
@@ -40,9 +40,9 @@ def add_parser(commands: Any, **shared: Any) -> None:
         "prune",
         help="prune a Transformers checkpoint folder",
         description=(
-            "Prune the encoder's weight matrices of a Transformers checkpoint folder\n"
-            "(safetensors), and write a folder that from_pretrained loads, with\n"
-            "report.json and report.png. With --format bitmask it is smaller, and\n"
+            "Prune the weight matrices of a Transformers checkpoint folder (safetensors), except\n"
+            "embeddings and heads, and write a folder that from_pretrained loads, with\n"
+            "report.json and report.png. With --format bitmask the folder is smaller, and\n"
             "torchalignprune.load_pruned loads it."
         ),
         **shared,
@@ -57,12 +57,12 @@ def add_parser(commands: Any, **shared: Any) -> None:
     parser.add_argument(
         "--method",
         choices=["aligned-magnitude", "magnitude", "random", "aligned-nm"],
-        help="default: aligned-magnitude; magnitude with --criterion",
+        help="the pruning method (default: aligned-magnitude, or magnitude with --criterion)",
     )
     parser.add_argument(
         "--alignment",
         choices=["cosine", "frobenius"],
-        help="what aligned-magnitude keeps aligned (default: cosine)",
+        help="the alignment that aligned-magnitude preserves (default: cosine)",
     )
     parser.add_argument(
         "--units",
@@ -72,37 +72,52 @@ def add_parser(commands: Any, **shared: Any) -> None:
     parser.add_argument(
         "--criterion",
         choices=["magnitude", "lamp", "lookahead", "wanda", "random"],
-        help="prune by these scores instead; wanda needs --calibration",
+        help="rank the weights by these scores instead; wanda needs --calibration",
     )
     parser.add_argument(
         "--budget",
         choices=["global", "layer", "unit"],
-        help="where the share is counted (default: global; unit with --criterion wanda, layer with "
-        "lookahead)",
+        help="prune the share S of all weights together, of each layer or of each unit (default: "
+        "global; unit with --criterion wanda, layer with lookahead)",
     )
     parser.add_argument(
         "--calibration",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="text, a sentence a line: weigh by the layers' inputs (aligned-*, wanda)",
+        help="text files, one sentence per line: aligned-* and wanda weigh the weights by their "
+        "inputs on this text",
     )
     parser.add_argument(
         "--realign",
         choices=["bias", "weights"],
-        help="afterwards move the biases, or the surviving weights too, so that the layers' "
-        "outputs on the calibration text change least; needs --calibration, of any method",
+        help="after pruning, move the biases, or the surviving weights too, so that the layers' "
+        "outputs on the calibration text change least; goes with any method, needs --calibration",
     )
     parser.add_argument(
-        "--include", action="append", metavar="PATTERN", help="prune exactly what matches; repeat"
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="prune exactly the weights that match this glob pattern; may be repeated",
     )
     parser.add_argument(
-        "--exclude", action="append", metavar="PATTERN", help="do not prune what matches; repeat"
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="do not prune the weights that match this glob pattern; may be repeated",
     )
     parser.add_argument(
-        "--nm", type=_n_of_m, metavar="N:M", help="aligned-nm: keep N of M (default: 2:4)"
+        "--nm",
+        type=_n_of_m,
+        metavar="N:M",
+        help="aligned-nm keeps N of every M neighbouring inputs of a unit (default: 2:4)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="for random (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="the seed of --method random and --criterion random (default: 0)",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
     )
@@ -110,16 +125,16 @@ def add_parser(commands: Any, **shared: Any) -> None:
         "--format",
         choices=["dense", "bitmask"],
         default="dense",
-        help="how: dense, for from_pretrained, or one bit a weight and the values that remain "
-        "(default: dense)",
+        help="dense: zeros stored, for from_pretrained; bitmask: one bit per weight and the values "
+        "that remain (default: dense)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace DIR if it exists and is a checkpoint, without others in it",
+        help="replace DIR if it exists and is one checkpoint, with no others inside",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print the report as JSON, nothing else"
+        "--json", action="store_true", help="print the report as JSON and nothing else"
     )
     parser.set_defaults(run=run)
 
@@ -174,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
         if options.realign:
             assert calibration is not None
             with stages("realign"), input_errors():
-                # What the report compares with: the weights that survive are about to move.
+                # Realigning moves the surviving weights; the report compares with the dense ones.
                 dense = {pair: weight.clone() for pair, weight in dense.items()}
                 realigned = realign(params, calibration, options.realign)
         with stages("report"):
@@ -222,14 +237,14 @@ def run(options: argparse.Namespace) -> None:
         print(
             f"{options.out}: {totals['zeros']:,} of {totals['entries']:,} weights in {len(params)} "
             f"matrices are zero ({totals['sparsity']:.1%}).\n"
-            f"Mean unit alignment {figure(totals['mean_alignment'])}, worst "
-            f"{figure(totals['worst_alignment'])}; dead units: {totals['dead_units_out']} "
+            f"Mean unit alignment {three_decimals(totals['mean_alignment'])}, worst "
+            f"{three_decimals(totals['worst_alignment'])}; dead units: {totals['dead_units_out']} "
             f"outputs, {totals['dead_units_in']} inputs. See report.json and report.png there."
         )
 
 
 class _Stages:
-    """Times the stages of a run, and shows them on a terminal."""
+    """Times the stages of a run, and shows them if standard error is a terminal."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -285,14 +300,14 @@ def _calibration(
     visible: bool,
 ) -> Calibration:
     tokenizer = load_tokenizer(folder, "--calibration")
-    if tokenizer.pad_token is None:  # what is padded does not count, so any token will do
+    if tokenizer.pad_token is None:  # padding is masked out, so that any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise InputError(
-            f"--calibration needs a tokenizer that can pad: that of {folder} has no padding, end "
-            "or unknown token"
+            f"--calibration needs a tokenizer that can pad, but the one of {folder} has no "
+            "padding, end or unknown token"
         )
-    # The positions of RoBERTa and its kin start at 2; XLNet, which has no limit, says -1.
+    # RoBERTa and its like start positions at 2. XLNet's config has -1, for no limit.
     positions = getattr(model.config, "max_position_embeddings", None) or 0
     longest = min(n for n in (tokenizer.model_max_length, positions - 2, 512) if n > 0)
     ordered = sorted(sentences, key=len)
@@ -315,7 +330,7 @@ def _calibration(
             progress=visible,
         )
     except ValueError as error:
-        # T5 says no more than that something is missing.
+        # T5's message only says that an input is missing.
         decoder = getattr(model.config, "is_encoder_decoder", False)
         own = ", whose decoder may need text of its own" if decoder else ""
         raise InputError(f"--calibration, with {type(model).__name__}{own}: {error}") from error
@@ -324,12 +339,12 @@ def _calibration(
 def _title(checkpoint: Path, plan: Plan, totals: Mapping[str, Any]) -> str:
     return (
         f"{checkpoint.resolve().name}: {plan}\n{totals['sparsity']:.1%} sparse, "
-        f"mean unit alignment {figure(totals['mean_alignment'])}"
+        f"mean unit alignment {three_decimals(totals['mean_alignment'])}"
     )
 
 
 def _n_of_m(text: str) -> tuple[int, int]:
     n, colon, m = text.partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise argparse.ArgumentTypeError(f"should be like 2:4, got {text}")
+        raise argparse.ArgumentTypeError(f"should be N:M with 0 < N < M, such as 2:4, got {text}")
     return int(n), int(m)

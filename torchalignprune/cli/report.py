@@ -11,10 +11,10 @@ from typing import Any
 from torchalignprune.alignment_report import AlignmentReport, checkpoint_report
 from torchalignprune.cli.options import SUFFIXES, input_errors, report_file
 from torchalignprune.cli.output import (
-    figure,
     print_json,
     print_report,
     print_written,
+    three_decimals,
     versions,
     writable_files,
     write_files,
@@ -33,18 +33,24 @@ def add_parser(commands: Any, **shared: Any) -> None:
         ),
         **shared,
     )
-    parser.add_argument("dense", metavar="DENSE", type=Path, help="the folder of the dense model")
-    parser.add_argument("pruned", metavar="PRUNED", type=Path, help="that of the pruned model")
+    parser.add_argument("dense", metavar="DENSE", type=Path, help="the dense model's folder")
+    parser.add_argument("pruned", metavar="PRUNED", type=Path, help="the pruned model's folder")
     parser.add_argument(
-        "--include", action="append", metavar="PATTERN", help="exactly what matches; repeat"
+        "--include",
+        action="append",
+        metavar="PATTERN",
+        help="compare exactly the weights that match this glob pattern; may be repeated",
     )
     parser.add_argument(
-        "--exclude", action="append", metavar="PATTERN", help="leave out what matches; repeat"
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave out the weights that match this glob pattern; may be repeated",
     )
     parser.add_argument(
         "--no-matching",
         action="store_true",
-        help="do not look for moved units, which takes most of the time",
+        help="do not search for moved units, which takes most of the time",
     )
     parser.add_argument(
         "--out",
@@ -52,9 +58,11 @@ def add_parser(commands: Any, **shared: Any) -> None:
         type=report_file,
         default=[],
         metavar="FILE",
-        help=f"write the report to files, by their suffix: {', '.join(SUFFIXES)}",
+        help="write the report to these files; the suffix sets the format: " + ", ".join(SUFFIXES),
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON and nothing else"
+    )
     parser.set_defaults(run=run)
 
 
@@ -90,9 +98,9 @@ def run(options: argparse.Namespace) -> None:
         return
     print_report(report)
     print(
-        "mean, median, p5 (5th percentile) and worst: cosine between an output unit's pruned and "
-        "its dense weights;\ndead: units that are all zero"
-        + ("" if options.no_matching else "; moved: units that fit another unit better")
+        "mean, median, p5 (5th percentile) and worst: of the cosines between an output unit's "
+        "pruned and dense weights;\ndead: units that are all zero"
+        + ("" if options.no_matching else "; moved: output units closer to another dense unit")
     )
     print_written(options.out)
 
@@ -101,5 +109,5 @@ def _report_title(options: argparse.Namespace, report: AlignmentReport) -> str:
     return (
         f"{options.pruned.resolve().name} against {options.dense.resolve().name}\n"
         f"{report.totals['sparsity']:.1%} sparse, mean unit alignment "
-        f"{figure(report.totals['mean_alignment'])}"
+        f"{three_decimals(report.totals['mean_alignment'])}"
     )

@@ -100,12 +100,16 @@ def test_plain_texts(tmp_path: Path) -> None:
     [
         ("pos", "a\tX\nb X\n", r"test\.en\.tsv:2 should be TOKEN TAB TAG, got 'b X'"),
         ("pos", "a\tX\tNOUN\n", r"test\.en\.tsv:1 should be TOKEN TAB TAG, got 'a\\tX\\tNOUN'"),
-        ("pos", "a\tNN\n", r"the labels of pos are ADJ, .*, got 'NN'"),
+        ("pos", "a\tNN\n", r"labels should be those of pos, ADJ, .*, got 'NN'"),
         ("topics", "a\thealth\n", r"test\.en\.tsv:1 should be ID TAB LABEL TAB TEXT"),
-        ("topics", "1\tlaw\tx\n", r"the labels of topics are entertainment, .*, got 'law'"),
-        ("topics", "", r"test\.en\.tsv should have a sentence at least, got an empty file"),
-        ("pos", "", r"test\.en\.tsv should have a sentence at least, got an empty file"),
-        ("pos", "\n\n", r"test\.en\.tsv should have a sentence at least, got an empty file"),
+        (
+            "topics",
+            "1\tlaw\tx\n",
+            r"labels should be those of topics, entertainment, .*, got 'law'",
+        ),
+        ("topics", "", r"test\.en\.tsv should have at least one sentence, got an empty file"),
+        ("pos", "", r"test\.en\.tsv should have at least one sentence, got an empty file"),
+        ("pos", "\n\n", r"test\.en\.tsv should have at least one sentence, got an empty file"),
     ],
 )
 def test_plain_files_that_are_wrong(task: str, text: str, message: str, tmp_path: Path) -> None:
@@ -396,7 +400,7 @@ def test_groups_of_rows_and_ids_that_are_missing(tmp_path: Path) -> None:
         ("xnli", {"premise": None, "hypothesis": "b", "label": 0}, "the text of row 0 is missing"),
         ("xnli", {"premise": ["a"], "hypothesis": "b", "label": 0}, "should be text, got list"),
         ("xnli", {"premise": "a", "hypothesis": "b", "label": None}, "1 labels are missing"),
-        ("xnli", {"premise": "a", "hypothesis": "b", "label": 0.5}, "labels, by name or number"),
+        ("xnli", {"premise": "a", "hypothesis": "b", "label": 0.5}, "labels, as names or numbers"),
         ("pos", {"tokens": ["a"], "upos": ["X", "X"]}, "row 0 has 1 tokens and 2 labels"),
         ("pos", {"tokens": ["a"], "upos": [18]}, "from 0 to 17, got 18"),
         ("pos", {"tokens": "a b", "upos": ["X"]}, "tokens should be lists, got string"),

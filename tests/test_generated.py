@@ -210,8 +210,8 @@ def test_it_is_evaluated_as_a_parallel_task(corpus: GeneratedCorpus) -> None:
 @pytest.mark.parametrize(
     ("languages", "message"),
     [
-        ({}, "languages should be at least one"),
-        ({"a": LanguageSpec(0.5)}, "the first of the languages should be at distance 0, got a at"),
+        ({}, "languages should have at least one language, got none"),
+        ({"a": LanguageSpec(0.5)}, "the first language should be at distance 0, got a at"),
         ({"a": LanguageSpec(0), "b": LanguageSpec(1.5)}, "distance of b should be from 0 to 1"),
         ({"a": LanguageSpec(0, "Runr")}, "script of a should be one of Latn, .*, got 'Runr'"),
     ],

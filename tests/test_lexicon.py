@@ -103,5 +103,5 @@ def test_translations_have_the_vectors_of_what_they_translate() -> None:
     torch.testing.assert_close(found[11] - found[0], vectors[11] - vectors[0])
     assert not found[10].any()
     torch.testing.assert_close(found.sum(0), torch.zeros(4), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="a text should have de, got en, xx"):
+    with pytest.raises(ValueError, match="a text should have the pivot de, got en, xx"):
         transferred_vectors(tokenizer, [texts], vectors, known, pivot="de")

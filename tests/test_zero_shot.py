@@ -282,14 +282,20 @@ def test_bad_input() -> None:
             evaluate_zero_shot(*(arguments or (model, tokenizer, WORDS, data)), **options)
         assert not model.batches
 
-    refused(ValueError, "languages should have the supervised one, 'fr', got en", supervised="fr")
+    refused(
+        ValueError,
+        "supervised should be one of the languages, en, or None, got 'fr'",
+        supervised="fr",
+    )
     refused(ValueError, "batch_size should be at least 1, got 0", batch_size=0)
     refused(ValueError, "max_length should be from 1 to 48, .* got 49", max_length=49)
     refused(ValueError, "bare_pieces should be 'skip' or 'label', got 'x'", bare_pieces="x")
     refused(ValueError, "own in en has no split 'dev', only test", split="dev")
-    refused(ValueError, "data goes with the codes of languages", data="/")
-    refused(ValueError, "should be different codes", model, tokenizer, WORDS, [])
-    refused(ValueError, "should be different codes", model, tokenizer, "pos", ["en", "en"])
+    refused(ValueError, "data goes with language codes", data="/")
+    refused(ValueError, "should be one or more different codes", model, tokenizer, WORDS, [])
+    refused(
+        ValueError, "should be one or more different codes", model, tokenizer, "pos", ["en", "en"]
+    )
     refused(TypeError, "should be a list of codes, got 'en'", model, tokenizer, "pos", "en")
     refused(ValueError, "level should be between 0 and 1, got 95", level=95)
     refused(ValueError, "resamples should be at least 1, got 0", resamples=0)
@@ -299,14 +305,12 @@ def test_bad_input() -> None:
     empty = {"en": dataset(WORDS, {"tokens": [], "labels": []})}
     refused(ValueError, "own in en has no sentences in 'test'", model, tokenizer, WORDS, empty)
     turned = Task("turned", "words", LABELS[::-1])
-    refused(
-        ValueError, "labels of turned are C, B, A, those of en A, B", model, tokenizer, turned, data
-    )
+    refused(ValueError, "should have the labels C, B, A, got A, B", model, tokenizer, turned, data)
 
 
 def test_a_model_of_another_kind() -> None:
     data = {"en": dataset(WORDS, {"tokens": [["The"]], "labels": [["A"]]})}
-    with pytest.raises(ValueError, match=r"give 3 logits for each subword, got the shape \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"give 3 logits for each subword, got shape \(1, 3\)"):
         evaluate_zero_shot(xlmr(LABELS, "SequenceClassification"), wordpiece(), WORDS, data)
 
 
@@ -572,7 +576,7 @@ def test_counts_that_make_no_sense() -> None:
             make({"en": (hits, out_of)})
     with pytest.raises(ValueError, match="one number for each sentence"):
         make({"en": ([1], [1, 1])})
-    with pytest.raises(ValueError, match="languages should be at least one"):
+    with pytest.raises(ValueError, match="languages should have at least one language, got none"):
         make({})
     with pytest.raises(ValueError, match="supervised should be one of the languages, de, or None"):
         make({"de": ([1], [1])})

@@ -1,4 +1,4 @@
-"""Resampling of sentences, for intervals."""
+"""Resamples sentences, for bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _DRAWN_AT_A_TIME = 1 << 20
 
 
 def resampled_sums(counts: Array, resamples: int, seed: int, group: str = "") -> Array:
-    """The column sums of ``counts`` over rows drawn with replacement, as many as there are.
+    """The column sums of ``counts`` over bootstrap resamples of its rows.
 
     All columns are summed over the same rows, so whatever is computed from them is paired.
 
     Args:
         counts: shape ``(sentences, columns)``; whole numbers.
-        resamples: how many times to draw.
-        seed: which rows are drawn.
-        group: a name; the rows drawn for another group are independent of these.
+        resamples: how many times to draw as many rows as there are, with replacement.
+        seed: of the draws.
+        group: a name; the draws for different groups are independent.
 
     Returns:
         Shape ``(resamples, columns)``; float64, exact below 2 ** 53.

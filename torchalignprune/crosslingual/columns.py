@@ -1,4 +1,4 @@
-"""The columns that every task's data is brought into."""
+"""Converts the data of each task to the task's columns."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def column_names(task: Task) -> tuple[str, ...]:
 def as_dataset(
     table: pyarrow.Table, features: Mapping[str, Any], task: Task, where: str
 ) -> datasets.Dataset:
-    """A table of the data, as it is stored, in the columns of the task.
+    """Converts a table, as it is stored, to the columns of the task.
 
     Args:
         table: with a row for each sentence.
-        features: what ``datasets`` knows about its columns; the names of the labels.
-        task: says how columns may be called.
-        where: what the table is, for errors.
+        features: the features of its columns in ``datasets``, which may name the labels.
+        task: says which names the stored columns may have.
+        where: what errors call the table.
 
     Raises:
-        ValueError: a column is missing or holds something else; a label is not the task's.
+        ValueError: a column is missing or has another type; a label is not the task's.
     """
     import pyarrow
 
@@ -120,7 +120,7 @@ def _strings(column: pyarrow.Array, where: str) -> pyarrow.Array:
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    """The names of the labels that a column's numbers stand for, if it is known."""
+    """The label names that a column's numbers stand for, if they are known."""
     feature = getattr(feature, "feature", feature)
     if isinstance(feature, list):
         (feature,) = feature
@@ -163,7 +163,7 @@ def _words(
 def _label_ids(
     stored: pyarrow.Array, names: Sequence[str] | None, task: Task, where: str
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The labels as places in ``task.labels``, -1 for the ignored one."""
+    """The labels as indices into ``task.labels``, -1 for the ignored one."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -187,14 +187,15 @@ def _label_ids(
         order = encoded.dictionary.to_pylist()
         used = np.arange(len(order))
     else:
-        raise ValueError(f"{where} should be labels, by name or number, got {kind}")
+        raise ValueError(f"{where} should be labels, as names or numbers, got {kind}")
     place = {label: i for i, label in enumerate(task.labels)}
     if task.ignored is not None:
         place[task.ignored] = -1
     unknown = sorted(order[i] for i in used if order[i] not in place)
     if unknown:
         raise ValueError(
-            f"{where}: the labels of {task.name} are {', '.join(task.labels)}, got {unknown[0]!r}"
+            f"{where}: labels should be those of {task.name}, {', '.join(task.labels)}, got "
+            f"{unknown[0]!r}"
         )
     found: np.ndarray[Any, np.dtype[np.int64]]
     found = np.array([place.get(label, -1) for label in order], np.int64)[numbers]

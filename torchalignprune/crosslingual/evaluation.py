@@ -34,8 +34,8 @@ __all__ = ["evaluate_zero_shot"]
 
 # How many sentences are sorted by length and batched at a time.
 _SORTED = 4096
-# Stands for a label where the model gives NaN, which is the largest of all and would be taken for
-# a prediction; at the padding, which nobody looks at, some models do.
+# Replaces the predicted label where a logit is NaN, which argmax takes for the largest. Only at the
+# padding, where some models give NaN, is that no error.
 _NAN = -2
 
 
@@ -56,48 +56,51 @@ def evaluate_zero_shot(
     seed: int = 0,
     progress: bool = False,
 ) -> ZeroShotReport:
-    """Evaluates a model that was fine-tuned on one language in that one and in others.
+    """Evaluates a model that was fine-tuned on one language in that language and in others.
 
     POS tagging is scored by accuracy over words, entities by the micro-averaged F1 of strict IOB2
-    spans (:func:`torchalignprune.crosslingual.spans.spans`), texts and pairs by accuracy. A word is
-    predicted at its first subword with a character, where
-    :func:`torchalignprune.crosslingual.finetune` has it learned; a model that was fine-tuned
-    elsewhere, by Transformers' ``run_ner.py`` or XTREME's scripts for example, learned to label a
-    bare ``▁`` too and takes ``bare_pieces="label"``. A word that the model never saw, since its
-    sentence was too long or the tokenizer makes nothing of it, counts as wrong (for entities, as
-    outside of any), so that scores are over the same words whatever the model and the tokenizer;
-    the report counts such words.
+    spans (:func:`torchalignprune.crosslingual.spans.spans`), texts and pairs by accuracy.
 
-    The model's labels are found by their names in ``model.config.id2label``, in any order; without
-    names (``LABEL_0``, ...) they must be as many as the task's, and are in its order.
+    A word is predicted at its first subword with a character, where
+    :func:`torchalignprune.crosslingual.finetune` trains its label. A model that was fine-tuned
+    elsewhere, for example by Transformers' ``run_ner.py`` or XTREME's scripts, has learned to label
+    a bare ``▁`` too: pass ``bare_pieces="label"`` for it. A word that the model never sees counts
+    as wrong (for entities, as outside of any), whether its sentence was too long or the tokenizer
+    gives it no subword. Scores are thus over the same words for every model and tokenizer. The
+    report counts the words that were not seen.
+
+    The model's outputs are matched to the task's labels by their names in
+    ``model.config.id2label``, in any order. Without names (``LABEL_0``, ...) there must be as many
+    as the task has labels, in the task's order.
 
     Args:
-        model: of Transformers, for token or sequence classification; on any device, in any dtype,
-            pruned or not. It is put into evaluation mode meanwhile.
-        tokenizer: its tokenizer; for words a fast one.
-        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
-        languages: their codes, to be read by :func:`torchalignprune.crosslingual.load_task`; or
-            for each language its data as that gives it.
+        model: a Transformers model for token or sequence classification, on any device, in any
+            dtype, pruned or not. It is in evaluation mode during the call.
+        tokenizer: its tokenizer; a fast one if the task labels words.
+        task: a task, or the name of one of :data:`torchalignprune.crosslingual.TASKS`.
+        languages: language codes, which :func:`torchalignprune.crosslingual.load_task` reads; or a
+            mapping from codes to data as that function returns it.
         data: a folder to read from, instead of the hub.
         split: ``"test"``, ``"validation"`` or ``"train"``.
-        supervised: which of the languages the model was trained on; None if none of them.
-        batch_size: sentences at a time.
-        max_length: the most subwords, special tokens included. Default: what the model and the
-            tokenizer allow.
+        supervised: the one of the languages that the model was fine-tuned on; None if none of them.
+        batch_size: sentences per batch.
+        max_length: the most subwords of a sentence, special tokens included. Default: the limit of
+            the model and the tokenizer.
         bare_pieces: whether a word is predicted at a bare ``▁`` before it: ``"skip"`` or
             ``"label"``, as in :func:`torchalignprune.crosslingual.encode_words`.
-        level: the share that intervals should cover.
-        resamples: how many times sentences are drawn for the intervals.
-        seed: which are drawn.
+        level: the coverage of the intervals.
+        resamples: the number of bootstrap resamples for the intervals.
+        seed: of the resamples.
         progress: show a progress bar on standard error; needs tqdm.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: languages, a split or a column that are not there; labels that do not fit; a
-            model that gives NaN.
-        TypeError: a slow tokenizer, where words are to be found.
+        ValueError: a language, a split or a column is missing; the labels do not fit; a number is
+            out of range; the model gives NaN.
+        TypeError: ``languages`` is one string; its data is not of ``datasets``; the tokenizer is
+            slow and the task labels words.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
 
@@ -168,13 +171,13 @@ def _checked(
         raise TypeError(f"languages should be a list of codes, got {languages!r}")
     codes = list(languages)
     if not codes or len(set(codes)) != len(codes):
-        raise ValueError(f"languages should be different codes, at least one, got {codes}")
+        raise ValueError(f"languages should be one or more different codes, got {codes}")
     if isinstance(languages, Mapping) and data is not None:
-        raise ValueError("data goes with the codes of languages, not with data already read")
+        raise ValueError("data goes with language codes, not with data that is already read")
     if supervised is not None and supervised not in codes:
         raise ValueError(
-            f"languages should have the supervised one, {supervised!r}, got {', '.join(codes)}; "
-            "supervised=None if there is none"
+            f"supervised should be one of the languages, {', '.join(codes)}, or None, got "
+            f"{supervised!r}"
         )
     return codes
 
@@ -189,7 +192,7 @@ def _rows(splits: Any, task: Task, language: str, split: str) -> Any:
 
 @dataclass
 class _Runner:
-    """Runs the model over the sentences of one language after the other."""
+    """Runs the model over the sentences of one language at a time."""
 
     model: nn.Module
     tokenizer: Any
@@ -243,7 +246,7 @@ class _Runner:
     def _predict(
         self, inputs: list[dict[str, list[int]]], advance: Any
     ) -> Iterator[tuple[int, list[int]]]:
-        """The task's labels that the model gives each row, or each of its subwords."""
+        """Yields the index of each row, with the label predicted for it or for each subword."""
         order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]["input_ids"]))
         device = next(self.model.parameters()).device
         places = self.places.to(device)
@@ -254,8 +257,8 @@ class _Runner:
             if logits.shape[-1] != len(places) or logits.dim() != 2 + (self.task.kind == "words"):
                 raise ValueError(
                     f"the model should give {len(places)} logits for each "
-                    f"{'subword' if self.task.kind == 'words' else 'text'}, got the shape "
-                    f"{tuple(logits.shape)} for {len(rows)} of {self.task.name}"
+                    f"{'subword' if self.task.kind == 'words' else 'text'}, got shape "
+                    f"{tuple(logits.shape)} for {len(rows)} rows of {self.task.name}"
                 )
             found = places[logits.argmax(-1)].masked_fill(logits.isnan().any(-1), _NAN)
             predicted = found.reshape(len(rows), -1).tolist()

@@ -48,8 +48,8 @@ class Training:
     Attributes:
         epochs: of dense training.
         retraining_epochs: after each pruning.
-        batch_size: sentences in a step.
-        learning_rate: the highest.
+        batch_size: sentences per step.
+        learning_rate: its maximum.
         head_learning_rate: the same for the classifier; None: ``learning_rate``.
         autocast: the dtype for :func:`torch.autocast`, in training and evaluation, or None.
     """
@@ -69,12 +69,12 @@ class Experiment:
     Attributes:
         model: a folder or the name of a model on the hub.
         tokenizer: its tokenizer.
-        task: what is learned.
-        evaluated: the task that the languages are evaluated on; the same, or one with its labels.
-        train: the English rows to learn from.
-        validation: English rows, for choices; None where there are none.
-        test: for each language, English first, its rows.
-        calibration: for ``"english"`` and ``"multilingual"`` the texts whose inputs are looked at.
+        task: the task to train on.
+        evaluated: the task to evaluate the languages on: the same, or one with the same labels.
+        train: the English training rows.
+        validation: the English validation rows, to choose settings by; None if there are none.
+        test: the rows of each language, English first.
+        calibration: the ``"english"`` and the ``"multilingual"`` calibration texts.
     """
 
     model: str
@@ -101,25 +101,25 @@ class Experiment:
         sentences: int | None = None,
         multilingual: bool = True,
     ) -> Experiment:
-        """Reads everything.
+        """Loads the tokenizer and the data.
 
-        Calibration texts are English training rows without their labels, and, for
-        ``"multilingual"``, as many from SIB-200's training rows in all the languages that it has.
+        The ``"english"`` calibration texts are up to 256 training rows, without their labels; the
+        ``"multilingual"`` ones are 256 training rows of SIB-200, from all of the evaluated
+        languages that it has.
 
         Args:
             model: a folder or a name on the hub.
-            task: what is learned.
-            evaluated: what the languages are evaluated on.
+            task: the task to train on.
+            evaluated: the task to evaluate the languages on.
             data: a folder to read from; None: the hub.
-            languages: which to evaluate besides English. Default: all of
+            languages: the languages to evaluate besides English. Default: all of
                 :func:`~torchalignprune.crosslingual.available_languages`.
-            sentences: evaluate on so many of each language, evenly spread. Default: on all.
+            sentences: how many rows of each language to evaluate on, evenly spread. Default: all.
             multilingual: read the multilingual calibration texts.
 
         Raises:
-            ValueError: a language or a split that is not there; data or a tokenizer that do not
-                fit.
-            OSError: no such model; the hub cannot be reached.
+            ValueError: a language or a split is missing; the data or the tokenizer cannot be used.
+            OSError: there is no such model; the hub cannot be reached.
         """
         from transformers import AutoTokenizer
 
@@ -170,20 +170,21 @@ class Experiment:
         progress: bool = False,
         device: str | torch.device = "cpu",
     ) -> dict[float, ZeroShotReport]:
-        """One run through all sparsities.
+        """Runs a method through all sparsities.
 
-        With the same seed all methods and regularizers begin with the same classifier and see the
-        same batches with the same dropout. So the dense training is the same for all methods, and
-        a run takes it over from the one before, if that had the same seed and regularizer and as
-        many sparsities; criteria that watch the gradients need their own.
+        With the same seed, all methods and regularizers start from the same classifier and see the
+        same batches with the same dropout. Dense training is then the same for all methods, and a
+        run reuses that of the run before if it had the same settings, other than the method and
+        the values of as many sparsities. Criteria that watch the gradients need their own.
 
         Args:
             method: one of :data:`~torchalignprune.crosslingual.recipes.RECIPES`, or ``"dense"``.
-            regularizer: its penalty keeps the encoder's units aligned with the pretrained ones.
+            regularizer: one of ``REGULARIZERS`` there; it keeps the encoder's units aligned with
+                the pretrained ones.
             strength: of the regularizer.
             seed: of the run.
-            training: how long and how fast.
-            sparsities: rising.
+            training: how long and how fast to train.
+            sparsities: in increasing order.
             validation: evaluate on the English validation rows instead of on the languages.
             progress: show a progress bar; needs tqdm.
             device: where to run.
@@ -192,7 +193,7 @@ class Experiment:
             A report for each sparsity, and for 0.
 
         Raises:
-            ValueError: an unknown method or regularizer; no validation rows; as
+            ValueError: the method or the regularizer is unknown; there are no validation rows; as
                 :func:`torchalignprune.crosslingual.finetune_and_prune`.
         """
         if method != DENSE and method not in RECIPES:
@@ -235,7 +236,7 @@ class Experiment:
             return recipe.pruner(params, schedule, collect, reference)
 
         trained = None
-        # What the seed of the dense stage is depends on the number of stages.
+        # The seed of the dense stage depends on the number of stages.
         stages = len(sparsities)
         settings = (regularizer, strength, seed, stages, training, validation, str(device))
         if settings in self._dense and (recipe is None or recipe.criterion is None):
@@ -271,7 +272,7 @@ class Experiment:
         )
 
     def new_model(self, seed: int) -> Any:
-        """The pretrained encoder in float32, with a classifier that the seed makes."""
+        """The pretrained encoder in float32, with a classifier initialized by the seed."""
         import transformers
 
         kind = "TokenClassification" if self.task.kind == "words" else "SequenceClassification"
@@ -286,7 +287,7 @@ class Experiment:
             )
 
     def chance(self) -> dict[str, float]:
-        """For each language the score of its most frequent label."""
+        """For each language, the share of its most frequent label."""
         found = {}
         for code, splits in self.test.items():
             rows = splits["test"]
@@ -299,14 +300,14 @@ class Experiment:
         return found
 
     def digests(self) -> dict[str, str]:
-        """For each language a hash of its test rows, as reports have it."""
+        """For each language, the hash of its test rows that reports have."""
         return {
             code: row_digests(splits["test"], self.evaluated)[0]
             for code, splits in self.test.items()
         }
 
     def digest(self) -> str:
-        """A hash of the model's weights as they were pretrained."""
+        """A hash of the pretrained weights."""
         found = hashlib.sha256()
         for name, parameter in sorted(self.new_model(0).base_model.named_parameters()):
             found.update(name.encode())
@@ -319,7 +320,7 @@ class Experiment:
 
     def _calibration_batches(self, model: nn.Module, kind: str) -> list[Mapping[str, Any]]:
         if not self.calibration.get(kind):
-            raise ValueError(f"there is no {kind} calibration text")
+            raise ValueError(f"calibration should have {kind} texts, got none")
         encoded = self.tokenizer(
             list(self.calibration[kind]),
             truncation=True,
@@ -349,7 +350,7 @@ def _texts(rows: datasets.Dataset) -> list[str]:
 
 
 def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """So many of them, always the same ones."""
+    """A random sample of the texts, always the same one."""
     return random.Random(0).sample(texts, min(count, len(texts)))
 
 
@@ -370,6 +371,6 @@ def _multilingual(languages: Sequence[str], data: Path | None) -> list[str]:
     texts = []
     for number, code in enumerate(own):
         rows = load_task("topics", code, data, splits=["train"])["train"]
-        # Other sentences of each language: the rows are the same ones in all.
+        # SIB-200 is parallel: take different rows of each language.
         texts += [rows[(number * each + i) % len(rows)]["text"] for i in range(each)]
     return texts[:_CALIBRATION_SENTENCES]

@@ -1,4 +1,4 @@
-"""The pictures: scores and drops by language, sparsity, script and share of pretraining."""
+"""Figures of scores and drops by language, sparsity, script and share of pretraining."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def plot_heat_map(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draws what every language loses at every sparsity, as a heat map.
+    """Draws what each language loses at each sparsity, as a heat map.
 
-    A cell is the drop against the dense model in points, red for a loss and blue for a gain;
-    languages that lose most at the highest sparsity are on top, below the training language.
+    A cell is the drop against the dense model in points, red for a loss and blue for a gain. The
+    training language is on top; the others follow by their drop at the highest sparsity.
 
     Args:
-        sweep: a report for each sparsity, from 0 (the dense model, which must be there) to below 1.
-        path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...
-        title: above the picture.
+        sweep: a report for each sparsity, from 0 (the dense model, required) to 1.
+        path: the file to write, if any; its suffix sets the format: ``.png``, ``.pdf``, ...
+        title: of the figure.
 
     Returns:
-        The figure, which pyplot does not know of.
+        The figure, not registered with pyplot.
 
     Raises:
-        ValueError: sparsity 0 is not there, or nothing else; reports that do not fit, as in
+        ValueError: sparsity 0 is missing, or the only one; the reports cannot be compared, as in
             :meth:`ZeroShotReport.compare`.
         ImportError: matplotlib is not installed.
     """
@@ -56,18 +56,18 @@ def plot_retention(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draws how much of the dense model's score is left at each sparsity.
+    """Draws the share of the dense model's score that is left at each sparsity.
 
-    For each method a full line is the share that is left of the mean over the zero-shot languages,
-    with its paired bootstrap interval, and a broken one that of the training language.
+    Each method has a solid line for the mean over the zero-shot languages and a dashed line for
+    the training language, both with paired bootstrap intervals.
 
     Args:
-        sweeps: for each method a report for each sparsity, as :func:`plot_heat_map` takes them.
-        path: where to write it, if anywhere.
-        title: above the picture.
+        sweeps: for each method, a report for each sparsity, as :func:`plot_heat_map` takes them.
+        path: the file to write, if any; its suffix sets the format.
+        title: of the figure.
 
     Returns:
-        The figure, which pyplot does not know of.
+        The figure, not registered with pyplot.
 
     Raises:
         ValueError: as :func:`plot_heat_map`.

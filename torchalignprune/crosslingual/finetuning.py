@@ -1,4 +1,4 @@
-"""Fine-tunes a model on the rows of one language, with or without pruning it meanwhile."""
+"""Fine-tunes a model on the rows of one language, with or without pruning it on the way."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 __all__ = ["FineTuning", "finetune", "steps_of"]
 
-# How many batches' worth of rows are drawn at a time, to be sorted by length.
+# How many batches of rows are drawn at a time and sorted by length.
 _POOL = 50
 _CLIPPED_AT = 1.0
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The figures of a fine-tuning.
+    """Statistics of a fine-tuning.
 
     Attributes:
-        steps: how many there were.
-        losses: the mean of the task's loss, without any penalty, in each epoch.
-        penalty: what the penalty was at the end, before its strength; None without one.
-        cut_off: words that were not learned from because their sentence was too long; for texts
-            and pairs: how many were cut.
+        steps: the number of steps.
+        losses: the mean task loss, without any penalty, of each epoch.
+        penalty: the penalty at the end, not multiplied by its strength; None without one.
+        cut_off: words that were not trained on because their sentence was too long; for texts and
+            pairs: how many were cut.
     """
 
     steps: int
@@ -90,51 +90,50 @@ def finetune(
     on_step: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> FineTuning:
-    """Fine-tunes a model on the rows of one language, in place, and prunes it meanwhile.
+    """Fine-tunes a model on the rows of one language, in place, and prunes it on the way.
 
     A plain loop: AdamW, a learning rate that rises and then falls linearly to 0, gradients clipped
-    to a norm of 1, batches of sentences of like length in a seeded order. Words are learned at
-    their first subwords with a character, not at a bare ``▁`` as by Transformers' ``run_ner.py``
-    (:func:`torchalignprune.crosslingual.encode_words`), and the model's labels are found by their
-    names, as in :func:`torchalignprune.crosslingual.evaluate_zero_shot`. On the CPU the same seed
-    gives the same weights; torch's own random state is left as it was.
+    to a norm of 1, and batches of sentences of similar length in a seeded order. A word's label is
+    trained at its first subword with a character, not at a bare ``▁`` as by Transformers'
+    ``run_ner.py`` (see :func:`torchalignprune.crosslingual.encode_words`). The model's outputs are
+    matched to the labels by name, as in :func:`torchalignprune.crosslingual.evaluate_zero_shot`.
+    On the CPU the same seed gives the same weights. torch's own random state does not change.
 
     Args:
-        model: of Transformers, for token or sequence classification; on any device. It trains in
-            the dtype that its parameters have. Those that do not require a gradient are left alone.
-        tokenizer: its tokenizer; for words a fast one.
-        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
-        rows: what to learn, such as ``load_task(task, "en")["train"]``.
-        pruner: of this model; its ``step()`` is called after every step of the optimizer. Its
-            steps go on from where they are, so that one pruner can go through several calls.
+        model: a Transformers model for token or sequence classification, on any device. It trains
+            in the dtype of its parameters; those that do not require a gradient stay as they are.
+        tokenizer: its tokenizer; a fast one if the task labels words.
+        task: a task, or the name of one of :data:`torchalignprune.crosslingual.TASKS`.
+        rows: the training rows, such as ``load_task(task, "en")["train"]``.
+        pruner: a pruner of this model; its ``step()`` is called after every optimizer step. It
+            continues its own count of steps, so that one pruner can go through several calls.
         penalty: a regularizer, such as :class:`torchalignprune.CosineAlignment`.
-        strength: what ``penalty()`` is multiplied by before it is added to the loss.
-        epochs: passes over the rows, also a fraction; rounded to whole steps, at least one.
-        batch_size: sentences in a step.
-        learning_rate: the highest.
-        head_learning_rate: the same for what the model has besides its encoder
+        strength: the factor of ``penalty()`` in the loss.
+        epochs: passes over the rows; a fraction is rounded to whole steps, at least one.
+        batch_size: sentences per step.
+        learning_rate: its maximum.
+        head_learning_rate: the same for the parameters outside the encoder
             (``model.base_model``), usually the classifier. Default: ``learning_rate``.
         warmup: the share of the steps in which the learning rate rises.
         weight_decay: of AdamW; biases and normalization have none.
-        max_length: the most subwords of a sentence, special tokens included. Default: what the
-            model and the tokenizer allow.
-        bare_pieces: whether a word is learned at a bare ``▁`` before it: ``"skip"`` or ``"label"``,
-            as in that function. To go on with a model that was fine-tuned elsewhere, ``"label"``;
-            an evaluation then takes the same.
+        max_length: the most subwords of a sentence, special tokens included. Default: the limit of
+            the model and the tokenizer.
+        bare_pieces: whether a word's label is trained at a bare ``▁`` before it: ``"skip"`` or
+            ``"label"``, as in ``encode_words``. Use ``"label"`` to continue with a model that was
+            fine-tuned elsewhere, and to evaluate it.
         seed: of the order of the rows, and of dropout.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
-        on_step: called after every step with its number, from 1 on. Whatever it does, evaluations
-            for example, the model is in training mode again after it, and random numbers that it
-            draws change nothing.
+        on_step: called after every step with its number, from 1 on. It may evaluate the model and
+            draw random numbers: training mode and random state are restored after it.
         progress: show a progress bar on standard error; needs tqdm.
 
     Returns:
-        The figures. The model is in the mode in which it was.
+        The statistics. The model is back in its former mode.
 
     Raises:
-        ValueError: rows or a model that do not fit the task; a number out of range; a pruner of
-            another model, or a finished one. Nothing has changed then.
-        TypeError: an argument of the wrong type; likewise.
+        ValueError: the rows or the model do not fit the task; a number is out of range; the pruner
+            is finished or of another model. Nothing has changed then.
+        TypeError: an argument has the wrong type; likewise.
         RuntimeError: the loss is not finite.
         ImportError: ``progress`` without tqdm.
 
@@ -178,8 +177,8 @@ def finetune(
     )
     if autocast not in (None, torch.bfloat16):
         raise ValueError(
-            f"autocast should be torch.bfloat16 or None, got {autocast}; float16 takes a scaling "
-            "of the loss, which this loop has not"
+            f"autocast should be torch.bfloat16 or None, got {autocast}; float16 needs loss "
+            "scaling, which this loop does not do"
         )
     _check_pruner(pruner, model)
     if penalty is not None and not isinstance(penalty, nn.Module):
@@ -231,15 +230,14 @@ def finetune(
                     on_step(step)
                 model.train()
             advance(1)
-        # Nobody but the caller has a use for them now.
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # frees the gradients
     with torch.no_grad():
         remaining = None if penalty is None else float(penalty())
     return FineTuning(steps, losses.means(), remaining, cut_off)
 
 
 class _Losses:
-    """The task's loss in each epoch, without a look at it in every step."""
+    """The mean task loss of each epoch, read from the device only once per epoch."""
 
     def __init__(self, steps_per_epoch: int) -> None:
         self._steps_per_epoch = steps_per_epoch
@@ -279,7 +277,7 @@ def _check_numbers(**numbers: float | None) -> None:
     for name in ("weight_decay", "strength"):
         number = numbers[name]
         if number is None or not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name} should be a number from 0 on, got {number}")
+            raise ValueError(f"{name} should be a number of at least 0, got {number}")
     if not isinstance(numbers["batch_size"], int) or numbers["batch_size"] < 1:
         raise ValueError(f"batch_size should be at least 1, got {numbers['batch_size']}")
     if numbers["warmup"] is None or not 0 <= numbers["warmup"] < 1:
@@ -292,14 +290,14 @@ def _check_pruner(pruner: Pruner | None, model: nn.Module) -> None:
     if not isinstance(pruner, Pruner):
         raise TypeError(f"pruner should be a Pruner, got {pruner!r}")
     if pruner.finished:
-        raise ValueError("pruner should not be finished: finalize() has taken its hooks away")
+        raise ValueError("pruner should not be finished, got one whose finalize() was called")
     own = set(model.modules())
     if any(module not in own for module, _ in pruner.params):
         raise ValueError("pruner should be of this model, got one with parameters of another")
 
 
 def _outputs(model: nn.Module, task: Task) -> Tensor:
-    """For each of the task's labels the number of the model's output that stands for it."""
+    """For each of the task's labels, the index of the model's output that stands for it."""
     places = label_places(model, task).tolist()
     return torch.tensor([places.index(label) for label in range(len(task.labels))])
 
@@ -312,7 +310,7 @@ def _encode(
     max_length: int,
     bare_pieces: BarePieces,
 ) -> tuple[list[dict[str, list[int]]], list[list[int]], int]:
-    """The inputs of each row, the outputs that are right for it, and what was cut off."""
+    """The inputs and the target outputs of each row, and how much was cut off."""
     columns = rows[:]
     gold = columns[column_names(task)[-1]]
     if task.kind == "words":
@@ -347,17 +345,17 @@ def _parameter_groups(
 
 
 def _rate(steps: int, rising: int) -> Callable[[int], float]:
-    """What the learning rate is multiplied by, by the number of steps that are done."""
+    """The factor of the learning rate, as a function of the number of steps done."""
     fall = schedules.linear(1.0, 0.0, begin=0, end=steps - rising)
     if not rising:
         return fall
-    # The first step is one of the rise already.
+    # The first step already has a rate above 0.
     rise = schedules.linear(1 / (rising + 1), 1.0, end=rising)
     return schedules.join([rise, fall], [rising])
 
 
 def _batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """The rows of one batch after the other, without end; each epoch has all rows once."""
+    """Yields batches of row indices without end; each epoch has every row once."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -374,18 +372,18 @@ def _loss(logits: Tensor, gold: Tensor, task: Task, labels: int) -> Tensor:
     if logits.dim() != dims or logits.shape[-1] < labels:
         raise ValueError(
             f"the model should give at least {labels} logits for each "
-            f"{'subword' if task.kind == 'words' else 'text'}, got the shape {tuple(logits.shape)} "
-            f"for {len(gold)} of {task.name}"
+            f"{'subword' if task.kind == 'words' else 'text'}, got shape {tuple(logits.shape)} "
+            f"for {len(gold)} rows of {task.name}"
         )
     flat = functional.cross_entropy(
         logits.flatten(0, -2).float(), gold.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    # A batch may have no word that is learned from.
+    # A batch may have no labelled word.
     return flat / (gold != IGNORED).sum().clamp(min=1)
 
 
 def _generators(device: torch.device) -> dict[str, Any]:
-    """Which random states a loop on the device moves, for :func:`torch.random.fork_rng`."""
+    """Arguments of :func:`torch.random.fork_rng` for the random states that a loop changes."""
     if device.type == "cpu":
         return {"devices": []}
     count = torch.get_device_module(device).device_count()

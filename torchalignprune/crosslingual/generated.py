@@ -1,20 +1,20 @@
-"""A multilingual corpus that is made up: languages at known distances, without any download.
+"""A synthetic multilingual corpus: made-up languages at known distances, without any download.
 
 Every sentence is first a *meaning*: a topic and a small tree of concepts, drawn from one grammar
 for all languages. Each language then says it in its own words and its own word order, so that row
 ``i`` of a split is the same sentence in every language.
 
-The languages are laid out around a first one, the source, at a distance from 0 to 1:
+The languages lie around a first one, the source, at a distance from 0 to 1:
 
-- **words**: of the concepts, the share ``distance`` has a word of the language's own; the others
-  have the source's. With its own script, a language writes its own words in that;
-- **word order**: of the five choices below, the share ``distance`` is other than in the source.
+- **words**: for a share ``distance`` of the concepts a language has a word of its own, in its own
+  script; for the others it has the source's word;
+- **word order**: a share ``distance`` of the five choices below differs from the source.
 
 Both are nested: what is foreign at a small distance is foreign at every larger one. Names, numbers
-and punctuation are the same everywhere, as they mostly are in real text: with the words that are
-shared they are all that a model can hold on to. Some verbs are spelled like a noun of their
-language, so that a tagger needs the context, and sentences use words of other topics, so that one
-word does not give the topic away.
+and punctuation are the same everywhere, as they mostly are in real text: together with the shared
+words they are a model's only links between the languages. Some verbs are spelled like a noun of
+their language, so that a tagger needs the context. Sentences also use words of other topics, so
+that one word does not give the topic away.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _TOPICS = ("farming", "music", "seafaring", "trade", "weather")
 GENERATED_POS = Task("generated_pos", "words", _TAGS, parallel=True)
 GENERATED_TOPICS = Task("generated_topics", "text", _TOPICS, parallel=True)
 
-# How many concepts there are of each tag: in every topic, and in none.
+# The number of concepts of each tag: in each topic, and of no topic.
 _IN_TOPIC = {"NOUN": 24, "VERB": 12, "ADJ": 8}
 _GENERAL = {
     **{"NOUN": 40, "VERB": 20, "ADJ": 12, "ADV": 12},
     **{"ADP": 8, "DET": 6, "PRON": 6, "CCONJ": 2},
 }
 _NAMES = 40
-# Of the verbs, how many are spelled like a noun: every third.
+# Every third verb is spelled like a noun.
 _HOMOGRAPHS = 3
-# A content word is one of the sentence's topic, of no topic, or else of any topic.
+# The shares of content words of the sentence's topic and of no topic; the rest are of any topic.
 _OF_TOPIC, _OF_NONE = 0.5, 0.35
 
 _LETTERS = {
@@ -82,7 +82,7 @@ _Said = list[tuple[str, str]]  # words and their tags
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """What to make a language like.
+    """The specification of a language to generate.
 
     Attributes:
         distance: from the source, from 0 to 1.
@@ -95,14 +95,14 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class GeneratedLanguage:
-    """A language that was made.
+    """A generated language.
 
     Attributes:
         code: its name.
-        spec: what it was made like.
+        spec: its specification.
         words: its word for each concept.
-        own: the concepts that it has a word of its own for; a verb that is spelled like a noun is
-            not among them, and goes with the noun.
+        own: the concepts that it has a word of its own for, without the verbs that are spelled
+            like a noun: they follow the noun.
         order: its choice for each question of word order: ``clause`` is ``SVO``, ``SOV`` or
             ``VSO``; ``adjective``, ``determiner``, ``adposition`` and ``adverb`` are ``before`` or
             ``after`` what they belong to.
@@ -121,11 +121,11 @@ class GeneratedCorpus:
 
     Attributes:
         languages: by their codes; the first is the source.
-        pos: for each language the data of :data:`GENERATED_POS`, as
-            :func:`torchalignprune.crosslingual.load_task` gives it: ``train``, ``validation`` and
-            ``test``.
+        pos: for each language, the data of :data:`GENERATED_POS` as
+            :func:`torchalignprune.crosslingual.load_task` would return it: ``train``,
+            ``validation`` and ``test``.
         topics: the same sentences as data of :data:`GENERATED_TOPICS`.
-        raw: for each language further sentences, for pretraining, which are aligned too.
+        raw: for each language, further sentences for pretraining, which are parallel too.
     """
 
     languages: dict[str, GeneratedLanguage]
@@ -152,27 +152,27 @@ def generate_corpus(
     raw: int = 5000,
     seed: int = 0,
 ) -> GeneratedCorpus:
-    """Makes up languages, and the same sentences in all of them.
+    """Generates languages, and the same sentences in all of them.
 
-    No meaning occurs twice, in whatever part. A language depends on the seed, the source's code,
-    its own code and its spec alone, and the meanings on the seed and the sizes: with other
-    languages beside it, a language stays the same. The corpus is the same on every platform and in
-    every version of Python, since nothing but ``random.Random(...).random()`` is drawn from.
+    No meaning occurs twice in the corpus. A language depends only on the seed, the source's code,
+    its own code and its spec, whatever other languages there are; the meanings depend only on the
+    seed and the sizes. The corpus is the same on every platform and in every version of Python,
+    since ``random.Random(...).random()`` is the only source of randomness.
 
     Args:
-        languages: what to make, by code. The first is the source, at distance 0.
-        train: sentences with labels.
+        languages: the specifications, by code. The first is the source, at distance 0.
+        train: number of labelled sentences.
         validation: likewise.
         test: likewise.
-        raw: sentences without.
+        raw: number of sentences without labels.
         seed: of everything.
 
     Returns:
         The corpus.
 
     Raises:
-        ValueError: no language, a first one that is not at distance 0, a distance that is not from
-            0 to 1, an unknown script, a negative size.
+        ValueError: there is no language; the first one is not at distance 0; a distance is not
+            from 0 to 1; a script is unknown; a size is negative.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
 
     Example:
@@ -221,7 +221,7 @@ def generate_corpus(
 
 def _check(languages: Mapping[str, LanguageSpec], sizes: Mapping[str, int]) -> None:
     if not languages:
-        raise ValueError("languages should be at least one")
+        raise ValueError("languages should have at least one language, got none")
     for code, spec in languages.items():
         if not 0 <= spec.distance <= 1:
             raise ValueError(f"the distance of {code} should be from 0 to 1, got {spec.distance}")
@@ -232,7 +232,7 @@ def _check(languages: Mapping[str, LanguageSpec], sizes: Mapping[str, int]) -> N
     first = next(iter(languages))
     if languages[first].distance != 0:
         raise ValueError(
-            f"the first of the languages should be at distance 0, got {first} at "
+            f"the first language should be at distance 0, got {first} at "
             f"{languages[first].distance}"
         )
     for part, size in sizes.items():
@@ -256,7 +256,7 @@ def _below(generator: random.Random, limit: int) -> int:
 
 
 def _often(generator: random.Random, limit: int) -> int:
-    """Small numbers come more often, as frequent words do."""
+    """A number below ``limit``; small ones are more frequent, as some words are in text."""
     return int(generator.random() ** 2 * limit)
 
 
@@ -292,7 +292,7 @@ def _words_of_names(seed: int) -> dict[_Concept, str]:
 def _own_words(
     own: frozenset[_Concept], script: str, generator: random.Random, taken: set[str]
 ) -> dict[_Concept, str]:
-    """Words that are new to the language and to the source."""
+    """New words for the concepts ``own``, none of them in ``taken``."""
     words = {}
     for concept in _concepts():
         # Drawn for all concepts, so that a language keeps its words when its distance changes.
@@ -314,7 +314,7 @@ def _verbs_like_nouns(words: Mapping[_Concept, str]) -> dict[_Concept, str]:
 
 
 def _meanings(generator: random.Random) -> Iterator[tuple[int, _Tree]]:
-    """Topics and trees, none of them twice."""
+    """Yields topics and trees; no tree comes twice."""
     seen = set()
     while True:
         topic = _below(generator, len(_TOPICS))

@@ -1,4 +1,4 @@
-"""What a model is given for the rows of a task, and which of its outputs stands for which label."""
+"""The inputs of a model for the rows of a task, and the labels that its outputs stand for."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = [
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int:
-    """How many subwords a model and its tokenizer take, special tokens included.
+    """The most subwords that a model and its tokenizer take, special tokens included.
 
-    The model's limit is that of its position embeddings; in RoBERTa and its kin the first ones, up
-    to the padding token's id, are never used.
+    The model's limit is the number of its position embeddings. RoBERTa and its like never use the
+    first ones, up to the padding token's id.
     """
     limit = int(getattr(tokenizer, "model_max_length", 0) or 512)
     for name, module in model.named_modules():
@@ -39,37 +39,37 @@ def longest_input(model: nn.Module, tokenizer: Any) -> int:
 
 
 def checked_length(model: nn.Module, tokenizer: Any, max_length: int | None) -> int:
-    """``max_length``, or what the model and the tokenizer allow.
+    """``max_length``, or if it is None, the limit of the model and the tokenizer.
 
     Raises:
-        ValueError: it is more than that, or less than 1.
+        ValueError: it is above that limit, or less than 1.
     """
     longest = longest_input(model, tokenizer)
     if max_length is not None and not 0 < max_length <= longest:
         raise ValueError(
-            f"max_length should be from 1 to {longest}, which the model and the tokenizer allow, "
+            f"max_length should be from 1 to {longest}, the limit of the model and the tokenizer, "
             f"got {max_length}"
         )
     return max_length or longest
 
 
 def checked_rows(rows: Any, task: Task, language: str, split: str) -> Any:
-    """The rows, which have the columns and labels of the task.
+    """Checks that the rows have the columns and labels of the task; returns them as plain values.
 
     Args:
         rows: a ``datasets.Dataset``.
-        task: says which columns.
+        task: their task.
         language: for errors.
         split: for errors.
 
     Raises:
-        ValueError: a column is missing, there are no rows, or the labels are others.
-        TypeError: they are no ``datasets.Dataset``.
+        ValueError: a column is missing, there are no rows, or the labels are not the task's.
+        TypeError: ``rows`` is not a ``datasets.Dataset``.
     """
     if not isinstance(rows, import_datasets().Dataset):
         raise TypeError(
-            f"{task.name} in {language} should be a datasets.Dataset, as load_task has it for each "
-            f"split, got {type(rows).__name__}"
+            f"{task.name} in {language} should be a datasets.Dataset, as load_task returns for "
+            f"each split, got {type(rows).__name__}"
         )
     rows = rows.with_format(None)
     missing = [name for name in column_names(task) if name not in rows.column_names]
@@ -84,14 +84,14 @@ def checked_rows(rows: Any, task: Task, language: str, split: str) -> Any:
     names = getattr(getattr(feature, "feature", feature), "names", None)
     if names is not None and tuple(names) != task.labels:
         raise ValueError(
-            f"the labels of {task.name} are {', '.join(task.labels)}, those of {language} "
+            f"{task.name} in {language} should have the labels {', '.join(task.labels)}, got "
             f"{', '.join(names)}"
         )
     return rows
 
 
 def label_places(model: nn.Module, task: Task) -> Tensor:
-    """The place in ``task.labels`` of each of the model's outputs, -1 for a label it lacks.
+    """The index in ``task.labels`` of each of the model's outputs, -1 for a label not there.
 
     Raises:
         ValueError: the model lacks one of the task's labels.
@@ -120,7 +120,7 @@ def label_places(model: nn.Module, task: Task) -> Tensor:
 def encode_texts(
     tokenizer: Any, task: Task, part: Mapping[str, Any], max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """What the model is given for each row of texts or pairs, and how many did not fit."""
+    """The model's inputs for each row of texts or pairs, and how many rows were cut."""
     texts = [part["text"]] + ([part["text_pair"]] if task.kind == "pair" else [])
     whole = tokenizer(*texts, verbose=False)
     too_long = sum(len(ids) > max_length for ids in whole["input_ids"])
@@ -131,7 +131,7 @@ def encode_texts(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; each module has its own mode again afterwards."""
+    """Evaluation mode without gradients; each module gets its own mode back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -145,12 +145,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def padded(
     rows: list[dict[str, list[int]]], pad_token_id: int | None, **fill: int
 ) -> dict[str, Tensor]:
-    """A batch, padded on the right, so that a word's place in its row is its place in the batch.
+    """A batch, padded on the right, so that a subword has the same index in it as in its row.
 
     Args:
         rows: the inputs of each row.
         pad_token_id: of the tokenizer.
-        fill: what other inputs than ``input_ids`` are padded with. Default: 0.
+        fill: the padding of inputs other than ``input_ids``. Default: 0.
     """
     fill["input_ids"] = 0 if pad_token_id is None else pad_token_id
     batch = {}

@@ -9,15 +9,15 @@ __all__ = ["CC100_GIB", "LANGUAGES", "Language"]
 
 @dataclass(frozen=True)
 class Language:
-    """What a language is called, here and elsewhere.
+    """A language, and what the data sets call it.
 
     Attributes:
         name: in English.
         script: of its text in these data sets, by ISO 15924.
         flores: its code in FLORES-200, and so in SIB-200.
-        treebank: a treebank of it in Universal Dependencies that has a test split; the one that
-            ``pos`` stands for.
-        pud: it has a parallel treebank, PUD, on the hub.
+        treebank: the Universal Dependencies treebank that the task ``pos`` reads, if there is one
+            with a test split.
+        pud: whether its parallel treebank, PUD, is on the hub.
     """
 
     name: str

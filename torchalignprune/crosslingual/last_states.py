@@ -1,4 +1,4 @@
-"""An encoder's last states, batch by batch."""
+"""An encoder's last hidden states, batch by batch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def visit_last_states(
     """Runs a model over texts, in evaluation mode and without gradients, the longest ones first.
 
     Args:
-        model: of Transformers, with or without a head; on any device.
+        model: a Transformers model with or without a head, on any device.
         tokenizer: its tokenizer.
-        texts: sentences, cut off where they are too long.
-        batch_size: sentences at a time.
-        visit: gets the numbers of a batch's texts, the last states, shape ``(sentences, tokens,
-            hidden)``, and ``special_tokens_mask`` on the CPU, with ``offset_mapping`` beside it.
-        offsets: whether to ask for these; needs a fast tokenizer.
+        texts: sentences, cut where they are too long.
+        batch_size: sentences per batch.
+        visit: called for each batch with the indices of its texts, their last hidden states, shape
+            ``(sentences, tokens, hidden)``, and ``special_tokens_mask`` on the CPU, in a dict.
+        offsets: put ``offset_mapping`` into the dict too; needs a fast tokenizer.
     """
     encoder = getattr(model, "base_model", model)
     device = next(encoder.parameters()).device

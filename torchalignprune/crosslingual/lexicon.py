@@ -1,8 +1,8 @@
 """Word vectors for a multilingual vocabulary, taken from an encoder of one language.
 
-A piece of the encoder's own language has the vector of its spelling. A piece of another one has the
-mean of the vectors of the pieces it is translated by, weighted by how probable each is (Tran 2020,
-"From English to foreign languages: transferring pre-trained language models", section 2). The
+A piece of the encoder's own language has the vector of its spelling. A piece of another language
+has the mean of the vectors of its translations, weighted by their probabilities (Tran 2020, "From
+English to foreign languages: transferring pre-trained language models", section 2). The
 probabilities are those of IBM Model 1 (Brown et al. 1993) on parallel text.
 """
 
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Less probable translations are left out.
 _LEAST = 1e-3
-# A piece has to be translated by known pieces with this probability at least.
+# The least probability with which known pieces must translate a piece for it to have a vector.
 _LEAST_KNOWN = 0.05
 
 
@@ -37,13 +37,13 @@ def translation_table(
 ) -> scipy.sparse.csr_matrix:
     """The probability of each target word given a source word, by IBM Model 1.
 
-    Each word of a target sentence is the translation of one of the words of the source sentence, or
-    of none of them. Words are counted once a sentence. The expectation maximization starts from
+    The model takes each word of a target sentence for the translation of one word of the source
+    sentence, or of none. A word counts once per sentence. Expectation maximization starts from
     Dice's coefficients.
 
     Args:
         source: the ids of the words of each sentence.
-        target: those of its translation.
+        target: the ids of the words of its translation.
         vocabulary: the number of ids.
         iterations: of the expectation maximization.
 
@@ -51,7 +51,7 @@ def translation_table(
         Shape ``(vocabulary, vocabulary)``: rows are source words; probabilities below 0.001 are 0.
 
     Raises:
-        ValueError: source and target are not of the same length.
+        ValueError: source and target differ in length.
         ImportError: scipy is not installed (``pip install "torchalignprune[matching]"``).
 
     Example:
@@ -70,7 +70,7 @@ def translation_table(
         raise ValueError(
             f"target should have as many sentences as source, {len(source)}, got {len(target)}"
         )
-    # What is no word's translation is that of an additional one, in all sentences.
+    # Words that translate none are linked to an additional one, which all source sentences have.
     none = vocabulary
     words = [np.append(np.unique(np.asarray(ids, np.int64)), none) for ids in source]
     others = [np.unique(np.asarray(ids, np.int64)) for ids in target]
@@ -81,7 +81,7 @@ def translation_table(
         pairs.append((own[:, None] * vocabulary + other).ravel())
         places.append(np.tile(np.arange(at, at + len(other), dtype=np.int32), len(own)))
         at += len(other)
-    # For each possible link: which pair of words it is, and which target word of the text it links.
+    # For each possible link: its pair of words, and the index of its target word in the whole text.
     kinds, pair = np.unique(np.concatenate(pairs), return_inverse=True)
     place = np.concatenate(places)
     of_source, of_target = kinds // vocabulary, kinds % vocabulary
@@ -101,18 +101,20 @@ def translation_table(
 
 
 def piece_vectors(tokenizer: Any, encoder_tokenizer: Any, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """For each piece of a vocabulary the vector of its spelling in a WordPiece encoder.
+    """For each piece of a vocabulary, the vector of its spelling in a WordPiece encoder.
 
-    A piece that begins a word (``▁hospital``) is spelled as a word, another one (``ing``) as a
-    continuation (``##ing``) where the encoder has that. Of several pieces the mean is taken.
+    A piece that begins a word (``▁hospital``) is spelled as a word, any other (``ing``) as a
+    continuation (``##ing``) if the encoder has that. If the spelling takes several of the encoder's
+    pieces, the vector is their mean.
 
     Args:
-        tokenizer: whose vocabulary.
-        encoder_tokenizer: the encoder's, of BERT's kind.
-        vectors: the encoder's, shape ``(its vocabulary, width)``.
+        tokenizer: the tokenizer of the vocabulary.
+        encoder_tokenizer: the encoder's tokenizer, like BERT's.
+        vectors: the encoder's word vectors, shape ``(its vocabulary, width)``.
 
     Returns:
-        Shape ``(vocabulary, width)``, and bool, shape ``(vocabulary,)``: which are known.
+        The vectors, shape ``(vocabulary, width)``, and which of them are known, bool, shape
+        ``(vocabulary,)``.
     """
     known = torch.zeros(len(tokenizer), dtype=torch.bool)
     found = torch.zeros(len(tokenizer), vectors.shape[1])
@@ -145,19 +147,19 @@ def transferred_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Vectors for the pieces of all languages, from those of one, the pivot.
 
-    A piece that several languages have gets the mean over them, by how often each has it.
+    A piece of several languages gets the mean over them, weighted by how often it occurs in each.
 
     Args:
         tokenizer: of all the languages.
-        parallel: texts with, for each language, sentences by id.
+        parallel: parallel texts: for each language, its sentences by id.
         vectors: of the pivot's pieces, shape ``(vocabulary, width)``.
-        known: bool, shape ``(vocabulary,)``: which of them are there.
-        pivot: the language that the vectors are of.
-        most: sentences of each text that are aligned; the first ones of a seeded order.
+        known: which pieces have such a vector, bool, shape ``(vocabulary,)``.
+        pivot: the language of the vectors.
+        most: the most sentences to align of each text and language, sampled with a fixed seed.
 
     Returns:
-        Shape ``(vocabulary, width)``, centered, zeros for a piece without any; and how often each
-        piece was seen, float64, shape ``(vocabulary,)``.
+        The vectors, centered, shape ``(vocabulary, width)``, zeros for a piece that has none; and
+        how often each piece was seen, float64, shape ``(vocabulary,)``.
 
     Raises:
         ValueError: a text lacks the pivot.
@@ -165,7 +167,7 @@ def transferred_vectors(
     """
     for text in parallel:
         if pivot not in text:
-            raise ValueError(f"a text should have {pivot}, got {', '.join(text)}")
+            raise ValueError(f"a text should have the pivot {pivot}, got {', '.join(text)}")
     size, own = len(tokenizer), known.numpy()
     given = vectors.float().numpy()
     given = np.where(own[:, None], given - given[own].mean(0), 0.0)
@@ -197,7 +199,7 @@ def transferred_vectors(
 
 
 def _normalized(weight: Array, group: Array, groups: int) -> Array:
-    """Divided by their sum in each group."""
+    """The weights, divided by their sum in each group."""
     sums = np.bincount(group, weight, minlength=groups)
     return np.asarray(weight / np.maximum(sums, 1e-300)[group])
 

@@ -1,4 +1,4 @@
-"""What an encoder makes of a word, handed to the pieces of another tokenizer."""
+"""Hands an encoder's hidden states to the pieces of another tokenizer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["piece_states"]
 def piece_states(
     model: Any, tokenizer: Any, texts: Sequence[str], pieces: Any, *, batch_size: int = 64
 ) -> list[Tensor]:
-    """Last states of a model's tokens, for the pieces that another tokenizer makes of the texts.
+    """A model's last hidden states, for the pieces that another tokenizer makes of the texts.
 
-    A piece gets the state of the token that has its first character, blanks left out.
+    A piece gets the state of the token with the piece's first character that is not blank.
 
     Args:
-        model: of Transformers, with or without a head; on any device. Middle layers know most about
-            syntax: ``from_pretrained(..., num_hidden_layers=3)`` loads the first three only.
+        model: a Transformers model with or without a head, on any device. Middle layers know most
+            about syntax: ``from_pretrained(..., num_hidden_layers=3)`` loads only the first three.
         tokenizer: its tokenizer, a fast one.
         texts: sentences.
-        pieces: the other tokenizer, a fast one too; without its special tokens.
-        batch_size: sentences at a time.
+        pieces: the other tokenizer, a fast one too; its special tokens are left out.
+        batch_size: sentences per batch.
 
     Returns:
-        For each text bfloat16 on the CPU, shape ``(pieces, hidden)``; fewer pieces, from the first
-        on, where the model does not take the whole text.
+        For each text a bfloat16 tensor on the CPU, shape ``(pieces, hidden)``. If the model does
+        not take the whole text, only its first pieces are there.
     """
     found: list[Tensor] = [torch.empty(0)] * len(texts)
 
@@ -55,7 +55,7 @@ def piece_states(
 def _tokens_of(
     text: str, tokens: np.ndarray[Any, Any], pieces: Sequence[tuple[int, int]]
 ) -> np.ndarray[Any, Any]:
-    """For each piece the token that has its first character, as far as the tokens go."""
+    """For each piece, the token that has its first character, as far as the tokens go."""
     if not len(tokens):
         return np.zeros(0, np.int64)
     firsts = []

@@ -3,13 +3,14 @@
 Three losses share one encoder. *Masked language modelling* (Devlin et al. 2019) on single
 sentences teaches each language. *Translation language modelling* (Conneau and Lample 2019), the
 same on a sentence beside its translation, ties words to words. *Translation ranking* (Guo et al.
-2018, in the symmetric form of Feng et al. 2022), which has to find a sentence's translation among
-those of the batch by the mean of its states, ties sentences to sentences. Where there is a teacher,
-the state of a sentence's first token, through a linear map, also follows the teacher's embedding of
-the sentence in the teacher's language, in whatever language it is (Reimers and Gurevych 2020).
-Where there are word alignments, words are ranked like sentences (after Cao, Kitaev and Klein 2020),
-and the state of a word, through another linear map, follows what a teacher of words makes of it or
-of its translation (the hidden states of Jiao et al. 2020, taken across languages).
+2018, in the symmetric form of Feng et al. 2022) ties sentences to sentences: a sentence's
+translation is to be found in the batch by the mean of its states.
+
+With a teacher, a linear map of the state of a sentence's first token also follows the teacher's
+embedding of the sentence in the teacher's language, whatever language the sentence is in (Reimers
+and Gurevych 2020). With lexicons, words are ranked like sentences (after Cao, Kitaev and Klein
+2020). With a teacher of words, another linear map of a word's state follows the teacher's state of
+the word or of its translation (the hidden states of Jiao et al. 2020, taken across languages).
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ _RANKING, _TRANSLATION, _PLAIN = "ranking", "translation", "plain"
 # How often each kind of step is taken.
 _KINDS = {_RANKING: 0.4, _TRANSLATION: 0.35, _PLAIN: 0.25}
 _MASKED = {_RANKING: 0.15, _TRANSLATION: 0.25, _PLAIN: 0.15}
-# The special tokens of XLM-R, and the first piece.
+# The ids of XLM-R's special tokens, and of the first piece.
 _BEGIN, _PAD, _END, _FIRST = 0, 1, 2, 4
 _STATE = "state.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Of a word's translations the most probable ones are known, and taken from this probability on.
+# How many translations of a word are kept, and the least probability of one to be linked.
 _TRANSLATIONS, _SURE = 8, 0.2
-# How many pairs of words of a batch are told apart.
+# The most linked pairs of words of a batch that are ranked.
 _LINKS = 512
 _WORD_TEMPERATURE = 0.1
-# A batch is drawn from among sentences of like length, this many times as many as it has.
+# A batch is drawn from this many times as many sentences of similar length.
 _WINDOW = 4
 
 
 @dataclass(frozen=True)
 class ParallelText:
-    """Sentences that are there in several languages.
+    """The same sentences in several languages.
 
     Attributes:
-        texts: for each language, by the sentence's id, its text. Languages may lack sentences.
-        weight: how often a sentence is drawn from here, relative to other parallel texts.
+        texts: for each language, its sentences by id. A language may lack some.
+        weight: how often this text is drawn from, relative to other parallel texts.
     """
 
     texts: Mapping[str, Mapping[str, str]]
@@ -72,17 +73,17 @@ class ParallelText:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrainedTokenizerFast:
-    """A tokenizer as XLM-R has one, of its own pieces: SentencePiece's Unigram (Kudo 2018).
+    """Trains a tokenizer like XLM-R's: SentencePiece's Unigram (Kudo 2018).
 
     Args:
         texts: what to learn the pieces from.
-        vocabulary: how many pieces, special tokens included; fewer if the texts do not have them.
+        vocabulary: number of pieces, special tokens included; fewer if the texts have fewer.
 
     Returns:
         The tokenizer, with XLM-R's special tokens under XLM-R's ids (``<mask>`` is the last).
 
     Raises:
-        ValueError: the texts are empty, or have more characters than there may be pieces.
+        ValueError: the texts are empty, or have more different characters than ``vocabulary``.
         ImportError: transformers or sentencepiece is not installed.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -96,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 12000) -> PreTrained
             normalizers.Replace(Regex(r"\s+"), " "),
         ]
     )
-    # XLM-R's: SentencePiece has no place for <pad> at 1, and <mask> comes last.
+    # As in XLM-R, <pad> is at 1, where SentencePiece has no place for it, and <mask> comes last.
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += _unigram_pieces(map(normalizer.normalize_str, texts), vocabulary - 2)
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
@@ -142,19 +143,19 @@ def _unigram_pieces(texts: Iterable[str], count: int) -> list[tuple[str, float]]
             split_digits=True,
             normalization_rule_name="identity",
             max_sentence_length=1_000_000,
-            # Sums are taken thread by thread: the same number of them gives the same pieces.
+            # Each thread adds up its own sums: the same number of threads gives the same pieces.
             num_threads=4,
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no pieces for a vocabulary of {count + 2}: {error}") from None
+        raise ValueError(f"vocabulary should fit the texts, got {count + 2}: {error}") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return [(found.id_to_piece(i), found.get_score(i)) for i in range(3, len(found))]
 
 
 @dataclass
 class _Sentences:
-    """Encoded sentences, without special tokens, one after the other in one array."""
+    """Encoded sentences without special tokens, concatenated in one array."""
 
     tokens: np.ndarray[Any, Any]
     starts: np.ndarray[Any, Any]
@@ -215,7 +216,7 @@ class _Plain:
 
 
 class _Lexicon:
-    """A language's words and what they are most probably translated by."""
+    """The most probable translations of a language's words."""
 
     def __init__(self, table: scipy.sparse.csr_matrix) -> None:
         size = table.shape[0]
@@ -228,7 +229,7 @@ class _Lexicon:
             self.probabilities[row, : len(best)] = table.data[own][best]
 
     def links(self, source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
-        """The places of words and of their translations, where one is probable enough."""
+        """The positions of words and of their translations, if these are probable enough."""
         ids = np.asarray(source, np.int64)
         there = self.words[ids][:, :, None] == np.asarray(target, np.int64)
         scores = (there * self.probabilities[ids][:, :, None]).max(1)
@@ -242,16 +243,16 @@ class _Lexicon:
 @dataclass
 class _Batch:
     rows: list[list[int]]
-    # Where the teacher's embeddings of the rows are, -1 where it has none.
+    # For each row, the index of the teacher's embedding, -1 if it has none.
     targets: list[int] = field(default_factory=list)
-    # Of words that translate each other: row and column of the one, row and column of the other.
+    # Words that translate each other: row and column of the one, row and column of the other.
     links: list[tuple[int, int, int, int]] = field(default_factory=list)
-    # Of words that the teacher of words knows: row, column, its sentence, which of its words.
+    # Words that the teacher of words knows: row, column, its sentence, and the word there.
     known: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 class _Sampler:
-    """What a step trains on; it depends on the seed and the number of the step alone."""
+    """Draws the batch of a step, which depends only on the seed and the number of the step."""
 
     def __init__(
         self,
@@ -299,7 +300,7 @@ class _Sampler:
                 elif pair[side] in self.lexicons:
                     found = self.lexicons[pair[side]].links((first, second)[side][row], pivot)
                     if pair[other] == self.pivot:
-                        # The first column is that of the token which begins every row.
+                        # Every row begins with a special token.
                         links += [(mine, i + 1, its, j + 1) for i, j in found]
                 else:
                     continue
@@ -310,7 +311,7 @@ class _Sampler:
         return kind, _Batch(rows, targets * 2, links, known)
 
     def _languages(self, draw: random.Random, there: list[str]) -> tuple[str, str]:
-        """Two different ones; the pivot three times as often as any other."""
+        """Two different languages; the pivot has three times the weight of any other."""
         first, second = "", ""
         while first == second:
             first, second = draw.choices(
@@ -321,7 +322,7 @@ class _Sampler:
     def _plain(self, draw: random.Random) -> _Batch:
         assert self.plain is not None
         codes = list(self.plain.sentences)
-        # In between as many of each language and as many as there are.
+        # A compromise between equal shares of the languages and shares by their size.
         weights = [math.sqrt(len(self.plain.order[code])) for code in codes]
         (code,) = draw.choices(codes, weights)
         places = _alike(draw, self.plain.lengths[code], self.tokens)
@@ -338,7 +339,7 @@ class _Sampler:
 
 
 def _alike(draw: random.Random, lengths: Sequence[int], tokens: int) -> list[int]:
-    """Places of sentences of like length, about as many tokens together, out of a sorted list."""
+    """Indices of sentences of similar length, with about ``tokens`` tokens; lengths are sorted."""
     end = int(draw.random() * len(lengths)) + 1
     count = max(8, tokens // _rounded(lengths[end - 1] + 2))
     window = range(max(0, end - _WINDOW * count), end)
@@ -372,60 +373,59 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Pretrains a masked language model on parallel and plain text, in place.
 
-    A step is one of three: 40% rank translations and predict masked tokens (15%) in single
-    sentences, 35% predict them (25%) in pairs of a sentence and its translation, 25% predict them
-    (15%) in plain sentences of one language, where there are any. The teachers take part in the
-    first and the last. AdamW, a learning rate that rises, stays and falls linearly to 0, gradients
-    clipped to a norm of 1.
+    There are three kinds of steps: 40% rank translations and predict masked tokens (15%) in single
+    sentences; 35% predict them (25%) in pairs of a sentence and its translation; 25% predict them
+    (15%) in plain sentences of one language, if there are any. The teachers take part in the first
+    and the last kind. The optimizer is AdamW, with a learning rate that rises, stays and falls
+    linearly to 0, and gradients clipped to a norm of 1.
 
-    What a step trains on depends on the seed and its number alone. With a ``folder`` the state is
-    saved there, and a run that was killed goes on from the last one; on the CPU, with the same
-    number of threads, it ends as if it had not been killed.
+    A step's batch depends only on the seed and the number of the step. With a ``folder`` the state
+    is saved there, and a killed run resumes from the last state; on the CPU, with the same number
+    of threads, it ends as if it had not been killed.
 
     Args:
-        model: such as ``XLMRobertaForMaskedLM``: with a ``base_model`` and an ``lm_head``, on any
-            device. It is left in evaluation mode.
-        tokenizer: such as :func:`train_tokenizer` gives; XLM-R's special tokens have their ids.
-        parallel: at least one.
-        plain: for each language sentences without a translation.
-        steps: how many to take.
-        teacher: gives the embeddings, shape ``(sentences, width)``, of sentences in the pivot
-            language; they are asked for once.
-        word_teacher: gives for each sentence in the pivot language the states, shape ``(pieces,
-            width)``, of its first pieces, such as :func:`torchalignprune.crosslingual.piece_states`
-            does; they are asked for once. Every component is standardised. Words of the other
-            languages follow those of the words that the lexicons say they translate.
-        lexicons: for each other language the probabilities that its pieces are translated by those
-            of the pivot (:func:`torchalignprune.crosslingual.translation_table`). Where they are
-            given, the state of a word should also be nearest to that of its translation among
-            those of the batch.
-        pivot: a language that is drawn three times as often as any other, and the teacher's.
-        tokens: of a batch, about; a pair of sentences counts once.
-        longest: the most tokens of a sentence, special ones not included; the rest is cut off. A
+        model: a model with a ``base_model`` and an ``lm_head``, such as ``XLMRobertaForMaskedLM``,
+            on any device. It is left in evaluation mode.
+        tokenizer: such as :func:`train_tokenizer` returns, with XLM-R's ids of special tokens.
+        parallel: at least one parallel text.
+        plain: for each language, sentences without a translation.
+        steps: number of steps.
+        teacher: returns the embeddings, shape ``(sentences, width)``, of sentences in the pivot
+            language; called once.
+        word_teacher: returns for each sentence in the pivot language the states of its first
+            pieces, shape ``(pieces, width)``, as :func:`torchalignprune.crosslingual.piece_states`
+            does; called once. Every component is standardised. Words of other languages follow
+            the states of their translations in the pivot language, which the lexicons give.
+        lexicons: for each other language, the probabilities that a piece of the pivot translates
+            one of its pieces (:func:`torchalignprune.crosslingual.translation_table`). A word is
+            then ranked too: its state should be nearest to that of its translation in the batch.
+        pivot: the language of the teachers, drawn three times as often as any other.
+        tokens: of a batch, approximately, both sentences of a pair included.
+        longest: the most tokens of a sentence, special tokens not included; the rest is cut off. A
             pair takes up to ``2 * longest + 4``.
-        learning_rate: the highest.
+        learning_rate: its maximum.
         warmup: the share of the steps in which the learning rate rises.
         decay: the share of the steps in which it falls, at the end.
         weight_decay: of AdamW.
-        temperature: the cosines of translations are divided by it.
-        teacher_weight: of one minus the cosine to the teacher's embedding. That this should be the
-            nearest of those of the batch counts once. It is the weight of the teacher of words too.
+        temperature: divides the cosines when sentences are ranked.
+        teacher_weight: the weight of the losses by which the maps follow the teachers, one minus
+            the cosine. The loss that ranks the teacher's embeddings of the batch has weight 1.
         autocast: ``torch.bfloat16`` for :func:`torch.autocast`, or None.
-        seed: of everything drawn, dropout included.
-        folder: where the state and ``log.jsonl`` are kept; None: nowhere. For one run:
-            that its state is of other texts, teachers or lexicons is not noticed.
-        save_every: steps between two states.
+        seed: of everything random, dropout included.
+        folder: where to keep the state and ``log.jsonl``; None: nowhere. Use it for one run: a
+            state from other texts, teachers or lexicons is not noticed.
+        save_every: steps between two saved states.
         progress: show a progress bar on standard error; needs tqdm.
 
     Returns:
-        The means of the losses over every 100 steps: ``step``, ``tokens`` so far, and
-        ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking``, ``words``, ``teacher``,
-        ``teacher_ranking`` and ``word_teacher``, as far as there are such.
+        A dict for every 100 steps: ``step``, ``tokens`` so far, and the means of those of the
+        losses ``ranking_mlm``, ``translation_mlm``, ``plain_mlm``, ``ranking``, ``words``,
+        ``teacher``, ``teacher_ranking`` and ``word_teacher`` that there are.
 
     Raises:
-        ValueError: no parallel text, a language alone, a number out of range, more tokens than the
-            model takes, a state in the folder that was made with other options or has parameters
-            of other shapes. The model is as it was then.
+        ValueError: there is no parallel text, or one in a single language; a number is out of
+            range; the model takes fewer tokens; the state in the folder was made with other
+            options or has parameters of other shapes. The model has not changed then.
         RuntimeError: the loss is not finite.
         ImportError: safetensors is missing, for a folder, or tqdm, for ``progress``.
 
@@ -520,7 +520,7 @@ def _check(
         if settings[name] < 0:
             raise ValueError(f"{name} should be at least 0, got {settings[name]}")
     if not parallel:
-        raise ValueError("parallel should have at least one text")
+        raise ValueError("parallel should have at least one text, got none")
     for text in parallel:
         if len(text.texts) < 2:
             raise ValueError(
@@ -536,8 +536,8 @@ def _check(
     limit = longest_input(model, tokenizer)
     if 2 * settings["longest"] + 4 > limit:
         raise ValueError(
-            f"the model and the tokenizer take {limit} tokens, so that longest should be at most "
-            f"{(limit - 4) // 2}, got {settings['longest']}"
+            f"longest should be at most {(limit - 4) // 2}, since the model and the tokenizer take "
+            f"{limit} tokens, got {settings['longest']}"
         )
 
 
@@ -551,7 +551,7 @@ def _losses(
     temperature: float,
     autocast: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """The losses of a step, and how many tokens it has."""
+    """The losses of a step, and the number of its tokens."""
     kind, batch = drawn
     ids, attention = _padded(batch.rows)
     inputs, places = _masked(ids, attention, tokenizer, _MASKED[kind])
@@ -591,13 +591,13 @@ def _losses(
 
 
 def _word_ranking(states: Tensor, ids: Tensor, links: Tensor) -> Tensor:
-    """A word's state should be nearest to that of its translation, among those of the batch."""
+    """The loss of finding each word's translation, among those of the batch, by its state."""
     row, column, other_row, other_column = links.T
     left = normalize(states[row, column].float(), dim=1)
     right = normalize(states[other_row, other_column].float(), dim=1)
     scores = left @ right.T / _WORD_TEMPERATURE
     words, others = ids[row, column], ids[other_row, other_column]
-    # The same word elsewhere is no wrong answer.
+    # The same word in another pair is not a wrong answer.
     same = (words[:, None] == words) | (others[:, None] == others)
     scores = scores.masked_fill(same.fill_diagonal_(False), -torch.inf)
     order = torch.arange(len(links), device=states.device)
@@ -611,7 +611,7 @@ def _taught(
     raw: _Plain | None,
     pivot: str,
 ) -> list[str]:
-    """What there is in the teachers' language; says which sentence has which of them."""
+    """All sentences in the teachers' language; fills the ``targets`` of the texts with indices."""
     sentences: list[str] = []
     for given, own in zip(parallel, texts, strict=True):
         for name, text in given.texts.get(pivot, {}).items():
@@ -625,7 +625,7 @@ def _taught(
 
 
 class _WordStates:
-    """What the teacher of words makes of every word, standardised, one sentence after the other."""
+    """The states that the teacher of words gives all words, standardised and concatenated."""
 
     def __init__(self, states: Sequence[Tensor]) -> None:
         self.starts = np.cumsum([0, *map(len, states)])
@@ -636,7 +636,7 @@ class _WordStates:
             part.copy_((part.float() - mean) / deviation.clamp(min=1e-6))
 
     def of(self, known: Sequence[tuple[int, int, int, int]]) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the batch, shape ``(words, 2)``, and what they should follow."""
+        """Rows and columns in the batch, shape ``(words, 2)``, and the states to follow there."""
         rows = np.array(known, np.int64).reshape(-1, 4)
         places = self.starts[rows[:, 2]] + rows[:, 3]
         there = places < self.starts[rows[:, 2] + 1]
@@ -660,7 +660,7 @@ class _Run:
         self.lines: list[dict[str, float]] = []
 
     def resume(self) -> int:
-        """Takes up the last state, if there is one, and says how many steps it had taken."""
+        """Restores the last state, if there is one; returns the number of steps it had taken."""
         if self.folder is None or not (self.folder / _STATE).exists():
             return 0
         from safetensors import SafetensorError, safe_open
@@ -669,7 +669,7 @@ class _Run:
         try:
             opened = safe_open(path, "pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is no state of a run: {error}") from error
+            raise ValueError(f"{path} is not the state of a run: {error}") from error
         with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("settings") != self.settings:
@@ -689,7 +689,7 @@ class _Run:
                     )
             for name, own in self.named.items():
                 own.data.copy_(file.get_tensor(name))
-                # The teacher's head has had a gradient in some of the steps only, or in none.
+                # A head that has had no gradient yet has no moments.
                 if f"{name}/step" in names:
                     state = {key: file.get_tensor(f"{name}/{key}") for key in _MOMENTS}
                     self.optimizer.state[own] = {
@@ -738,7 +738,7 @@ class _Run:
 
 
 def _rounded(length: int) -> int:
-    """Some shapes come up again and again: a matrix product is compiled for each on some CPUs."""
+    """Rounds up, for fewer different shapes: some CPUs compile a matrix product for each."""
     return -(-length // 8) * 8
 
 
@@ -750,11 +750,11 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _masked(ids: Tensor, attention: Tensor, tokenizer: Any, share: float) -> tuple[Tensor, Tensor]:
-    """The inputs, and which places of the flattened batch are to be predicted.
+    """The inputs, and the indices into the flattened batch of the tokens to predict.
 
     Of those, 80% are masked, 10% replaced and 10% kept (Devlin et al. 2019).
     """
-    # A round number, so that the products that follow have few different shapes too.
+    # A multiple of 64, so that the products that follow have few different shapes too.
     count = max(1, int(share * attention.sum()) // 64 * 64)
     places = (torch.rand(ids.shape) * (ids > _END)).flatten().topk(count).indices
     chosen = torch.zeros(ids.numel(), dtype=torch.bool)

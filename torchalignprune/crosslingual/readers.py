@@ -37,51 +37,49 @@ def load_task(
     *,
     splits: Sequence[str] | None = None,
 ) -> datasets.DatasetDict:
-    """A task's data in one language, its splits as far as they are there.
+    """Loads the splits of a task's data in one language.
 
-    Without ``data`` it comes from the hub, through ``datasets.load_dataset``: ``pos`` and ``pud``
+    Without ``data`` they come from the hub, through ``datasets.load_dataset``: ``pos`` and ``pud``
     from ``universal-dependencies/universal_dependencies``, ``topics`` from ``Davlan/sib200``,
     ``xnli`` from ``facebook/xnli``, ``pawsx`` from ``google-research-datasets/paws-x`` and ``ner``
     from ``unimelb-nlp/wikiann``.
 
-    With ``data``, a folder, nothing is downloaded. It, or its folder of the task's name
-    (``udpos``, ``pud``, ``sib200``, ``xnli``, ``paws-x``, ``wikiann``), holds either
+    With ``data`` nothing is downloaded. That folder, or the task's folder in it (``udpos``,
+    ``pud``, ``sib200``, ``xnli``, ``paws-x``, ``wikiann``), holds either
 
-    - copies of the files of those repositories: for each configuration a folder of its name with
-      ``.parquet``, ``.jsonl``, ``.csv`` or ``.tsv`` files (the last two with a header) that have
-      the split in their name, or lie in a folder of that name, such as
-      ``de/test-00000-of-00001.parquet``, ``en_ewt/train/0000.parquet``, ``eng_Latn/dev.tsv``;
-      in ``.tsv`` files quotes are taken as SIB-200 has them, around texts, and in those of pairs as
-      PAWS-X and XNLI have them, as characters; or
+    - copies of the files of those repositories: a folder for each configuration, with ``.parquet``,
+      ``.jsonl``, ``.csv`` or ``.tsv`` files (the last two with a header). The split is in the name
+      of the file or of its folder, such as ``de/test-00000-of-00001.parquet``,
+      ``en_ewt/train/0000.parquet``, ``eng_Latn/dev.tsv``. In ``.tsv`` files quotes enclose texts,
+      as in SIB-200, but in those of pairs they are characters, as in PAWS-X and XNLI; or
     - for ``pos``, ``pud`` and ``topics``, plain files ``SPLIT.LANGUAGE.tsv`` or ``.tsv.gz``, where
       the split is ``train``, ``dev`` or ``test``: ``TOKEN TAB TAG`` lines with an empty line after
       each sentence, or ``ID TAB LABEL TAB TEXT`` lines. Tokens may hold spaces.
 
-    A split is there once: in one format, and with all of its files where their names number them.
+    Each split should be there once: in one format, and complete if the files' names number them.
 
     Args:
-        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
+        task: a task, or the name of one of :data:`torchalignprune.crosslingual.TASKS`.
         language: its code, such as ``"de"``, or the name of a configuration of the repository,
             such as ``"de_hdt"``.
         data: the folder.
-        splits: which of ``"train"``, ``"validation"`` and ``"test"`` to read. Default: all that are
-            there.
+        splits: which of ``"train"``, ``"validation"`` and ``"test"`` to read. Default: all that
+            exist.
 
     Returns:
-        ``train``, ``validation`` and ``test`` as far as they are there, or ``splits``, each with
-        the columns
-        ``id`` (the data's own, otherwise the row's number) and
+        Those of ``train``, ``validation`` and ``test`` that exist, or ``splits``, each with the
+        columns ``id`` (the data's own, or else the row's number) and
 
         - for words: ``tokens`` and ``labels``, a ``ClassLabel`` for each token;
         - for a text: ``text`` and ``label``, a ``ClassLabel``;
         - for a pair: ``text``, ``text_pair`` and ``label``.
 
-        The label ids are places in ``task.labels``, whatever the order in the data is.
+        The label ids are indices into ``task.labels``, whatever the order in the data.
 
     Raises:
-        ValueError: an unknown task; a language that is not there (the error lists those that
-            are), one of ``splits`` that is not there, a split that is there twice or in part, a
-            column that is missing, a label that the task does not have.
+        ValueError: the task is unknown; the language is not there (the error lists those that
+            are); one of ``splits`` is missing; a split is there twice or in part; a column is
+            missing; a label is not the task's.
         TypeError: ``splits`` is one string.
         OSError: the hub cannot be reached.
         ImportError: datasets is not installed (``pip install "torchalignprune[crosslingual]"``).
@@ -117,15 +115,15 @@ def available_languages(
 ) -> list[str]:
     """The languages of a task, sorted: those in a folder, or those known to be on the hub.
 
-    A folder may hold more than the task's languages: other treebanks than those that stand for
-    languages, such as ``de_hdt``, which :func:`load_task` reads if they are named, or XNLI's
-    ``all_languages``, which it refuses: a row there is in every language at once.
+    A folder may hold configurations that stand for no language of the task: further treebanks, such
+    as ``de_hdt``, which :func:`load_task` reads by that name, or XNLI's ``all_languages``, which it
+    refuses, because each row there is in all languages at once.
 
     Args:
-        task: the name of one of :data:`torchalignprune.crosslingual.TASKS`, or a task.
+        task: a task, or the name of one of :data:`torchalignprune.crosslingual.TASKS`.
         data: the folder.
-        others: list those configurations too. Without any language that the task knows they are
-            listed anyhow.
+        others: list those configurations too. If the folder has no language of the task, they are
+            listed anyway.
 
     Raises:
         ValueError: as :func:`load_task`.
@@ -256,13 +254,13 @@ def _split_of(stem: str) -> str | None:
 
 
 def _check_files(paths: Sequence[Path]) -> None:
-    """Refuses copies of a split, in another format or place, and a part of one."""
+    """Refuses a split that is there twice, in two formats or folders, or only in part."""
     names = ", ".join(map(str, paths))
     if len({path.suffix for path in paths}) > 1:
         raise ValueError(f"the files of a split should be of one format, got {names}")
     series, parts = set(), []
     for path in paths:
-        numbered = path.stem.isdecimal()  # of how many is not said
+        numbered = path.stem.isdecimal()  # the name does not give the number of files
         found = _PART.fullmatch(path.stem)
         assert found is not None
         series.add((path.parent, None if numbered else found["name"]))
@@ -307,11 +305,11 @@ def _read_table(path: Path, task: Task) -> pyarrow.Table:
     tabs = path.suffix == ".tsv"
     parse = pyarrow.csv.ParseOptions(
         delimiter="\t" if tabs else ",",
-        # The files of PAWS-X and XNLI have quotes wherever a sentence has some.
+        # In the files of PAWS-X and XNLI quotes are characters of the sentences.
         quote_char=False if tabs and task.kind == "pair" else '"',
         newlines_in_values=True,
     )
-    # Texts such as "NA" and "007" are texts.
+    # Texts such as "NA" and "007" stay texts.
     texts = [name for kind in ("text", "text_pair") for name in task.columns.get(kind, (kind,))]
     convert = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(texts, pyarrow.string()), null_values=[]
@@ -323,7 +321,7 @@ def _read_table(path: Path, task: Task) -> pyarrow.Table:
 
 
 def _read_lines(path: Path) -> pyarrow.Table:
-    """JSON lines. Texts that all look like times are texts; Arrow would write them anew."""
+    """Reads JSON lines. A column of texts that look like times stays as it is; Arrow parses it."""
     import pyarrow.json
 
     table = pyarrow.json.read_json(path)
@@ -344,7 +342,7 @@ def _as_text(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _check_lines(path: Path, table: pyarrow.Table) -> None:
-    """Refuses texts of several lines, which a quote that nothing closes makes of many rows."""
+    """Refuses texts of several lines: an unclosed quote makes one text of many rows."""
     import pyarrow
     import pyarrow.compute as pc
 
@@ -355,7 +353,7 @@ def _check_lines(path: Path, table: pyarrow.Table) -> None:
         if broken.any():
             raise ValueError(
                 f"{path}: {name} of row {int(broken.argmax())} should be on one line, got several: "
-                "a quote before it may have no other that closes it"
+                "a quote before it may be unclosed"
             )
 
 
@@ -363,7 +361,7 @@ def _read_small(path: Path, task: Task) -> pyarrow.Table:
     import pyarrow
 
     opened = gzip.open if path.suffix == ".gz" else open
-    # A byte-order mark at the beginning is no part of the first token.
+    # A byte-order mark is not part of the first token.
     with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
         try:
             if task.kind == "words":
@@ -373,7 +371,7 @@ def _read_small(path: Path, task: Task) -> pyarrow.Table:
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be read: {_line(error)}") from error
     if not columns[column_names(task)[-1]]:
-        raise ValueError(f"{path} should have a sentence at least, got an empty file")
+        raise ValueError(f"{path} should have at least one sentence, got an empty file")
     return pyarrow.table(columns)
 
 
@@ -386,7 +384,7 @@ def _read_tagged(path: Path, lines: Iterable[str]) -> dict[str, list[Any]]:
         if not line:
             inside = False
             continue
-        # Never at a space: tokens hold some in Vietnamese, and now and then elsewhere.
+        # Not at spaces, which tokens may hold, as in Vietnamese.
         fields = line.split("\t")
         if len(fields) != 2:
             raise ValueError(f"{path}:{number} should be TOKEN TAB TAG, got {line!r}")

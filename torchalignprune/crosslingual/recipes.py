@@ -1,4 +1,4 @@
-"""The ways to prune, and the regularizers, that the zero-shot comparisons call by name."""
+"""The pruning methods and regularizers of the zero-shot comparisons, by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Penalty = CosineAlignment | FrobeniusAlignment
 
 
 class _Scored(Magnitude):
-    """Ranks by scores that are made anew each time it prunes."""
+    """Ranks by scores that are computed again for each pruning."""
 
     def __init__(
         self, amount: float, *, scores: Callable[[], Scores], budget: Budget = "global"
@@ -48,7 +48,7 @@ class _Scored(Magnitude):
 
 
 class _Calibrated(AlignedMagnitude):
-    """Collects the input norms anew each time it prunes: training moves them."""
+    """Collects the input norms again for each pruning, since training changes them."""
 
     def __init__(self, amount: float, *, collect: Collect, **options: Any) -> None:
         super().__init__(amount, **options)
@@ -64,13 +64,13 @@ class Recipe:
     """A way to prune.
 
     Attributes:
-        label: what tables and pictures call it.
-        options: of ``AlignedMagnitude`` or ``Magnitude``; the budget among them.
-        aligned: it is ``AlignedMagnitude``, otherwise ``Magnitude``.
-        pretrained: it aligns with the pretrained weights, not with those of the moment.
-        scores: makes importance scores from the parameters and the calibration, if there is one.
-        criterion: watches the gradients.
-        calibration: the text whose inputs it looks at, if any.
+        label: its name in tables and figures.
+        options: options of ``AlignedMagnitude`` or ``Magnitude``, including the budget.
+        aligned: whether it uses ``AlignedMagnitude``; otherwise ``Magnitude``.
+        pretrained: whether it aligns with the pretrained weights instead of the current ones.
+        scores: makes importance scores from the parameters, and the calibration if there is one.
+        criterion: makes a criterion that watches the gradients.
+        calibration: which calibration text it needs, if any.
     """
 
     label: str
@@ -91,24 +91,28 @@ class Recipe:
         budget: Budget | None = None,
         penalty: nn.Module | None = None,
     ) -> Pruner:
-        """A pruner of this kind.
+        """Makes a pruner by this recipe.
 
         Args:
             params: what to prune.
-            schedule: when, and how far.
-            collect: collects the calibration of the moment, for those that look at inputs.
-            reference: the pretrained weights, for those that align with them; the pruner's log
+            schedule: the sparsity of each step.
+            collect: collects a calibration of the current model; required with ``calibration``.
+            reference: the pretrained weights; required with ``pretrained``. The pruner's log
                 reports the alignment with them, whatever the method.
-            budget: where the sparsity is counted. Default: as this recipe has it.
+            budget: where the sparsity is counted. Default: the recipe's.
             penalty: as in :class:`torchalignprune.Pruner`.
 
         Raises:
             ValueError: ``collect`` or ``reference`` is missing.
         """
         if self.calibration is not None and collect is None:
-            raise ValueError(f"{self.label} needs calibration text: collect should not be None")
+            raise ValueError(
+                f"collect should collect a calibration, which {self.label} needs, got None"
+            )
         if self.pretrained and reference is None:
-            raise ValueError(f"{self.label} needs a reference: it should not be None")
+            raise ValueError(
+                f"reference should be the pretrained weights, which {self.label} needs, got None"
+            )
         method: Callable[..., PruningMethod] = AlignedMagnitude if self.aligned else Magnitude
         options = dict(self.options)
         if self.scores is not None:
@@ -158,7 +162,7 @@ RECIPES: Mapping[str, Recipe] = {
     "magnitude-layer": Recipe("magnitude, per layer", {"budget": "layer"}),
     "lamp": Recipe("LAMP", scores=_lamp),
     "taylor": Recipe("Taylor", criterion=Taylor),
-    # Sanh et al. let pruned weights come back; here, as with all others, they do not.
+    # Sanh et al. let pruned weights come back; here they do not, as in the other recipes.
     "movement": Recipe("movement, without regrowth", criterion=Movement),
     # As in its paper: raw scores cannot be compared between layers.
     "lookahead": Recipe("lookahead, per layer", {"budget": "layer"}, scores=_lookahead),
@@ -172,10 +176,10 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 class SumOfPenalties(nn.Module):
-    """Several penalties as one: their sum.
+    """The sum of several penalties.
 
-    The two of the paper are of one size, so that they need no weights: where all units of a matrix
-    have one norm and only their directions change, 1 - cosine is half the distortion.
+    The paper's two are of similar size, so that they need no weights: if all units of a matrix have
+    the same norm and only their directions change, 1 - cosine is half the distortion.
     """
 
     def __init__(self, *penalties: _Penalty) -> None:
@@ -186,10 +190,9 @@ class SumOfPenalties(nn.Module):
         return torch.stack([penalty() for penalty in self.penalties]).sum()
 
     def suggest_strength(self, task_loss: Tensor, share: float = 0.1) -> float:
-        """As that of each penalty, for the sum: its gradient has at most that share of the task's.
+        """A strength at which the gradient of the sum has at most ``share`` of the task's norm.
 
-        Exactly so where the gradients of the penalties have one direction, less where they have
-        not.
+        It has exactly that share if the gradients of the penalties point in the same direction.
         """
         strengths = [
             cast(_Penalty, penalty).suggest_strength(task_loss, share) for penalty in self.penalties
@@ -203,10 +206,10 @@ REGULARIZERS = ("none", "cosine", "frobenius", "both")
 def make_penalty(
     name: str, params: PrunableParameters, reference: Reference
 ) -> _Penalty | SumOfPenalties | None:
-    """The regularizer of that name: ``none``, ``cosine``, ``frobenius``, or ``both``, their sum.
+    """Makes a regularizer: ``none``, ``cosine``, ``frobenius``, or ``both``, the sum of the two.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: ``name`` is not one of these.
     """
     if name not in REGULARIZERS:
         raise ValueError(f"name should be one of {', '.join(REGULARIZERS)}, got {name!r}")

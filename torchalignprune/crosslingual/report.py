@@ -1,4 +1,4 @@
-"""The scores of a model in every language, and what they lost against another model's."""
+"""A model's scores in every language, and what they lost against another model's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _METRICS = {"accuracy": "accuracy", "span_f1": "span F1"}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and the bounds of its bootstrap interval."""
+    """A value and the bounds of its bootstrap interval."""
 
     value: float
     low: float
@@ -37,16 +37,16 @@ class Estimate:
 class LanguageScore:
     """How a model did in one language.
 
-    The score is ``sum(hits) / sum(out_of)``, 0 where there is nothing to sum. For accuracy these
-    are the labels that are right and all labels of a sentence; for span F1 twice the entities that
-    were found, and those of the data and of the model together.
+    The score is ``sum(hits) / sum(out_of)``, or 0 if ``out_of`` is 0 throughout. For accuracy they
+    count the correct labels and all labels of a sentence; for span F1, twice the entities that were
+    found, and the entities of the data and of the model together.
 
     Attributes:
         hits: int64, for each sentence.
         out_of: int64, for each sentence.
         cut_off: words that the model never saw because their sentence was too long; they count as
             wrong (for entities, as outside of any). For texts and pairs: how many were cut.
-        unmapped: words that the tokenizer makes nothing of; they count likewise.
+        unmapped: words to which the tokenizer gives no subword; they count likewise.
         digest: a hash of the sentences and their labels.
         ids: a hash of the sentences' ids, in their order.
     """
@@ -76,24 +76,23 @@ class LanguageScore:
 class ZeroShotReport:
     """The score of a model in each language of a task, with bootstrap intervals.
 
-    ``print(report)`` shows a table, and so does ``rich.print``. Scores are shares, from 0 to 1;
-    tables and pictures show them in percent.
+    ``print(report)`` shows a table, and so does ``rich.print``. Scores are from 0 to 1; tables and
+    figures show them in percent.
 
-    An interval is a percentile interval over sentences drawn with replacement. In a parallel task
-    the same sentences are drawn for all languages, otherwise independently for each. So intervals
-    say what other sentences of the same kind would give; the languages are these, and so is the
-    model.
+    The intervals are percentile bootstrap intervals over sentences. In a parallel task the same
+    sentences are drawn for all languages, otherwise they are drawn independently for each. The
+    intervals thus cover other sentences of the same kind, but not other languages or models.
 
     Attributes:
         task: the name of the task.
         metric: ``"accuracy"`` or ``"span_f1"``.
-        split: the split it was evaluated on.
-        supervised: the language that the model was trained on, or None: all are zero-shot.
-        parallel: the languages have the same sentences, so that they can be compared in pairs.
-        languages: what was counted, for each language.
-        level: the share that intervals should cover.
-        resamples: how many times the sentences were drawn.
-        seed: which were drawn.
+        split: the split that the model was evaluated on.
+        supervised: the language that the model was fine-tuned on, or None: all are zero-shot.
+        parallel: whether the languages have the same sentences, so that comparisons are paired.
+        languages: the counts of each language.
+        level: the coverage of the intervals.
+        resamples: the number of bootstrap resamples.
+        seed: of the resamples.
 
     Example:
         >>> import numpy as np
@@ -126,7 +125,7 @@ class ZeroShotReport:
         seed: int = 0,
     ) -> None:
         if not languages:
-            raise ValueError("languages should be at least one")
+            raise ValueError("languages should have at least one language, got none")
         if supervised is not None and supervised not in languages:
             raise ValueError(
                 f"supervised should be one of the languages, {', '.join(languages)}, or None, got "
@@ -147,7 +146,7 @@ class ZeroShotReport:
 
     @property
     def zero_shot(self) -> list[str]:
-        """The languages that the model was not trained on."""
+        """The languages that the model was not fine-tuned on."""
         return [language for language in self.languages if language != self.supervised]
 
     @cached_property
@@ -162,32 +161,31 @@ class ZeroShotReport:
 
     @cached_property
     def zero_shot_mean(self) -> Estimate | None:
-        """The mean of the scores in the other languages, every language counting the same."""
+        """The mean of the scores in the other languages, all with the same weight."""
         return self._estimate(self.zero_shot) if self.zero_shot else None
 
     @cached_property
     def gap(self) -> Estimate | None:
-        """By how much the supervised score is higher than the zero-shot mean."""
+        """The supervised score minus the zero-shot mean."""
         if self.supervised is None or not self.zero_shot:
             return None
         point, drawn = (
             values[self.supervised] - _mean(values, self.zero_shot)
-            for values in (self._points, self._drawn)
+            for values in (self._point_scores, self._drawn)
         )
         return Estimate(float(point), *quantiles(drawn, self.level))
 
     def compare(self, dense: ZeroShotReport) -> Comparison:
-        """What this model, a pruned one, lost against the dense one.
+        """What this pruned model lost against the dense one.
 
-        Both must have been evaluated on the same sentences, which is checked. Everything is
-        resampled in pairs: the same sentences are drawn for both models, and in a parallel task
-        for all languages.
+        Both must have been evaluated on the same sentences, which is checked. Resampling is paired:
+        the same sentences are drawn for both models, and in a parallel task for all languages.
 
         Args:
             dense: the report of the dense model.
 
         Raises:
-            ValueError: another task, split, training language or set of languages, or other
+            ValueError: the two differ in task, split, training language, set of languages or
                 sentences.
         """
         return Comparison(dense, self)
@@ -225,12 +223,12 @@ class ZeroShotReport:
 
     @classmethod
     def from_json(cls, text: str) -> ZeroShotReport:
-        """The report that :meth:`to_json` wrote.
+        """Reads the JSON of :meth:`to_json`.
 
-        All figures are computed again from the counts.
+        Scores and intervals are computed again from the counts.
 
         Raises:
-            ValueError: it is not such JSON.
+            ValueError: ``text`` is not such JSON.
         """
         found = json.loads(text)
         try:
@@ -271,11 +269,11 @@ class ZeroShotReport:
         """Draws the score of each language with its interval.
 
         Args:
-            path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...
-            title: above the picture.
+            path: the file to write, if any; its suffix sets the format: ``.png``, ``.pdf``, ...
+            title: of the figure.
 
         Returns:
-            The figure, which pyplot does not know of.
+            The figure, not registered with pyplot.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -328,11 +326,11 @@ class ZeroShotReport:
         ]
 
     def _group(self, language: str) -> str:
-        """Languages of one group are resampled together."""
+        """The name of the language's group; languages of one group are resampled together."""
         return "" if self.parallel else language
 
     @cached_property
-    def _points(self) -> dict[str, Any]:
+    def _point_scores(self) -> dict[str, Any]:
         return {
             language: _ratio(counted.hits.sum(), counted.out_of.sum())
             for language, counted in self.languages.items()
@@ -358,7 +356,7 @@ class ZeroShotReport:
 
     def _estimate(self, languages: Sequence[str]) -> Estimate:
         return Estimate(
-            float(_mean(self._points, languages)),
+            float(_mean(self._point_scores, languages)),
             *quantiles(_mean(self._drawn, languages), self.level),
         )
 
@@ -366,16 +364,17 @@ class ZeroShotReport:
 class Comparison:
     """What a pruned model lost in each language, against the dense one.
 
-    A drop is the dense model's score minus the pruned one's; a relative drop is that as a share of
-    the dense score (0 where that is 0). ``excess_drop`` is the claim that zero-shot languages lose
-    more: the mean zero-shot drop minus the supervised drop, above 0 if so. Dense scores differ
-    between languages, and a high one has more to lose: look at ``relative_excess_drop`` too.
+    A drop is the dense model's score minus the pruned one's. A relative drop is the drop as a share
+    of the dense score (0 if that is 0). ``excess_drop`` tests the claim that zero-shot languages
+    lose more: it is the mean zero-shot drop minus the supervised drop, above 0 if they do. Dense
+    scores differ between languages, and a high one has more to lose: look at
+    ``relative_excess_drop`` too.
 
-    All intervals are paired, as :meth:`ZeroShotReport.compare` says.
+    All intervals are paired, as in :meth:`ZeroShotReport.compare`.
 
     Attributes:
         dense: the report of the dense model.
-        pruned: the report of the pruned one, whose ``level``, ``resamples`` and ``seed`` are used.
+        pruned: the report of the pruned one; its ``level``, ``resamples`` and ``seed`` are used.
     """
 
     def __init__(self, dense: ZeroShotReport, pruned: ZeroShotReport) -> None:
@@ -432,7 +431,7 @@ class Comparison:
     def relative_zero_shot_drop(self) -> Estimate | None:
         """The relative drop of the mean over the other languages.
 
-        Not the mean of their relative drops, which languages with low scores would rule.
+        It is not the mean of their relative drops, which languages with low scores would dominate.
         """
         zero_shot = self.pruned.zero_shot
         return self._estimate(zero_shot, relative=True) if zero_shot else None
@@ -448,7 +447,7 @@ class Comparison:
         return self._excess(relative=True)
 
     def to_json(self) -> str:
-        """The drops as JSON. They can be computed again from the JSON of both reports."""
+        """The drops as JSON. The JSON of both reports has all that they are computed from."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -495,15 +494,15 @@ class Comparison:
         """Draws the drop of each language, in its script's colour, and against pretraining shares.
 
         Args:
-            path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...
-            title: above the picture.
-            shares: for each language how much of it there was in pretraining, in any unit; those
-                without are left out on that side. For XLM-R:
-                :data:`torchalignprune.crosslingual.CC100_GIB`. Default: draw the drops alone.
-            shares_label: what ``shares`` are. Needed with any but ``CC100_GIB``.
+            path: the file to write, if any; its suffix sets the format: ``.png``, ``.pdf``, ...
+            title: of the figure.
+            shares: for each language, how much of it there was in pretraining, in any unit.
+                Languages without are left out of that plot. For XLM-R:
+                :data:`torchalignprune.crosslingual.CC100_GIB`. Default: draw only the drops.
+            shares_label: the axis label of ``shares``; required for any but ``CC100_GIB``.
 
         Returns:
-            The figure, which pyplot does not know of.
+            The figure, not registered with pyplot.
 
         Raises:
             ValueError: ``shares`` without ``shares_label``, or not above 0.
@@ -550,7 +549,7 @@ class Comparison:
         rows = []
         if self.zero_shot_drop is not None and self.relative_zero_shot_drop is not None:
             zero_shot, relative = self.pruned.zero_shot, self.relative_zero_shot_drop
-            means = [_mean(report._points, zero_shot) for report in (self.dense, self.pruned)]
+            means = [_mean(report._point_scores, zero_shot) for report in (self.dense, self.pruned)]
             rows.append(
                 [
                     "zero-shot mean",
@@ -578,8 +577,7 @@ class Comparison:
             self.dense.task,
             self.dense.metric,
             self.dense.split,
-            # In one order, so that languages and models are drawn alike.
-            {language: self.dense.languages[language] for language in settings.languages},
+            self.dense.languages,
             supervised=settings.supervised,
             parallel=settings.parallel,
             level=settings.level,
@@ -589,9 +587,9 @@ class Comparison:
         return again._drawn, settings._drawn
 
     def _lost(self, languages: Sequence[str], *, relative: bool) -> tuple[Any, Any]:
-        """The drop of the mean score, and that on every resample."""
+        """The drop of the mean score: on the data, and on every resample."""
         found = []
-        for dense, pruned in ((self.dense._points, self.pruned._points), self._draws):
+        for dense, pruned in ((self.dense._point_scores, self.pruned._point_scores), self._draws):
             mean = _mean(dense, languages)
             lost = mean - _mean(pruned, languages)
             found.append(_ratio(lost, mean) if relative else lost)
@@ -611,12 +609,16 @@ class Comparison:
 
 
 def _spelled(counts: Array) -> str:
-    """In one line; a list would take a line for each number."""
+    """The counts as one string: as a list, indented JSON would take a line for each."""
     return " ".join(map(str, counts.tolist()))
 
 
 def check_drawing(level: float, resamples: int, seed: int) -> None:
-    """Raises ValueError if sentences cannot be drawn so."""
+    """Checks how intervals are to be drawn.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level should be between 0 and 1, got {level}")
     if resamples < 1:

@@ -15,7 +15,7 @@ __all__ = ["retrieval_hits", "sentence_embeddings", "sentence_means"]
 
 
 def sentence_means(states: Tensor, special: Tensor) -> Tensor:
-    """The mean of each sentence's states, without those of special tokens, in float32.
+    """The mean of each sentence's states, in float32, special tokens left out.
 
     Args:
         states: shape ``(sentences, tokens, hidden)``.
@@ -36,20 +36,19 @@ def sentence_means(states: Tensor, special: Tensor) -> Tensor:
 def sentence_embeddings(
     model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 64
 ) -> Tensor:
-    """Means of a model's last states over the tokens of each text, of length 1.
+    """Means of a model's last hidden states over the tokens of each text, normalized.
 
-    A text with more tokens than the model takes is cut without a word: of two long ones that differ
-    at the end alone the embeddings are the same. They are made for sentences; cut longer texts into
-    some.
+    A text with more tokens than the model takes is silently cut: two long texts that differ only at
+    the end have the same embedding. Split long texts into sentences.
 
     Args:
-        model: of Transformers, with or without a head; on any device.
+        model: a Transformers model with or without a head, on any device.
         tokenizer: its tokenizer.
-        texts: sentences; of longer ones what the model takes.
-        batch_size: sentences at a time.
+        texts: sentences.
+        batch_size: sentences per batch.
 
     Returns:
-        float32 on the CPU, shape ``(sentences, hidden)``.
+        The embeddings, of length 1, float32 on the CPU, shape ``(sentences, hidden)``.
     """
     encoder = getattr(model, "base_model", model)
     found = torch.empty(len(texts), encoder.config.hidden_size)
@@ -66,11 +65,11 @@ def retrieval_hits(a: Tensor, b: Tensor) -> Tensor:
     """Whether each sentence of ``a`` is nearest to its translation among all of ``b``.
 
     Args:
-        a: embeddings, shape ``(sentences, width)``, of length 1.
-        b: those of the translations, in the same order.
+        a: embeddings of length 1, shape ``(sentences, width)``.
+        b: embeddings of the translations, in the same order.
 
     Returns:
-        bool, shape ``(sentences,)``. The mean of it is the accuracy; chance is 1 / sentences.
+        bool, shape ``(sentences,)``. Its mean is the accuracy; chance is 1 / sentences.
 
     Example:
         >>> retrieval_hits(torch.eye(3), torch.eye(3)[[0, 2, 1]])

@@ -1,4 +1,4 @@
-"""Results as JSON lines, in a file that survives being killed at any moment."""
+"""Results as JSON lines, in a file that stays readable if the process is killed at any moment."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ __all__ = ["RunLog"]
 
 
 class RunLog:
-    """A file of JSON objects, one in each line, that only ever grows.
+    """An append-only file of JSON objects, one per line.
 
-    A line is written and synchronized at once. What a killed process left of a line is skipped,
-    and ended before the next one. Several processes may append to the same file.
+    A line is written and synchronized at once. If a process is killed while it writes a line, the
+    fragment is skipped, and the next line begins on a new one. Several processes may append to the
+    same file.
 
     Args:
-        path: the file; it and its folder are made by :meth:`prepare`, or with the first line.
+        path: the file; :meth:`prepare` or the first line makes it and its folder.
 
     Example:
         >>> import tempfile
@@ -36,7 +37,7 @@ class RunLog:
         self.path = Path(path)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All objects that are there whole, in their order."""
+        """All complete objects, in their order."""
         if not self.path.exists():
             return []
         found = []
@@ -50,7 +51,7 @@ class RunLog:
         return found
 
     def prepare(self) -> None:
-        """Makes the file, so that what cannot be written comes out before the work is done.
+        """Makes the file, so that a path that cannot be written to fails before the work begins.
 
         Raises:
             OSError: it cannot be written.
@@ -59,7 +60,7 @@ class RunLog:
         self.path.open("ab").close()
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write one more."""
+        """Appends a line."""
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
         self.prepare()
         with self.path.open("ab+") as file:

@@ -1,4 +1,4 @@
-"""Entities as spans of words, and how many of them are found."""
+"""Entities as spans of words, and the counts of their F1."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def spans(labels: Sequence[str]) -> set[tuple[str, int, int]]:
 
     Strict IOB2: an entity begins at a ``B-``, and goes on over ``I-`` of the same type; an ``I-``
     elsewhere is no entity and no part of one. That is ``seqeval`` with ``mode="strict"`` and
-    ``scheme=IOB2``; its default, and ``conlleval``, let any ``I-`` begin an entity, which gives
-    higher figures for models that forget the ``B-``.
+    ``scheme=IOB2``; its default, and ``conlleval``, let any ``I-`` begin an entity, which scores
+    models higher that forget the ``B-``.
 
     Example:
         >>> sorted(spans(["B-PER", "I-PER", "O", "B-LOC", "I-PER", "I-ORG"]))
@@ -32,12 +32,12 @@ def spans(labels: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def span_counts(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int]:
-    """The entities of a sentence that were found, twice, and those of both sides together.
+    """Twice the number of entities that were found, and the number of both sides' entities.
 
     The ratio of their sums over sentences is the micro-averaged F1.
 
     Raises:
-        ValueError: the two are not of one length.
+        ValueError: the two differ in length.
 
     Example:
         >>> span_counts(["B-PER", "I-PER", "O", "B-LOC"], ["B-PER", "I-PER", "O", "O"])

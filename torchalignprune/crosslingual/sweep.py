@@ -1,4 +1,4 @@
-"""One fine-tuning that climbs from sparsity to sparsity, with training after each."""
+"""Fine-tuning that prunes to one sparsity after the other, with training after each."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def finetune_and_prune(
     trained: T | None = None,
     **options: Any,
 ) -> dict[float, T]:
-    """Fine-tunes a dense model, then prunes and retrains it again and again, in place.
+    """Fine-tunes a dense model, then prunes and retrains it for each sparsity, in place.
 
-    Iterative pruning with retraining: after ``epochs`` of dense training the model is evaluated;
-    then, for each sparsity, it is pruned and trained for ``retraining_epochs`` more, and evaluated
-    at the end. So one run gives all sparsities, each one starting from the one before. Every stage
-    has a learning rate that rises and falls to 0 (learning rate rewinding: Renda, Frankle and
-    Carbin 2020, "Comparing rewinding and fine-tuning in neural network pruning"), so that no
-    evaluation is in the middle of one; and an optimizer of its own. It is pruned right after the
-    first step of a stage, so that a criterion that watches gradients has some.
+    Iterative pruning with retraining: after ``epochs`` of dense training the model is evaluated.
+    Then, for each sparsity, it is pruned, trained for ``retraining_epochs`` more and evaluated. One
+    run thus gives all sparsities, each starting from the one before. Every stage has its own
+    optimizer and its own learning rate schedule, which rises and falls to 0 (learning rate
+    rewinding: Renda, Frankle and Carbin 2020, "Comparing rewinding and fine-tuning in neural
+    network pruning"), so that no evaluation is in the middle of one. The model is pruned right
+    after the first step of a stage, so that a criterion that watches gradients has some.
 
-    A pruned model has been trained for longer than the dense one that was evaluated first. To tell
-    what pruning does from what training does, compare with a run of the same seed that trains as
+    A pruned model has trained for longer than the dense one that was evaluated first. To separate
+    the effect of pruning from that of training, compare with a run of the same seed that trains as
     long and prunes nothing, ``pruner=None``: it sees the same batches.
 
     Args:
@@ -64,22 +64,22 @@ def finetune_and_prune(
         evaluate: called at the end of every stage.
         pruner: makes the pruner of the model from a schedule, such as
             ``lambda schedule: Pruner(params, AlignedMagnitude, schedule)``. None: prune nothing.
-        sparsities: rising, between 0 and 1.
+        sparsities: in increasing order, between 0 and 1.
         epochs: of dense training.
         retraining_epochs: after each pruning.
         batch_size: as in :func:`torchalignprune.crosslingual.finetune`.
-        seed: of the run; every stage has an order of its own.
-        trained: the model has been through the dense stage already, with the same settings, and
-            this is what ``evaluate`` returned: the stage is left out.
-        options: what else that function takes.
+        seed: of the run; every stage has its own order of the rows.
+        trained: what ``evaluate`` returned after the dense stage, if the model has been through it
+            with the same settings already: the stage is skipped.
+        options: other arguments of ``finetune``.
 
     Returns:
-        What ``evaluate`` returned, by sparsity, 0 for the dense model. The model has its masks
-        still, unless it was given none.
+        What ``evaluate`` returned, by sparsity, 0 for the dense model. The model keeps the pruner's
+        masks.
 
     Raises:
-        ValueError: sparsities that do not rise from above 0 to below 1; as that function.
-        TypeError: ``pruner`` is a pruner and not a function that makes one; as that function.
+        ValueError: the sparsities do not rise from above 0 to below 1; as ``finetune``.
+        TypeError: ``pruner`` is not a function that makes a pruner; as ``finetune``.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -157,14 +157,14 @@ def finetune_and_prune(
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype | None:
-    """bfloat16 where the device multiplies it in hardware, for ``autocast``; otherwise None.
+    """bfloat16 for ``autocast`` if the device multiplies it in hardware; otherwise None.
 
-    That is a GPU of compute capability 8.0 or higher, or a CPU with AMX, where it is several times
-    as fast as float32.
+    GPUs of compute capability 8.0 or higher do, and CPUs with AMX, where it is several times as
+    fast as float32.
     """
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else None
-    # A private name of torch, which has no public one.
+    # torch has no public name for this.
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if kind == "cpu" and tiles is not None and tiles() else None

@@ -14,8 +14,8 @@ UPOS = (
     "ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN",
     "PUNCT", "SCONJ", "SYM", "VERB", "X",
 )  # fmt: skip
-# The order in which the hub's copies of Universal Dependencies number the tags. "_" is what a
-# contraction such as French "du" has, which is followed by its words "de" and "le".
+# The order in which the hub's copies of Universal Dependencies number the tags. "_" tags a
+# contraction such as French "du", before its words "de" and "le".
 _HUB_UPOS = (
     "NOUN", "PUNCT", "ADP", "NUM", "SYM", "SCONJ", "ADJ", "PART", "DET", "CCONJ", "PROPN", "PRON",
     "X", "_", "ADV", "INTJ", "VERB", "AUX",
@@ -28,27 +28,26 @@ _ENTITIES = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be predicted, and where its data is.
+    """What to predict, and where the data is.
 
-    The data of every task comes in the same columns (:func:`load_task`), whatever they are called
-    where it is from.
+    :func:`load_task` gives all tasks the same columns, whatever the data calls them.
 
     Attributes:
-        name: what the command line calls it.
-        kind: ``"words"``: a label for each word; ``"text"``: one for a sentence; ``"pair"``: one
-            for two of them.
-        labels: what there is to predict, in the order of the label ids.
-        metric: ``"accuracy"``, over words, or over sentences or pairs; ``"span_f1"``: of the
-            entities, micro-averaged.
-        parallel: row ``i`` of a split is the same sentence in every language, so that languages
-            can be compared on the same sentences.
+        name: its name on the command line.
+        kind: ``"words"``: a label for each word; ``"text"``: one for each sentence; ``"pair"``: one
+            for each pair of sentences.
+        labels: the labels, in the order of their ids.
+        metric: ``"accuracy"`` over words, sentences or pairs; or ``"span_f1"``, micro-averaged over
+            entities.
+        parallel: whether row ``i`` of a split is the same sentence in every language, so that
+            languages can be compared on the same sentences.
         repository: the data set on the hub, if it is there.
-        configs: for each language the name of its configuration there.
-        columns: for the columns ``tokens``, ``text``, ``text_pair``, ``label`` and ``labels`` the
-            names that they may have in the data.
-        folder: where it lies in a folder with the data of several tasks.
-        stored_labels: the order in which numbers without names stand for labels.
-        ignored: a label of the data whose words are left out.
+        configs: for each language, the name of its configuration there.
+        columns: the names that ``tokens``, ``text``, ``text_pair``, ``label``, ``labels`` and
+            ``id`` may have in the data.
+        folder: its subfolder in a folder with the data of several tasks.
+        stored_labels: the labels that numbers stand for, in order, if the data does not name them.
+        ignored: a label whose words are left out.
     """
 
     name: str
@@ -179,7 +178,7 @@ def get_task(task: str | Task) -> Task:
     """The task of that name; a :class:`Task` is returned as it is.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no task of that name.
 
     Example:
         >>> get_task("topics").labels[:3]

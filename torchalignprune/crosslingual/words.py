@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 __all__ = ["IGNORED", "BarePieces", "EncodedWords", "check_bare_pieces", "encode_words"]
 
-IGNORED = -100  # what torch's cross entropy leaves out
+IGNORED = -100  # the ignore_index of torch's cross entropy
 # A space before a word, as SentencePiece and byte-level BPE write it.
 _BLANKS = ["▁", "Ġ"]
 
@@ -20,16 +20,16 @@ BarePieces = Literal["skip", "label"]
 
 @dataclass(frozen=True)
 class EncodedWords:
-    """A sentence of words for a model.
+    """A sentence of words, encoded for a model.
 
     Attributes:
         inputs: ``input_ids`` and whatever else the tokenizer makes for the model, as lists.
-        labels: for each subword a label id: that of its word on the word's first subword (with a
-            character, unless bare pieces are labelled), :data:`IGNORED` on the others and on
-            special tokens; all ignored without labels.
-        first: for each word of the sentence where that subword is, -1 where it has none.
+        labels: a label id for each subword: on a word's first subword (with a character, unless
+            bare pieces are labelled) that of the word, elsewhere :data:`IGNORED`; all
+            :data:`IGNORED` without labels.
+        first: for each word, the index of that subword, -1 if it has none.
         cut_off: how many words at the end have none because the sentence was too long.
-        unmapped: how many have none because the tokenizer makes nothing of them.
+        unmapped: how many have none because the tokenizer gives them no subword.
     """
 
     inputs: dict[str, list[int]]
@@ -49,34 +49,34 @@ def encode_words(
 ) -> list[EncodedWords]:
     """Splits words into subwords, and puts each word's label on its first one.
 
-    The words are those of the data, whatever is in them: a space within one (as in Vietnamese) does
-    not end it, and writing from right to left changes nothing, since text is stored in the order in
-    which it is read. A bare ``▁`` is passed over, unless the word has nothing else: XLM-R's
-    tokenizer makes one before words of scripts without spaces, and before digits and punctuation in
-    all. XTREME (Hu et al. 2020) labels it like any first subword, as does Transformers'
-    ``run_ner.py``; a model tuned on English then takes Chinese words, which nearly all begin with
-    it, for punctuation. **A model that was fine-tuned in that way** has never learned to label what
-    comes after a bare ``▁``: encode for it with ``bare_pieces="label"``.
+    The words are those of the data: a space within one (as in Vietnamese) does not end it, and
+    right-to-left text needs nothing special, since it is stored in reading order. A bare ``▁`` is
+    skipped, unless the word has nothing else: XLM-R's tokenizer puts one before words in scripts
+    without spaces, and before digits and punctuation in all scripts. XTREME (Hu et al. 2020) and
+    Transformers' ``run_ner.py`` label it like any first subword; a model fine-tuned on English then
+    takes Chinese words, nearly all of which begin with it, for punctuation. **A model that was
+    fine-tuned in that way** has never learned to label what comes after a bare ``▁``: encode for it
+    with ``bare_pieces="label"``.
 
     A sentence with more subwords than ``max_length`` is cut after the last word that fits in whole,
-    on whichever side the tokenizer would cut it.
+    whichever side the tokenizer truncates on.
 
     Args:
         tokenizer: a fast tokenizer of Transformers; one with byte-level BPE needs
-            ``add_prefix_space=True``, without which a warning says that words lack their spaces.
-        sentences: their words.
-        labels: for each sentence the label ids of its words.
-        max_length: the most subwords of a sentence, special tokens included. Default: any number.
+            ``add_prefix_space=True``: without it, words lack their spaces, and a warning says so.
+        sentences: the words of each sentence.
+        labels: the label ids of the words of each sentence.
+        max_length: the most subwords of a sentence, special tokens included. Default: no limit.
         bare_pieces: ``"skip"``: a word's label is on its first subword with a character;
-            ``"label"``: on its first one, a bare ``▁`` too.
+            ``"label"``: on its first subword, even if that is a bare ``▁``.
 
     Returns:
         One for each sentence.
 
     Raises:
         TypeError: the tokenizer is not a fast one, or a sentence is one string.
-        ValueError: labels that do not go with the words; ``max_length`` is too small for any word;
-            another ``bare_pieces``.
+        ValueError: there are more or fewer labels than words; ``max_length`` is too small for the
+            special tokens; an unknown ``bare_pieces``.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -108,9 +108,9 @@ def encode_words(
         return []
     if _drops_spaces(tokenizer):
         warnings.warn(
-            "the tokenizer puts no space before words, so that all are split as if they were one: "
-            "make it with add_prefix_space=True (in tokenizer_config.json), unless the model was "
-            "fine-tuned in this way",
+            "the tokenizer puts no space before words, so that it splits them as if they were "
+            "joined: make it with add_prefix_space=True (in tokenizer_config.json), unless the "
+            "model was fine-tuned in this way",
             stacklevel=2,
         )
     encoded = _tokenize(tokenizer, texts)
@@ -149,7 +149,7 @@ def encode_words(
 
 
 def check_bare_pieces(bare_pieces: str) -> None:
-    """Says whether it is one of :data:`BarePieces`.
+    """Checks that ``bare_pieces`` is one of :data:`BarePieces`.
 
     Raises:
         ValueError: it is neither ``"skip"`` nor ``"label"``.
@@ -159,11 +159,11 @@ def check_bare_pieces(bare_pieces: str) -> None:
 
 
 def _drops_spaces(tokenizer: Any) -> bool:
-    """Whether it is byte-level BPE, whose spaces are part of words, and adds none before words."""
+    """Whether a tokenizer is byte-level BPE, where spaces belong to words, and adds none itself."""
     own = tokenizer.backend_tokenizer.pre_tokenizer
     try:
         state = {} if own is None else json.loads(own.__getstate__())
-    except Exception:  # no other class: one written in Python cannot be looked into
+    except Exception:  # all that tokenizers raises for a pre-tokenizer written in Python
         return False
     return any(
         step["type"] == "ByteLevel" and not step["add_prefix_space"]
@@ -175,7 +175,7 @@ def _drops_spaces(tokenizer: Any) -> bool:
 def _tokenize(
     tokenizer: Any, texts: list[list[str]]
 ) -> list[tuple[dict[str, list[int]], list[int | None]]]:
-    # A tokenizer takes a list without words for a text that is not split.
+    # A tokenizer takes an empty list of words for a text that is not split.
     filled = [words or [""] for words in texts]
     encoded = tokenizer(filled, is_split_into_words=True, truncation=False, verbose=False)
     return [
@@ -185,12 +185,12 @@ def _tokenize(
 
 
 def _fitting(word_ids: list[int | None], max_length: int) -> int:
-    """How many words fit in whole, with the special tokens, which are always there."""
+    """How many words fit in whole beside the special tokens, which are always there."""
     left = max_length - word_ids.count(None)
     for word in word_ids:
         if word is not None:
             left -= 1
             if left < 0:
                 return word
-    # Of a sentence without words not even the special tokens fit.
+    # There are no words: not even the special tokens fit.
     return 0

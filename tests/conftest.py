@@ -19,11 +19,6 @@ settings.load_profile("repository")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: runs on a GPU")
-    config.addinivalue_line("markers", "slow: takes seconds or gigabytes")
-
-
 def devices() -> list[object]:
     """The CPU, and a GPU if there is one that the extension was built for."""
     built = torch._C._dispatch_has_kernel_for_dispatch_key("torchalignprune::select_global", "CUDA")
@@ -31,7 +26,7 @@ def devices() -> list[object]:
     return ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if there else [])]
 
 
-# Of the session's scope, so that they go with hypothesis.
+# Hypothesis refuses fixtures of function scope.
 @pytest.fixture(scope="session", params=devices())
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -46,7 +41,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from the same seed, and leaves the number of threads as it was."""
+    """Starts every test from the same seed, and restores the number of threads after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

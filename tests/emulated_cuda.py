@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU, through tests/cuda_headers, for machines without a GPU.
 
-The tensors that :func:`on_gpu` makes lie on the CPU, but operators take the way of the CUDA sources
-with them: their checks, layouts, workspaces, launches and kernels.
+The tensors that :func:`on_gpu` makes lie on the CPU, but their operators run the CUDA sources: the
+checks, layouts, workspaces, launches and kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 NAMESPACE = "torchalignprune_emulated"
-# The name of a kernel, with or without arguments of a template, and how it is launched.
+# The name of a kernel, with or without template arguments, and its launch configuration.
 LAUNCH = re.compile(r"([A-Za-z_]\w*(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
 
 _libraries = []  # An operator lives as long as the library that defines it.
@@ -61,7 +61,7 @@ def build() -> None:
 
 
 def _key() -> str:
-    """Another one for whatever would compile to something else."""
+    """A hash of everything that the compiled library depends on."""
     found = hashlib.sha256(repr((sys.version, torch.__version__, os.environ.get("CXX"))).encode())
     files = [Path(__file__), CSRC / "checks.h"]
     for folder in (CSRC / "cuda", HERE / "cuda_headers"):
@@ -72,7 +72,7 @@ def _key() -> str:
 
 
 def _translate(folder: Path) -> list[str]:
-    """Writes the CUDA sources as C++ that launches kernels by a function."""
+    """Writes the CUDA sources as C++ that launches kernels through a function."""
     (folder / "cuda").mkdir(parents=True)
     shutil.copy(CSRC / "checks.h", folder)
     sources = []
@@ -123,7 +123,7 @@ def _wrapped(value: Any) -> Any:
 
 
 def on_gpu(given: Any) -> Any:
-    """The same tensors in other memory, with their strides and their offset in it."""
+    """Copies of the tensors in memory of their own, with the same strides and storage offsets."""
     return tree_map(_moved, given)
 
 

@@ -1,4 +1,4 @@
-"""A few dozen rows in the files of the hub's data sets, and random models of the hub's classes."""
+"""Writes small files like those of the hub's data sets, and random models of the hub's classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {"train": 48, "validation": 8, "test": 12}
 
 
 def write_pairs(data: Path, task: str, languages: tuple[str, ...]) -> Path:
-    """The files of XNLI or PAWS-X. The second text tells the label, in every language."""
+    """Writes files like those of XNLI or PAWS-X. The second text gives the label away."""
     first, second = TASKS[task].columns["text"][0], TASKS[task].columns["text_pair"][0]
     labels = list(TASKS[task].labels)
     string = datasets.Value("string")
@@ -41,7 +41,7 @@ def write_pairs(data: Path, task: str, languages: tuple[str, ...]) -> Path:
 
 
 def write_tags(data: Path, languages: tuple[str, ...]) -> Path:
-    """The files of Universal Dependencies; "_" is what a contraction has."""
+    """Writes files like those of Universal Dependencies; "_" tags a contraction."""
     strings = datasets.Sequence(datasets.Value("string"))
     tags = datasets.Sequence(datasets.ClassLabel(names=list(HUB_UPOS)))
     kinds = {
@@ -70,10 +70,10 @@ def write(file: Path, rows: dict[str, Any], kinds: dict[str, Any]) -> None:
 
 
 def write_model(folder: Path, kind: str) -> Path:
-    """A pretrained encoder, as the hub has it: random weights, no head, and its tokenizer."""
+    """Writes a masked language model with random weights, as the hub has it, and its tokenizer."""
     torch.manual_seed(0)
     tokenizer = unigram() if kind == "XLMRoberta" else wordpiece()
-    # XLM-R's positions begin behind that of the padding.
+    # XLM-R's positions begin after the padding token's id.
     positions = 48 + (2 if kind == "XLMRoberta" else 0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer),

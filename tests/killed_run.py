@@ -1,10 +1,10 @@
-"""A training run that is killed (SIGKILL) at random moments and started again until it is through.
+"""A training run that is killed (SIGKILL) at random moments and restarted until it is done.
 
     python killed_run.py FOLDER KIND SEED KILLS
 
 Before that the same run is left alone, in FOLDER/whole. Each start is a fork of this process, which
-has imported everything but holds nothing of the run: all that one start knows of those before lies
-in FOLDER/killed. Prints how many were really killed.
+has imported everything but holds no state of the run: a start knows of those before it only through
+FOLDER/killed. Prints how many were really killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ may_save = math.inf  # how often this start may save: see has_saved
 
 
 def run(folder: Path, kind: str) -> None:
-    """Train to the end, from the last checkpoint if there is one."""
+    """Trains to the end, from the last checkpoint if there is one."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(24, 64),
@@ -93,7 +93,7 @@ class Saved(transformers.TrainerCallback):
 
 
 def run_trainer(folder: Path) -> None:
-    """The same by the Trainer of Transformers."""
+    """The same with the Trainer of Transformers."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50,
@@ -147,15 +147,15 @@ def run_trainer(folder: Path) -> None:
 
 
 def save(state: object, path: Path) -> None:
-    """There is either the old file or the whole new one."""
+    """Replaces the file in one step: there is either the old one or the whole new one."""
     beside = path.with_suffix(".partial")
     torch.save(state, beside)
     os.replace(beside, path)
 
 
 def has_saved() -> None:
-    """A start that is to be killed waits for it after two saves: with 20 of them in a run, it takes
-    ten at least, on a machine of any speed."""
+    """Called after each save. A start that is to be killed waits here after its second: a run saves
+    20 times, and so takes at least ten starts, however fast the machine is."""
     global may_save
     may_save -= 1
     while may_save <= 0:
@@ -163,7 +163,7 @@ def has_saved() -> None:
 
 
 def start(folder: Path, kind: str, to_be_killed: bool) -> int:
-    """A process that goes on with the run."""
+    """Forks a process that continues the run."""
     global may_save
     child = os.fork()
     if child == 0:
@@ -174,7 +174,7 @@ def start(folder: Path, kind: str, to_be_killed: bool) -> int:
 
 
 def was_killed(child: int) -> bool:
-    """After its end; one that fails by itself ends all."""
+    """Waits for the end of a start, and exits if it failed by itself."""
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:
         sys.exit("a start has failed by itself")
@@ -182,23 +182,23 @@ def was_killed(child: int) -> bool:
 
 
 def main(folder: Path, kind: str, seed: int, kills: int) -> None:
-    whole, killed_often = folder / "whole", folder / "killed"
+    whole, restarted = folder / "whole", folder / "killed"
     whole.mkdir()
-    killed_often.mkdir()
+    restarted.mkdir()
     begin = time.monotonic()
     was_killed(start(whole, kind, to_be_killed=False))
     duration = time.monotonic() - begin
 
     chance = random.Random(seed)
     killed = 0
-    while not (killed_often / "final.pt").exists():
-        before = killed_often.stat().st_mtime_ns
-        child = start(killed_often, kind, to_be_killed=killed < kills)
+    while not (restarted / "final.pt").exists():
+        before = restarted.stat().st_mtime_ns
+        child = start(restarted, kind, to_be_killed=killed < kills)
         if killed < kills:
-            # Every other one by the time that it begins to save, the others soon after.
+            # Kill every other start by the time it first saves, the others soon after that.
             soon = killed % 2 == 0
             end = time.monotonic() + (chance.uniform(0.0, duration / 2) if soon else 60)
-            while killed_often.stat().st_mtime_ns == before and time.monotonic() < end:
+            while restarted.stat().st_mtime_ns == before and time.monotonic() < end:
                 time.sleep(0.001)
             time.sleep(0 if soon else chance.uniform(0.0, duration / 20))
             os.kill(child, signal.SIGKILL)

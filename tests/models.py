@@ -74,7 +74,7 @@ def holder(*weights: Tensor) -> nn.Module:
 
 
 def pairs(model: nn.Module) -> list[Pair]:
-    """The weights of a model here, pruned or not."""
+    """The weights of one of the models above, pruned or not."""
     if type(model) is nn.Module:
         names = [name.removesuffix("_orig") for name, _ in model.named_parameters()]
         return [(model, name) for name in sorted(names)]

@@ -16,8 +16,8 @@ import torch
 from torch import distributed as dist
 
 MOST = 4
-# In seconds. The first is for starting and importing a test module on a busy machine; the last is
-# the longer one so that a rank that waits for the others in vain can say where.
+# In seconds. The first covers starting and importing a test module on a busy machine. The last is
+# longer than that of a collective, so that a rank that waits for others in vain can report where.
 _START, _COLLECTIVE, _ANSWER = 300, 60, 90
 
 
@@ -29,7 +29,7 @@ class Ranks:
         self._pipes: list[Any] = []
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returned on each rank.
+        """Returns what the function returned on each rank.
 
         If it raises on a rank, all processes end, because the others may wait for that one.
         """
@@ -46,7 +46,7 @@ class Ranks:
                 answers = self._answers(world, _ANSWER)
         failed = [(rank, problem) for rank, (well, problem) in enumerate(answers) if not well]
         if failed:
-            # A rank that waited in vain says so; the one that went wrong is worth more.
+            # This rank may only have waited in vain: collect the error that made it wait too.
             for rank in range(len(answers), world):
                 if self._pipes[rank].poll(1):
                     well, problem = self._answer(rank, 0)
@@ -56,7 +56,7 @@ class Ranks:
         return [answer for _, answer in answers]
 
     def _answers(self, world: int, seconds: int) -> list[tuple[bool, Any]]:
-        """What the ranks say, up to the first that has failed."""
+        """The answers of the ranks, up to the first that has failed."""
         answers = []
         for rank in range(world):
             answers.append(self._answer(rank, seconds))
@@ -95,7 +95,7 @@ def _serve(pipe: Any) -> None:
     while True:
         try:
             rank, world, store, function, arguments = pipe.recv()
-            # To receive the function was to import its module.
+            # Receiving the function has imported its module.
             pipe.send((True, "ready"))
             pipe.recv()
         except EOFError:

@@ -1,4 +1,4 @@
-"""A slow plain twin of every operator, in a few lines of torch and Python."""
+"""Slow, plain counterparts of the operators and scores, in a few lines of torch and Python."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def candidates(
 def shard_counts(
     weights: list[Tensor], low: int, shift: int, bins: int, **options: Any
 ) -> list[int]:
-    """One key after the other; none of them NaN's."""
+    """Counts key by key; none of them is NaN's."""
     counts = [0] * (bins + 2)
     for key in (key for own in candidates(weights, **options) for key in own.values()):
         if key < low:
@@ -184,7 +184,7 @@ def alignment_report(p: Tensor, r: Tensor) -> dict[str, float | int | None]:
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """Linear between the two nearest."""
+    """Interpolated linearly between the two nearest."""
     at = share * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)
@@ -232,7 +232,7 @@ def cosine_gains(
 
 
 def by_alignment(w: Tensor, r: Tensor, candidates: Tensor) -> Tensor:
-    """Next come those with which the chosen are aligned best, a quarter as many as are chosen."""
+    """Adds, a quarter as many as are chosen at a time, those that keep the chosen aligned best."""
     rest, chosen = candidates, candidates[:0]
     while rest.numel():
         dot, square = (w[chosen] * r[chosen]).sum(), (w[chosen] ** 2).sum()
@@ -248,7 +248,7 @@ def by_alignment(w: Tensor, r: Tensor, candidates: Tensor) -> Tensor:
 def concave(gains: list[float]) -> list[float]:
     """The steps of the least concave majorant of the running sums of `gains`.
 
-    Equal steps fall by a thousandth of what is between them and the next, in their order.
+    Equal steps fall, in their order, by up to a thousandth of the distance to the next one.
     """
     sums = [0.0]
     for gain in gains:
@@ -311,7 +311,7 @@ def unit_combination(
 def cosine_alignment(
     pairs: list[tuple[Tensor, Tensor]], weights: list[float] | None = None
 ) -> Tensor:
-    """Of (pruned, reference) matrices with a row for each unit: three lines for each."""
+    """One minus the mean cosine of (pruned, reference) matrices with a row per unit, averaged."""
     total, whole = torch.zeros((), dtype=torch.float64), 0.0
     for (p, r), weight in zip(pairs, weights or [1.0] * len(pairs), strict=True):
         counted = r.double().norm(dim=1) > 0
@@ -419,14 +419,14 @@ def flat(tensor: Tensor) -> list[float]:
 
 
 def resampled_sums(rows: list[list[int]], drawn: list[list[int]]) -> list[list[int]]:
-    """The column sums over the rows drawn, for each time they are."""
+    """The column sums over the rows of each draw."""
     return [
         [sum(rows[i][column] for i in times) for column in range(len(rows[0]))] for times in drawn
     ]
 
 
 def spans(labels: list[str]) -> set[tuple[str, int, int]]:
-    """The strict IOB2 entities among all stretches of a sentence."""
+    """The strict IOB2 entities among all stretches of words of a sentence."""
     found = set()
     for start in range(len(labels)):
         for end in range(start + 1, len(labels) + 1):
@@ -458,7 +458,7 @@ def pack(weight: Tensor) -> list[list[int] | None]:
 
 
 def retrieval_hits(a: Tensor, b: Tensor) -> list[bool]:
-    """Of each row of ``a``: no row of ``b`` is nearer than the one at its place."""
+    """For each row of ``a``, whether no row of ``b`` is nearer than the one of the same index."""
     found = []
     for i in range(len(a)):
         nearest = max(range(len(b)), key=lambda j: float((a[i] * b[j]).sum()))

@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[type[tap.PruningMethod], dict[str, Any]]] = {
 
 
 def run(rank: int, world: int, folder: str) -> None:
-    """One of the processes: runs all cases and writes what became of each."""
+    """One of the processes: runs all cases and writes the outcome of each."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -115,7 +115,7 @@ def layouts() -> dict[str, Layout]:
 
 
 def weights(values: str = "normal", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Uneven shards, empty shards, one dimension, more than two."""
+    """Weights with uneven and empty shards, of one dimension, two and more."""
     shapes = [(7, 12), (16, 5), (9,), (4, 6, 3), (3, 10), (1, 8), (12, 1)]
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -126,7 +126,7 @@ def weights(values: str = "normal", dtype: torch.dtype = torch.float32) -> list[
 
 
 def fit(layout: Layout, tensor: Tensor) -> Layout:
-    """The layout with dimensions that the tensor has."""
+    """The layout, with shards along dimension 0 where the tensor lacks the dimension."""
     if layout is None:
         return None
 
@@ -177,7 +177,7 @@ class Twins:
                 assert found.shape == weight.shape
                 assert found.placements == weight.placements
                 assert found.device_mesh == weight.device_mesh
-            # Which entries a rank has is torch's to say.
+            # torch says which entries a rank has.
             here = local(spread(expected, layout))
             assert torch.equal(local(found), here), f"{name}: {(local(found) != here).sum()} differ"
             shown = local(getattr(module, name))
@@ -480,7 +480,7 @@ def not_all_processes_have_a_shard() -> None:
         )
         twins.prune(method, amount=0.5, **options)
         twins.assert_same()
-    # Those of a part of the processes go by themselves, each part at its own time.
+    # A part of the processes prunes its parameters by itself, each part at its own time.
     names = ("stage", "copies", "shards")
     stage = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)["copies", "shards"]
     twins = Twins(tensors[dist.get_rank() // 2 :], (stage, [Replicate(), Shard(1)]))
@@ -526,7 +526,7 @@ def tied_weights() -> None:
 
 @case(2, 4)
 def chance() -> None:
-    """Whatever comes: every rank draws the same."""
+    """Random weights, layouts, methods and amounts; every rank draws the same."""
     generator = torch.Generator().manual_seed(world())
 
     def index(n: int) -> int:
@@ -623,7 +623,7 @@ def nan_on_one_rank() -> None:
                 lambda m=method, t=twins: tap.global_unstructured(pairs(t.sharded), m, amount=0.5),
                 f"ValueError: the scores of parameters[1] (Module.weight1) should be {what}, got",
             )
-            # It goes on as if nothing had been.
+            # The next call works as if nothing had happened.
             fresh = Twins(weights(), layouts()[name])
             fresh.prune(method, amount=0.5)
             fresh.assert_same()

@@ -29,7 +29,7 @@ LIMITS = (
 
 
 def prune(model: Any, limits: Limits, amount: float, method: Any, **options: Any) -> None:
-    """To a share of all entries, as a Pruner does it."""
+    """Prunes to a share of all entries, as a Pruner does."""
     made = method(amount, **options)
     made.limits, made.absolute = limits, True
     targets = targets_of(pairs(model))
@@ -98,7 +98,7 @@ def literal() -> None:
 
 
 def signed_scores() -> None:
-    """Scores that go by their value, of which -0 and +0 are equal: the earlier ones go."""
+    """Signed scores, among which -0 and +0 are equal: the earlier entries are pruned."""
     generator = torch.Generator().manual_seed(2)
     scores = [torch.randint(-1, 2, w.shape, generator=generator) * 0.0 for w in weights()]
     scores[1] = scores[1] - (torch.rand(scores[1].shape, generator=generator) > 0.5).float()
@@ -135,7 +135,7 @@ def drawn(case: Any) -> str:
 
 @contextmanager
 def only_sums() -> Iterator[list[int]]:
-    """The bytes that are sent; none of them may be sent to another process on its own."""
+    """Counts the bytes that are sent, and allows only sums and maxima over all processes."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something else than a sum or a maximum is sent")
@@ -153,7 +153,7 @@ def only_sums() -> Iterator[list[int]]:
 
 
 def sent(given: dict[str, Any], name: str, count: int, shape: tuple[int, int]) -> int:
-    """The bytes of one pruning step of so many weights."""
+    """The bytes that are sent to prune ``count`` weights once."""
     tensors = [torch.randn(shape) * (1 + i / count) for i in range(count)]
     twins = Twins(tensors, layouts()[name])
     with only_sums() as bytes_:
@@ -190,7 +190,7 @@ def errors() -> None:
         assert_error(twins.sharded, run(twins.sharded, LIMITS[1], 0.3), message)
 
 
-def failing_in_a_unit_of_one_rank(monkeypatch: Any = None) -> Tensor:
+def failing_in_a_unit_of_one_rank() -> None:
     """Running out of memory on one rank alone is raised on all of them."""
     from torchalignprune import sharded_limits
 

@@ -1,4 +1,4 @@
-"""What hypothesis makes tensors from: any shape, any layout, many ties, the odd values."""
+"""Hypothesis strategies for tensors: any shape, any layout, many ties, odd values."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ thorough = settings(max_examples=5 * settings().max_examples)
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "channels_last", "expanded")
 
-# Each survives the trip to bfloat16 and back, so that ties are the same in every dtype.
+# All are exact in bfloat16, so that ties are the same in every dtype.
 GRID = (0.0, -0.0, 0.25, -0.25, 0.5, -0.5, 1.0, -1.0, 1.5, -2.0, 3.0, -4.0)
 ODD = (*GRID, 2.0**-126, -(2.0**-133), 2.0**100, -(2.0**100), float("inf"), float("-inf"))
 
 
-# Shares of which a few in a row prune something each time, and not everything, of a dozen entries.
+# Of a dozen entries a few such shares in a row each prune some, but not all.
 PARTIAL = st.integers(20, 60).map(lambda percent: percent / 100)
 SHARES = PARTIAL | st.floats(0.125, 0.875, width=32) | st.floats(0, 1, width=32)
 
 
 def amounts(others: Sequence[int | float] = ()) -> st.SearchStrategy[list[int | float]]:
-    """For pruning once or several times; mostly several times partially."""
+    """Amounts for pruning once or several times; mostly several times partially."""
     anything = SHARES | st.sampled_from(others) if others else SHARES
     return st.lists(PARTIAL, min_size=2, max_size=4) | st.lists(anything, min_size=1, max_size=4)
 
@@ -43,7 +43,7 @@ def tensors(
     values: Sequence[float] | None = GRID,
     layouts: Sequence[str] = LAYOUTS,
 ) -> Tensor:
-    """`values=None`: normal numbers, which have no ties in float32 and float64."""
+    """Tensors of ``values``, or if None of normal numbers: no ties in float32 and float64."""
     size = int(torch.Size(shape).numel())
     if values is None:
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))

@@ -30,13 +30,13 @@ SENTENCES = {
 
 @functools.cache
 def unigram() -> Any:
-    """A tokenizer as XLM-R has one: Unigram pieces, spaces written as ``▁``, its special tokens."""
+    """A tokenizer like XLM-R's: Unigram pieces, ``▁`` for spaces, the same special tokens."""
     return _wrapped(_trained(models.Unigram(), trainers.UnigramTrainer, unk_token="<unk>"))
 
 
 @functools.cache
 def wordpiece() -> Any:
-    """A tokenizer as mBERT has one, which removes control characters."""
+    """A tokenizer like mBERT's, which removes control characters."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -45,7 +45,7 @@ def wordpiece() -> Any:
 
 def _trained(model: Any, trainer: Any, **options: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    # As SentencePiece does, drop what is invisible.
+    # Like SentencePiece, drop zero-width spaces.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace("\u200b", "")]
     )
@@ -83,7 +83,7 @@ def _wrapped(tokenizer: Tokenizer) -> Any:
 
 
 def xlmr(labels: tuple[str, ...], kind: str = "TokenClassification", seed: int = 0) -> Any:
-    """A model of XLM-R's class with random weights: 48 positions that count."""
+    """A model of XLM-R's class with random weights and 48 usable positions."""
     torch.manual_seed(seed)
     config = transformers.XLMRobertaConfig(
         vocab_size=max(len(unigram()), len(wordpiece())),
@@ -97,7 +97,7 @@ def xlmr(labels: tuple[str, ...], kind: str = "TokenClassification", seed: int =
         label2id={label: i for i, label in enumerate(labels)},
     )
     model = getattr(transformers, f"XLMRobertaFor{kind}")(config)
-    # Wide enough apart that not everything gets one label.
+    # Spread the logits, so that not everything gets the same label.
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.mul_(20)
@@ -105,7 +105,7 @@ def xlmr(labels: tuple[str, ...], kind: str = "TokenClassification", seed: int =
 
 
 class Lookup(nn.Module):
-    """Gives each subword the label that a table has for its id, or a text that of its second id."""
+    """Looks up the label of each subword by its id, or that of a text by its second id."""
 
     def __init__(self, table: Tensor, labels: tuple[str, ...], words: bool = True) -> None:
         super().__init__()

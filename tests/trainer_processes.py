@@ -1,4 +1,4 @@
-"""Trains in each of several processes (torchrun), then again from a checkpoint in the middle."""
+"""Trains in two processes (torchrun), then again from a checkpoint in the middle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     assert dist.get_world_size() == 2 and pruner.steps == 8
     state = copy.deepcopy(trainer.model.state_dict())
     check_equal_everywhere(state)
-    # The masks are not sent around in each forward.
+    # The masks are not broadcast in each forward.
     buffers = [*trainer.model_wrapped.named_module_buffers]
     assert buffers and not any(name.endswith("_mask") for name in buffers), buffers
 

@@ -64,7 +64,7 @@ class Run:
         self.accelerator.register_for_checkpointing(self.pruner)
 
     def train(self, begin: int, end: int) -> None:
-        """The batches from one to another of the one epoch."""
+        """Trains on the batches from ``begin`` to below ``end`` of the only epoch."""
         loader = self.accelerator.skip_first_batches(self.loader, begin)
         for number, (inputs, wanted) in enumerate(loader, begin):
             if number == end:
@@ -90,7 +90,7 @@ def same(left: Any, right: Any) -> bool:
 
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_loaded_goes_on_the_same_bit_for_bit(kind: str, accumulate: int, tmp_path: Path) -> None:
+def test_a_loaded_run_continues_bit_for_bit(kind: str, accumulate: int, tmp_path: Path) -> None:
     whole = Run(kind, accumulate=accumulate)
     whole.train(0, 6)
     whole.accelerator.save_state(str(tmp_path))

@@ -168,7 +168,7 @@ def test_moved_units() -> None:
     assert figures["moved_share"] is None
 
 
-def test_a_permuted_layer_has_moved_whole() -> None:
+def test_all_units_of_a_permuted_layer_have_moved() -> None:
     layer = nn.Linear(64, 300)
     pair = (layer, "weight")
     dense = layer.weight.detach().roll(1, 0)
@@ -408,6 +408,6 @@ def test_the_model_is_left_alone() -> None:
     assert torch.equal(_weight(params), before) and _weight(params).grad is None
 
 
-def test_matching_is_yes_or_no() -> None:
+def test_matching_should_be_a_bool() -> None:
     with pytest.raises(TypeError, match="matching should be True or False"):
         tap.alignment_report([(nn.Linear(2, 2), "weight")], matching="greedy")  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ def second_weight(model: nn.Module) -> Tensor:
 
 
 def spoil(value: float) -> Callable[[nn.Module], None]:
-    """One entry of the second weight, the last that would be pruned."""
+    """Overwrites one entry of the second weight, the last that would be pruned."""
 
     def change(model: nn.Module) -> None:
         weight = second_weight(model)

@@ -264,7 +264,7 @@ def test_a_compiler_that_fails(tree, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["yes", "2"])
-def test_cuda_switch_that_is_neither(tree, tmp_path, value):
+def test_a_cuda_switch_other_than_0_and_1(tree, tmp_path, value):
     torch = fake_torch(tmp_path, "2.13.0+cpu")
     message = setup(tree, "build_ext", TORCHALIGNPRUNE_CUDA=value, **torch)
     assert f"TORCHALIGNPRUNE_CUDA should be 0 or 1, got {value!r}" in message

@@ -1169,7 +1169,7 @@ def test_a_missing_extra_is_named(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_transformers_is_as_loud_as_before(bert: Path, tmp_path: Path) -> None:
+def test_the_verbosity_of_transformers_is_restored(bert: Path, tmp_path: Path) -> None:
     logging = transformers.utils.logging
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 0

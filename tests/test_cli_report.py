@@ -1,4 +1,4 @@
-"""``torchalignprune report`` on tiny checkpoints, and on one that is larger than it may get."""
+"""``torchalignprune report`` on tiny checkpoints, and on one larger than the memory it may take."""
 
 from __future__ import annotations
 

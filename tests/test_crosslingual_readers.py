@@ -415,7 +415,7 @@ def test_rows_that_are_wrong(task: str, row: Any, message: str, tmp_path: Path) 
     assert "test.jsonl" in str(caught.value)
 
 
-def test_what_else_lies_in_a_folder_is_no_language(tmp_path: Path) -> None:
+def test_other_configurations_of_a_folder_are_no_languages(tmp_path: Path) -> None:
     """Other treebanks, and XNLI in all languages at once, are read where they are named."""
     row = {"tokens": ["a"], "upos": ["X"]}
     for config in ("en_ewt", "en_gum", "en_pud", "de_gsd", "de_hdt", "de_pud", "zh_pud", "xx_yy"):

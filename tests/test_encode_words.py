@@ -208,7 +208,7 @@ def test_byte_level_bpe_without_a_space_before_words(within: bool) -> None:
         assert sentence.first == ([1, 3] if space else [0, 1])
 
 
-def test_a_way_to_find_words_that_is_written_in_python() -> None:
+def test_a_pre_tokenizer_that_is_written_in_python() -> None:
     class Characters:
         def pre_tokenize(self, text: Any) -> None:
             text.split(lambda _, part: [part[i : i + 1] for i in range(len(str(part)))])

@@ -153,7 +153,7 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(
 
 
 def kill_a_rank(process: subprocess.Popen[str], checkpoints: Path) -> str:
-    """After the second checkpoint, and as if while it wrote the next; which one is the last."""
+    """Kills a rank after the second checkpoint, as if while it wrote the next; returns the last."""
     deadline = time.monotonic() + 120
     while not (checkpoints / "step-00000008" / ".metadata").exists():
         assert process.poll() is None, "".join(process.communicate())

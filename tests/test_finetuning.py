@@ -190,7 +190,7 @@ def test_the_penalty_keeps_the_weights_near_the_reference(kind: Callable[..., An
 
 def test_losses_are_without_the_penalty_and_gradients_are_clipped_with_it() -> None:
     class Steep(torch.nn.Module):
-        """Of the same value always, with a large gradient or none."""
+        """A penalty whose value never changes, with a large gradient or none."""
 
         def __init__(self, weight: Tensor, slope: float) -> None:
             super().__init__()

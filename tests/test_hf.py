@@ -96,7 +96,7 @@ def pruner_of(model: nn.Module, method: Any = tap.AlignedMagnitude, **options: A
 def plain_trainer(
     folder: Path, model: Any = None, pruner: tap.Pruner | None = None, **changes: Any
 ) -> tuple[Trainer, tap.Pruner]:
-    """A Trainer that nothing is changed of, with the callback."""
+    """An unmodified Trainer, with the callback."""
     model = bert() if model is None else model
     pruner = pruner_of(model) if pruner is None else pruner
     callbacks = changes.pop("callbacks", [])
@@ -111,7 +111,7 @@ def plain_trainer(
 
 
 class Reporter(TrainerCallback):
-    """Hears of logs before the callbacks of a user, as TensorBoard and the others do."""
+    """Gets the logs before the callbacks of the user, as those of TensorBoard and others do."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -284,7 +284,7 @@ def regularized(
     kind: Any = hf.AlignmentTrainer,
     **changes: Any,
 ) -> tuple[Any, tap.Pruner, nn.Module]:
-    """A Trainer with a penalty towards other weights than the first ones, and plain SGD."""
+    """A Trainer with plain SGD and a penalty towards weights other than the initial ones."""
     model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     params = tap.prunable_parameters(model)
     torch.manual_seed(7)
@@ -307,7 +307,7 @@ def regularized(
 
 
 class MeanLossTrainer(hf.AlignmentTrainer):
-    """One with a loss of its own, a mean that the Trainer divides by the number of batches."""
+    """A trainer whose own loss is a mean, which the Trainer divides by the number of batches."""
 
     loss_is_scaled_for_ga = False
 
@@ -505,7 +505,7 @@ def test_torch_compile(tmp_path: Path) -> None:
 
 
 class Metric:
-    """Says what the caller wants of each evaluation in turn."""
+    """Returns the given values, one for each evaluation."""
 
     def __init__(self, *values: float) -> None:
         self.values = list(values)

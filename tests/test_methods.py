@@ -27,7 +27,7 @@ def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def departed(weights: Sequence[Tensor]) -> list[Tensor]:
-    """References some way off."""
+    """References at some distance from the weights."""
     generator = torch.Generator().manual_seed(11)
     return [w + torch.randn(w.shape, generator=generator) * w.std() / 2 for w in weights]
 
@@ -572,7 +572,9 @@ def test_grouped_convolutions_take_no_input_norms() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"alignment": "frobenius"}, {"units": "both"}, {"units": "both", "of": True}]
 )
-def test_no_alignment_with_what_is_not_finite(options: dict[str, Any], value: float) -> None:
+def test_a_reference_that_is_not_finite_is_refused_even_where_pruned(
+    options: dict[str, Any], value: float
+) -> None:
     """The reference counts whole, where it is pruned too, so that its size is not known."""
     layer = nn.Linear(4, 4, bias=False)
     tap.global_unstructured([(layer, "weight")], tap.Magnitude, amount=1)
@@ -589,7 +591,7 @@ def test_no_alignment_with_what_is_not_finite(options: dict[str, Any], value: fl
     assert torch.equal(layer.weight_mask, before)
 
 
-def test_what_is_not_finite_and_pruned_counts_no_further() -> None:
+def test_nan_under_the_mask_does_not_change_the_masks() -> None:
     """In the magnitudes, and in the alignment with a reference of one's own."""
     layer = nn.Linear(4, 4, bias=False)
     params = [(layer, "weight")]
@@ -633,7 +635,7 @@ def test_scores_by_their_place_as_in_torch() -> None:
     assert torch.equal(ours.weight_mask, torchs.weight_mask.bool())
 
 
-def test_torchs_function_knows_how_transposed_convolutions_lie() -> None:
+def test_torchs_function_finds_the_outputs_of_transposed_convolutions() -> None:
     """Though nobody has called prunable_parameters."""
     layers = [nn.ConvTranspose1d(4, 3, 3), nn.ConvTranspose1d(4, 3, 3)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -642,7 +644,7 @@ def test_torchs_function_knows_how_transposed_convolutions_lie() -> None:
     assert torch.equal(layers[0].weight_mask.bool(), layers[1].weight_mask)
 
 
-def test_scores_that_lead_to_a_parameter_are_scores() -> None:
+def test_scores_that_are_computed_from_parameters() -> None:
     ours, torchs = pairs(mlp()), pairs(mlp())
     chosen = torch.rand(16, 12) < 0.5
     for params, call in ((ours, tap.global_unstructured), (torchs, prune.global_unstructured)):
@@ -654,7 +656,7 @@ def test_scores_that_lead_to_a_parameter_are_scores() -> None:
     assert_same_masks(ours, torchs)
 
 
-def test_scores_that_are_the_weights_are_scores() -> None:
+def test_scores_that_equal_the_weights() -> None:
     """Ranked by their magnitude, as by the function here."""
     ours, torchs = pairs(mlp()), pairs(mlp())
     for params, call in ((ours, tap.global_unstructured), (torchs, prune.global_unstructured)):

@@ -64,7 +64,7 @@ def test_it_finds_translations_far_more_often_than_by_chance() -> None:
     assert sum(shares.values()) / len(shares) > 0.6
 
 
-def test_it_goes_through_the_first_blocks_of_the_readme() -> None:
+def test_the_first_blocks_of_the_readme_run_on_it() -> None:
     """As they are pasted: XLM-R is what the README speaks of."""
     page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]

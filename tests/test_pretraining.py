@@ -66,7 +66,7 @@ def run(model: XLMRobertaForMaskedLM, **options: Any) -> list[dict[str, float]]:
 
 
 def teacher(texts: Sequence[str]) -> Tensor:
-    """Something that depends on the words alone."""
+    """Embeddings that depend only on the words."""
     vectors = torch.Generator().manual_seed(0)
     pieces = torch.randn(len(tokenizer()), 8, generator=vectors)
     encoded = tokenizer()(list(texts), add_special_tokens=False)["input_ids"]
@@ -74,7 +74,7 @@ def teacher(texts: Sequence[str]) -> Tensor:
 
 
 def word_teacher(texts: Sequence[str]) -> list[Tensor]:
-    """Something that depends on a word and the one before; sentences end one piece too early."""
+    """States that depend on a word and the one before, but for the last piece of a sentence."""
     vectors = torch.Generator().manual_seed(1)
     pieces = torch.randn(len(tokenizer()), 8, generator=vectors)
     encoded = tokenizer()(list(texts), add_special_tokens=False)["input_ids"]

@@ -1247,7 +1247,7 @@ def test_a_pruning_that_fails_keeps_what_may_come_back(monkeypatch: pytest.Monke
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Lets an operator fail that makes a new tensor, after so many that do not."""
+    """Lets the operators that make a new tensor fail, after the first ``good`` of them."""
 
     def __init__(self, good: int) -> None:
         super().__init__()
@@ -1346,7 +1346,7 @@ def test_a_state_that_does_not_fit_costs_no_combinations(monkeypatch: pytest.Mon
     assert len(calls) < 5
 
 
-def test_every_mask_is_missed() -> None:
+def test_a_mask_that_is_gone_is_an_error() -> None:
     params = tap.prunable_parameters(mlp())
     pruner = tap.Pruner(params, tap.Magnitude, schedules.steps({0: 0.5, 2: 0.75}))
     prune.remove(*params[1])

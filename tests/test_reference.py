@@ -41,7 +41,7 @@ def assert_equal(reference: tap.Reference, params: list[Any], expected: list[Any
 
 
 def change(params: list[Any]) -> None:
-    """Training goes on."""
+    """Changes the weights, as further training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in weights_of(params):

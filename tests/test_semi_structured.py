@@ -112,7 +112,9 @@ def test_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("by", ["us", "torch", "zeros"])
-def test_what_becomes_of_a_model(with_products: None, dtype: torch.dtype, by: str) -> None:
+def test_weights_become_sparse_and_keep_their_values(
+    with_products: None, dtype: torch.dtype, by: str
+) -> None:
     model = two_of_four(dtype)
     model(torch.randn(3, 64).to(dtype))
     expected = [layer.weight.detach().clone() for layer, _ in params_of(model)]

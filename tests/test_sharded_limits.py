@@ -70,7 +70,7 @@ def models(draw: st.DrawFn) -> Any:
 @pytest.mark.parametrize("world", [2, 4])
 @settings(max_examples=settings().max_examples // 2)
 @given(case=models())
-def test_whatever_comes(ranks: Ranks, world: int, case: Any) -> None:
+def test_any_weights_layouts_and_limits(ranks: Ranks, world: int, case: Any) -> None:
     ranks.run(world, cases.drawn, case)
 
 

@@ -176,7 +176,7 @@ def test_pos_xlmr_on_two_processes(tmp_path: Path) -> None:
 def test_the_model_that_is_evaluated_is_the_one_in_the_folder(
     xnli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after training in bfloat16, of which Accelerate leaves the model an autocast."""
+    """Also after training in bfloat16, after which the model keeps an autocast of Accelerate."""
     monkeypatch.syspath_prepend(EXAMPLES)
     main = importlib.import_module("xnli_xlmr").main
     evaluated: list[Any] = []

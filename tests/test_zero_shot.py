@@ -84,7 +84,7 @@ def counts(score: LanguageScore) -> tuple[list[int], list[int]]:
 KNOWN = {"The": "A", "Hùng": "B", "محاطة": "C"}
 
 
-def test_the_words_of_these_tests() -> None:
+def test_the_first_subwords_of_the_known_words_differ() -> None:
     assert len({first_id(word) for word in KNOWN}) == 3
 
 
@@ -364,7 +364,7 @@ def test_spans(labels: list[str], expected: set[tuple[str, int, int]]) -> None:
 
 
 @given(st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), max_size=9))
-def test_spans_of_anything(labels: list[str]) -> None:
+def test_spans_of_random_labels(labels: list[str]) -> None:
     assert spans(labels) == twin.spans(labels)
     assert span_counts(labels, labels) == (2 * len(spans(labels)),) * 2
     with pytest.raises(ValueError, match="predicted should have"):

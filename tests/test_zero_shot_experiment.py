@@ -91,7 +91,7 @@ def test_bad_sweeps(options: dict[str, Any], message: str) -> None:
         sweep(topics_model(), None, **options)
 
 
-def test_a_pruner_in_the_place_of_what_makes_one() -> None:
+def test_a_pruner_instead_of_a_function_is_refused() -> None:
     model = topics_model()
     schedule = tap.schedules.constant(0.0)
     made: Any = tap.Pruner(tap.prunable_parameters(model), tap.Magnitude, schedule)
@@ -185,7 +185,7 @@ def test_dense_training_is_not_taken_over_by_a_run_of_other_stages(
     assert seeds == [6, 7, 7, 9, 10, 11]
 
 
-def test_what_is_read(data: Path) -> None:
+def test_an_experiment_has_the_data_of_its_languages(data: Path) -> None:
     experiment = load(data, languages=["ru"], sentences=4)
     assert list(experiment.test) == ["en", "ru"]
     assert experiment.test["ru"]["test"]["id"] == ["0", "2", "4", "6"]

@@ -1,26 +1,27 @@
 """What pruning while fine-tuning costs zero-shot languages: every method, with every regularizer.
 
-    python benchmarks/zero_shot.py --data DIR              # go on with the grid
+    python benchmarks/zero_shot.py --data DIR              # run, or continue, the grid
     python benchmarks/zero_shot.py --data DIR --tasks topics --minutes 60
-    python benchmarks/zero_shot.py --report                # page and pictures, from the lines alone
+    python benchmarks/zero_shot.py --report                # page and plots, from the log alone
 
 DIR holds ``udpos``, ``pud`` and ``sib200`` (``torchalignprune.crosslingual.load_task`` says how).
-Each run fine-tunes the encoder on English and climbs through the sparsities, trained after each, as
-the paper's iterative pruning with retraining does; it is evaluated in all languages after each
-stage. Tasks: ``pos``, learned from the English Web Treebank and evaluated on sentences of PUD, and
-``topics`` (SIB-200). With the same seed all runs begin alike and see the same batches, so that
+Each run fine-tunes the encoder on English and goes from sparsity to sparsity, with training after
+each pruning, as in the paper's iterative pruning with retraining. After each stage it evaluates in
+all languages. The tasks are ``pos``, trained on the English Web Treebank and evaluated on sentences
+of PUD, and ``topics`` (SIB-200). All runs of one seed begin alike and see the same batches, so that
 comparisons are paired. The method ``dense`` trains as long as the others and prunes nothing: drops
 are against it, at the same stage.
 
-The strength of a regularizer is chosen for each task on English validation data alone, with other
-seeds than the grid's: the best of a few decades by the mean accuracy over the sparsities.
+The strength of a regularizer is chosen for each task on English validation data alone, with seeds
+that the grid does not use: of several powers of ten, the one with the best mean accuracy over the
+sparsities.
 
-The grid can be stopped at any moment and goes on where it was; ``results/zero_shot/runs.jsonl`` has
-a line for each run. The order is such that what is there can be compared early: all methods without
-a regularizer, then ``dense``, ``magnitude`` and ``aligned`` with the regularizers, then the rest;
-each for all tasks.
-Two processes with different ``--tasks`` or ``--seeds`` may write to the same file. All is computed
-in float32, whatever the processor, so that the lines of several machines go together.
+The grid can be stopped at any time; the same command continues it. ``results/zero_shot/runs.jsonl``
+has a line for each run. The order of the runs allows comparisons early on: all methods without a
+regularizer, then ``dense``, ``magnitude`` and ``aligned`` with the regularizers, then the rest;
+each for all tasks. Several processes with different ``--tasks`` or ``--seeds`` may write to the
+same file. Everything is computed in float32 on every processor, so that runs of several machines
+can be combined.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ MINIATURE = Path(__file__).parents[1] / "examples" / "mini_xlmr"
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 TUNING_SEEDS = (1000, 1001)
 TUNING_METHOD = "aligned"
-# Gradient criteria come last: they cannot take over the dense training of the run before.
+# Gradient criteria come last: their runs cannot take over the dense training of the run before.
 METHODS = [DENSE, *sorted(RECIPES, key=lambda name: RECIPES[name].criterion is not None)]
 FIRST = (DENSE, "magnitude", "aligned")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a task is evaluated on, and how long it trains."""
+    """What a task is evaluated on (``sentences``: per language), and how it trains."""
 
     evaluated: str
     languages: tuple[str, ...]
@@ -84,7 +85,7 @@ PLANS = {
 def phases(
     methods: Sequence[str], regularizers: Sequence[str], seeds: Sequence[int]
 ) -> list[list[Key]]:
-    """The runs in the order in which they are worth most."""
+    """The runs in three parts, those that say most first."""
     rest = [name for name in regularizers if name != "none"]
     parts = [
         (methods, [name for name in regularizers if name == "none"]),
@@ -98,7 +99,7 @@ def phases(
 
 
 class Grid:
-    """The runs of one task, those that are in the log and those to come."""
+    """The runs of one task, both those in the log and those to come."""
 
     def __init__(
         self, task: str, experiment: Experiment, training: Training, log: RunLog, deadline: float
@@ -119,7 +120,7 @@ class Grid:
         self.id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         self._settings = settings
         self._longest = 0.0
-        # The id says how many sentences there are, not which.
+        # The id covers the number of sentences, not their text.
         digests = experiment.digests()
         for line in self.lines("settings"):
             if others := [code for code in digests if line["digests"][code] != digests[code]]:
@@ -138,7 +139,7 @@ class Grid:
         )
 
     def complete(self, keys: Sequence[Key]) -> bool:
-        """Runs what is not there yet; whether time sufficed."""
+        """Runs what is not in the log yet; returns whether there was time for all of it."""
         for key in keys:
             there = {(r["method"], r["regularizer"], r["seed"]) for r in self.lines("run")}
             if key in there:
@@ -180,7 +181,7 @@ class Grid:
     def _timed(
         self, method: str, regularizer: str, strength: float, seed: int, validation: bool = False
     ) -> tuple[dict[float, ZeroShotReport], float] | None:
-        """A run and its seconds; None if it would take longer than there is time."""
+        """A run and its seconds; None if it might end after the deadline."""
         started = time.perf_counter()
         if started + self._longest > self.deadline:
             return None
@@ -195,7 +196,7 @@ class Grid:
         return sweep, seconds
 
     def _chosen(self, regularizer: str) -> float | None:
-        """The strength, which is chosen now if it is not yet; None if time did not suffice."""
+        """The strength, chosen now unless the log has it; None if there was no time for that."""
         for line in self.lines("strength"):
             if line["regularizer"] == regularizer:
                 return float(line["strength"])
@@ -259,7 +260,7 @@ class Grid:
 
 
 def tuning_means(lines: Sequence[Mapping[str, Any]], regularizer: str) -> dict[float, float]:
-    """For each strength, and 0 for none, the mean over seeds and sparsities above 0."""
+    """The mean over seeds and sparsities above 0 for each strength (0: no regularizer)."""
     found: dict[float, list[float]] = {}
     for line in lines:
         if line["regularizer"] in ("none", regularizer):
@@ -269,7 +270,7 @@ def tuning_means(lines: Sequence[Mapping[str, Any]], regularizer: str) -> dict[f
 
 
 def best_strength(means: Mapping[float, float]) -> float:
-    """Of the strengths above 0; among equals the lowest."""
+    """The strength above 0 with the highest mean; of equals the lowest."""
     return max((strength for strength in sorted(means) if strength), key=lambda s: means[s])
 
 
@@ -288,18 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--data", type=Path, help="folder with udpos, pud and sib200")
-    add("--model", type=Path, default=MINIATURE, help="default: the miniature")
+    add("--model", type=Path, default=MINIATURE, help="encoder (default: the miniature)")
     add("--out", type=Path, default=RESULTS / "zero_shot", help="folder of runs.jsonl")
     add("--tasks", nargs="+", choices=PLANS, default=list(PLANS))
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--regularizers", nargs="+", choices=REGULARIZERS, default=list(REGULARIZERS))
     add("--seeds", type=int, nargs="+", default=list(range(5)))
-    add("--minutes", type=float, help="begin no run that would end later")
-    add("--threads", type=int, help="of torch")
+    add("--minutes", type=float, help="begin no run that might end later than this")
+    add("--threads", type=int, help="number of torch's threads")
     add("--learning-rate", type=float, help="of the encoder (default: by task)")
     add("--epochs", type=float, help="of dense training (default: by task)")
     add("--retraining-epochs", type=float, help="after each pruning (default: by task)")
-    add("--sentences", type=int, help="to evaluate on in each language (default: by task)")
+    add("--sentences", type=int, help="evaluated on per language (default: by task)")
     add("--languages", nargs="+", help="besides English (default: by task)")
     add("--report", action="store_true", help="write the page, and run nothing")
     options = parser.parse_args(arguments)
@@ -314,7 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data is None:
         parser.error("--data: the grid needs a folder with udpos, pud and sib200")
     if reserved := set(options.seeds) & set(TUNING_SEEDS):
-        parser.error(f"--seeds: {min(reserved)} is one that strengths are chosen with")
+        parser.error(
+            f"--seeds should not be those that strengths are chosen with, got {min(reserved)}"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     deadline = time.perf_counter() + (60 * options.minutes if options.minutes else float("inf"))
@@ -347,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in phases(ordered, options.regularizers, options.seeds):
         for work in works:
             if not work.complete(part):
-                print("the time is up; the same command goes on")
+                print("the time is up; the same command continues the grid")
                 return
 
 

@@ -1,4 +1,4 @@
-"""The page of benchmarks/zero_shot.py, made from the lines of its runs alone."""
+"""The page of benchmarks/zero_shot.py, made from its log of runs alone."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from zero_shot_statistics import (
 
 ALPHA = 0.05
 SEEDS = 5
-# What the other methods are compared with, and whose languages are shown.
+# The methods that others are compared with, and whose drops are shown by language.
 BASES = ("magnitude", "aligned")
-# Methods with calibration text in many languages, and with English text.
+# Each method with calibration text in many languages, and the same with English text.
 CALIBRATIONS = {"wanda-multi": "wanda-en", "aligned-inputs-multi": "aligned-inputs-en"}
 METHODS = (DENSE, *RECIPES)
-# How many English sentences strengths were chosen on, where the lines of the runs do not say it.
+# How many English sentences strengths were chosen on, for logs that do not record it.
 VALIDATION = {"pos": 100, "topics": 99}
 
 Lines = Sequence[Mapping[str, Any]]
@@ -41,19 +41,19 @@ Lines = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Cell:
-    """A difference in one setting at one sparsity, and its p-value among all of its family."""
+    """A difference for one setting at one sparsity, with its p-value corrected in its family."""
 
     difference: Difference
     p: float
 
     @property
     def tested(self) -> bool:
-        """Of a single seed it is not."""
+        """Whether there is more than one seed."""
         return self.difference.seeds > 1
 
     @property
     def sign(self) -> int:
-        """1 or -1 where it is significant, otherwise 0."""
+        """1 or -1 if it is significant, otherwise 0."""
         if self.p >= ALPHA:
             return 0
         return 1 if self.difference.value > 0 else -1
@@ -64,7 +64,7 @@ class Cell:
         return f"{star}{100 * found.value:+.1f}{star} ± {100 * found.half:.1f}"
 
 
-# For each setting one cell for each sparsity above 0.
+# For each setting, one cell for each sparsity above 0.
 Table = dict[tuple[str, str], list[Cell]]
 
 
@@ -89,7 +89,7 @@ def page(lines: Lines) -> str:
 
 
 def _by_task(lines: Lines) -> dict[str, tuple[Lines, Lines, Results]]:
-    """For each task its settings, of which the last count, and what was done with these."""
+    """For each task: all versions of its settings, the lines of the last one, and its results."""
     found: dict[str, tuple[Lines, Lines, Results]] = {}
     lines = distinct(lines)
     settings = [line for line in lines if line.get("kind") == "settings"]
@@ -105,27 +105,27 @@ _INTRODUCTION = f"""# Pruning while fine-tuning, and what it costs zero-shot lan
 
 Made by `python benchmarks/zero_shot.py --report` from `runs.jsonl`, which
 `python benchmarks/zero_shot.py --data DIR` writes. An encoder is fine-tuned on English, pruned from
-sparsity to sparsity and trained after each, and evaluated in all languages; what is learned and how
-long is below, for each task.
+sparsity to sparsity with training after each pruning, and evaluated in all languages. What it
+learns, and for how long, is below for each task.
 
 How to read it:
 
 - A *drop* is the score of the dense model minus that of the pruned one, in points. The dense model
   of the same seed has trained for as many steps on the same batches, without a regularizer.
-- Figures are means over seeds, ± is half of the {LEVEL:.0%} interval. What varies is the seed and
-  the test sentences (both variances are added, degrees of freedom by Welch and Satterthwaite,
-  Student's t); the languages are these ones. Everything is paired: by seed, and by sentence, of
-  which the same are drawn for all models and languages ({RESAMPLES:,} resamples).
-- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table. What has
-  run with a single seed is not tested, and not counted among them. Rows of `dense` are corrected on
-  their own: what a regularizer does to a model that is not pruned is no answer to a claim.
+- Figures are means over seeds; ± is half of the {LEVEL:.0%} interval. It covers other seeds and
+  other test sentences (both variances are added; Student's t, degrees of freedom by Welch and
+  Satterthwaite), but not other languages. Everything is paired: by seed, and by sentence, since the
+  same sentences are drawn for all models and languages ({RESAMPLES:,} resamples).
+- **Bold**: significant at {ALPHA:.0%} after Holm's correction for all tests of that table. Settings
+  that have run with a single seed are neither tested nor counted. Rows of `dense` are corrected on
+  their own, because what a regularizer does to a model that is not pruned says nothing about a
+  claim.
 - *Above chance*: above the score of the most frequent label of the language. Zero-shot scores begin
-  lower and have less to lose, so drops are given as shares of what the dense model has above chance
-  too; the share of the zero-shot mean, not the mean of shares, and of
-  {100 * LEAST_ABOVE_CHANCE:.0f} points at least.
-- A claim *holds* where at least half of its settings are significant in its direction and none
-  against it, *holds in part* where more are significant for it than against it, and otherwise *is
-  not shown*."""
+  lower and have less to lose, so drops are also given as shares of what the dense model has above
+  chance. This is the share of the zero-shot mean, not the mean of the languages' shares, and what
+  is above chance counts as {100 * LEAST_ABOVE_CHANCE:.0f} points at least.
+- A claim *holds* if at least half of its settings are significant for it and none against it. It
+  *holds in part* if more are significant for it than against it. Otherwise it *is not shown*."""
 
 
 def _settings(versions: Lines, results: Results, lines: Lines) -> str:
@@ -142,33 +142,32 @@ def _settings(versions: Lines, results: Results, lines: Lines) -> str:
     kinds = _listed(f"{count} with {name}" for name, count in counts.items())
     text = f"""**{complete} of the {whole} runs of the grid are in** ({len(METHODS)} methods,
 {len(REGULARIZERS)} regularizers, {SEEDS} seeds; {kinds}).
-Learned in English, evaluated on {settings["evaluated"]}: {settings["sentences"]["en"]} sentences in
+Trained on English, evaluated on {settings["evaluated"]}: {settings["sentences"]["en"]} sentences in
 each of {len(results.languages)} languages ({", ".join(results.languages)}). {training["epochs"]:g}
-epochs of dense training, {training["retraining_epochs"]:g} after each pruning, batches of
-{training["batch_size"]}, learning rate {training["learning_rate"]:g}, that of the classifier
-{training["head_learning_rate"]:g}, in float32; model {settings["model"]}. Measured with
+epochs of dense training and {training["retraining_epochs"]:g} after each pruning, in batches of
+{training["batch_size"]} and float32; learning rate {training["learning_rate"]:g}, and
+{training["head_learning_rate"]:g} for the classifier; model {settings["model"]}. Measured with
 torch {latest["machine"]["torch"]} on {", ".join(processors) or latest["machine"]["cpu"]}."""
     if len(processors) > 1:
         text += """
-Runs of one seed on different processors have the same batches, but not the same rounding, which
-training lets grow: they are paired more loosely than runs on one."""
+Runs of one seed on different processors see the same batches but round differently, and training
+amplifies this: they are paired more loosely than runs on one processor."""
     if len(versions) > 1:
         text += (
-            f"\nThe file has runs of {len(versions) - 1} other settings of this task, left out "
-            "here."
+            f"\nThe log has runs of {len(versions) - 1} other settings of this task, left out here."
         )
     seconds = [run["seconds"] for run in runs]
     if seconds:
         text += (
             f"\nA run took {statistics.median(seconds):.0f} s (median, on one core beside another "
-            "run). Dense training is taken over from the run before where both have the seed and "
-            "the regularizer in common."
+            "run). It takes over the dense training of the run before it if the two share seed and "
+            "regularizer."
         )
     return text
 
 
 def figures(lines: Lines) -> dict[str, Figure]:
-    """For each task the scores of every method without a regularizer, against the sparsity."""
+    """For each task, the scores of every method without a regularizer, by sparsity."""
     return {
         task: _figure(results)
         for task, (_, _, results) in _by_task(lines).items()
@@ -185,7 +184,7 @@ def _figure(results: Results) -> Figure:
         if not seeds:
             continue
         points = np.mean([results.point((method, "none", seed)) for seed in seeds], axis=0)
-        # There are ten colors; the methods after them are dashed.
+        # There are ten colors: lines that repeat one are dashed.
         style = {"color": "black"} if method == DENSE else {"color": f"C{i % 10}"}
         style |= {"linestyle": "-" if i <= 10 else "--", "marker": "o", "markersize": 3}
         for axes, values in zip(panels, (points[:, 0], results.zero_shot(points)), strict=True):
@@ -227,9 +226,9 @@ def _strengths(task: str, lines: Lines) -> str:
     counts = dict.fromkeys(line.get("sentences", VALIDATION.get(task)) for line in tuning)
     sentences = _listed(str(count) for count in counts if count is not None) or "some"
     text = (
-        f"Strengths, chosen by the mean accuracy in {sentences} sentences of English validation "
-        f"data over the sparsities (method {methods}, seeds {seeds}, which are not those of the "
-        f"grid):\n\n{_markdown(rows)}"
+        f"Strengths, chosen by the mean accuracy over the sparsities in {sentences} sentences of "
+        f"English validation data (method {methods}; seeds {seeds}, which the grid does not use):"
+        f"\n\n{_markdown(rows)}"
     )
     useless = [
         line["regularizer"]
@@ -244,7 +243,9 @@ def _strengths(task: str, lines: Lines) -> str:
         if line["strength"] in (min(_tried(line)), max(_tried(line)))
     ]
     if edge:
-        text += f"\n\nThat of {_listed(edge)} is the lowest or highest that was tried."
+        text += (
+            f"\n\nThe strength chosen for {_listed(edge)} is the lowest or highest that was tried."
+        )
     return text
 
 
@@ -274,9 +275,9 @@ def _scores(task: str, results: Results) -> str:
 
 
 def _corrected(found: Mapping[tuple[str, str], list[Difference] | None]) -> Table:
-    """The settings that there are, at the sparsities above 0.
+    """Cells with corrected p-values for all settings that have run, at sparsities above 0.
 
-    Those of the dense model are a family of their own.
+    Rows of the dense model are a family of their own.
     """
     there = {setting: stages[1:] for setting, stages in found.items() if stages is not None}
     table = {setting: [Cell(stage, 1.0) for stage in stages] for setting, stages in there.items()}
@@ -328,12 +329,14 @@ def _first_claim(results: Results) -> str:
         f"{title}\n\nIn points the claim **{_verdict(_signs(in_points))}**. As shares of what is "
         f"above chance it **{_verdict(_signs(in_shares))}**.\n\n"
         "How many points more the zero-shot mean drops than English:\n\n"
-        f"{_cells(results, in_points)}\n\nThe same of the drops as shares of what is above chance, "
-        f"in percentage points:\n\n{_cells(results, in_shares)}"
+        f"{_cells(results, in_points)}\n\nThe same for drops as shares of what is above chance, in "
+        f"percentage points:\n\n{_cells(results, in_shares)}"
     )
     worse = [s for s, cells in in_points.items() if any(cell.sign < 0 for cell in cells)]
     if worse:
-        text += f"\n\nEnglish loses significantly more points somewhere with {_named(worse)}."
+        text += (
+            f"\n\nEnglish loses significantly more points at some sparsity with {_named(worse)}."
+        )
     return (
         f"{text}\n\nThe drop of the zero-shot mean itself:\n\n{_cells(results, _corrected(drops))}"
     )
@@ -363,7 +366,7 @@ def _second_claim(results: Results) -> str:
     english = gains(lambda scores: scores[..., 0])
     if not zero_shot:
         return f"{title}\n\nNot tested yet: no method has run with a regularizer."
-    # What a regularizer does for the model that is not pruned is no answer to pruning.
+    # What a regularizer does to a model that is not pruned says nothing about the claim.
     pruned = {setting: cells for setting, cells in zero_shot.items() if setting[0] != DENSE}
     helped = {s for s, cells in pruned.items() if any(cell.sign > 0 for cell in cells)}
     hurt = {s for s, cells in pruned.items() if any(cell.sign < 0 for cell in cells)}
@@ -391,9 +394,9 @@ def _second_claim(results: Results) -> str:
     return (
         f"{title}\n\n"
         + "\n".join(f"- {line}" for line in lines)
-        + f"\n\nGain of the zero-shot mean over the same method without, in points:\n\n"
-        f"{_cells(results, zero_shot)}\n\nGain of English:\n\n{_cells(results, english)}\n\n"
-        f"How much closer the zero-shot mean is to English:\n\n{_cells(results, closer)}"
+        + f"\n\nGain of the zero-shot mean over the same method without a regularizer, in points:"
+        f"\n\n{_cells(results, zero_shot)}\n\nGain of English:\n\n{_cells(results, english)}\n\n"
+        f"How many points closer the zero-shot mean is to English:\n\n{_cells(results, closer)}"
     )
 
 
@@ -423,12 +426,13 @@ def _third_claim(results: Results) -> str:
         corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
         verdict = _verdict(int(p < ALPHA) for p in corrected.values())
         parts.append(
-            f"The claim **{verdict}**. What is tested is that the zero-shot languages drop alike, "
-            "in points, and it is tested twice: over seeds (Friedman's test of the drops with each "
-            "seed) and over sentences (a randomisation test of the variance of the mean drops: "
-            f"the signs of each sentence's differences between languages are drawn {FLIPS:,} "
-            "times). The larger of the two p-values counts: all seeds are scored on the same "
-            "sentences, which seeds alone would take for the languages."
+            f"The claim **{verdict}**. The hypothesis tested is that all zero-shot languages drop "
+            "by the same points. It is tested twice: over seeds (Friedman's test of the drops with "
+            "each seed) and over sentences (a randomisation test of the variance of the mean "
+            "drops, for which the signs of each sentence's differences between languages are drawn "
+            f"{FLIPS:,} times). The larger of the two p-values counts. A test over seeds alone "
+            "would not do: all seeds are scored on the same sentences, and what these happen to "
+            "cost a language would look like a property of the language."
         )
         alike: dict[str, list[str]] = {}
         for (method, stage), p in corrected.items():
@@ -438,7 +442,10 @@ def _third_claim(results: Results) -> str:
             names = _listed(f"{_label(name)} ({_listed(at)})" for name, at in alike.items())
             parts.append(f"No difference between languages was shown with {names}.")
     else:
-        parts.append("Not tested yet: it takes three seeds of `dense` and a method, and languages.")
+        parts.append(
+            "Not tested yet: it takes three seeds of `dense` and a method, and three zero-shot "
+            "languages."
+        )
     for method in BASES:
         table = _language_table(results, method)
         if table:
@@ -507,7 +514,7 @@ def _calibration_texts(results: Results) -> str:
 
 
 def _gains(results: Results, pairs: Mapping[str, str]) -> Table:
-    """What methods gain in the zero-shot mean over the methods that they are compared with."""
+    """Gains in the zero-shot mean of methods (keys) over those they are compared with (values)."""
     return _corrected(
         {
             (method, "none"): results.compare(
@@ -520,7 +527,7 @@ def _gains(results: Results, pairs: Mapping[str, str]) -> Table:
 
 
 def _significant(results: Results, table: Table, sign: int) -> str:
-    """The settings and sparsities that are significantly better (1) or worse (-1)."""
+    """The settings, with their sparsities, that are significantly better (1) or worse (-1)."""
     found = {
         _called(setting): [
             f"{sparsity:.0%}"
@@ -533,7 +540,7 @@ def _significant(results: Results, table: Table, sign: int) -> str:
 
 
 def _signs(table: Table) -> list[int]:
-    """Of all that is tested."""
+    """The signs of all tested cells."""
     return [cell.sign for cells in table.values() for cell in cells if cell.tested]
 
 

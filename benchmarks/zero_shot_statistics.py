@@ -19,15 +19,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Holm's correction for 84 tests needs p-values of 0.05 / 84 and less; the least is 1 in so many.
+# For 84 tests Holm's correction needs p-values down to 0.05 / 84; the least is 1 / (FLIPS + 1).
 FLIPS = 10_000
-# A share of fewer points above chance than these says nothing.
+# A share of less than this above chance says nothing.
 LEAST_ABOVE_CHANCE = 0.05
 
-# A setting of the grid: a method, a regularizer and a seed.
+# A run of the grid: method, regularizer and seed.
 Key = tuple[str, str, int]
 
-# What lines of one kind and one ``settings_id`` differ in.
+# The fields that tell lines of the same kind and ``settings_id`` apart.
 _KEYS = {
     "settings": (),
     "strength": ("regularizer",),
@@ -37,7 +37,7 @@ _KEYS = {
 
 
 def distinct(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines without those that say again what one before them says.
+    """The lines without repetitions; of lines with the same keys the first is kept.
 
     Two processes that work on one task may both write a line.
     """
@@ -49,9 +49,9 @@ def distinct(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def pack(misses: Array) -> str:
-    """Whole numbers from 0 to 255, shape ``(stages, languages, sentences)``, as a short text.
+    """Packs integers from 0 to 255, shape ``(stages, languages, sentences)``, into a short text.
 
-    From one stage to the next little changes, so the differences are what is compressed.
+    Little changes from one stage to the next, so the differences are compressed.
 
     >>> unpack(pack(np.array([[[1, 2]], [[3, 0]]])), (2, 1, 2)).tolist()
     [[[1, 2]], [[3, 0]]]
@@ -64,14 +64,14 @@ def pack(misses: Array) -> str:
 
 
 def unpack(text: str, shape: tuple[int, ...]) -> Array:
-    """What :func:`pack` was given."""
+    """The integers that :func:`pack` was given, int64, in the given shape."""
     flat = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
     return np.cumsum(flat.reshape(shape), axis=0, dtype=np.uint8).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds, with its interval and the two-sided p-value of its being 0."""
+    """A mean over seeds, half of its interval, and the two-sided p-value against 0."""
 
     value: float
     half: float
@@ -88,17 +88,17 @@ class Difference:
 
 
 def difference(values: Sequence[float], draws: Array, sentences: int) -> Difference:
-    """The mean of ``values``, uncertain by the seeds and by the test sentences.
+    """The mean of ``values``, with the uncertainty from both seeds and test sentences.
 
-    The variance of the mean is the sum of the one over seeds and of the one over resampled
-    sentences, and has the degrees of freedom of Welch and Satterthwaite. What seeds and sentences
-    have in common is in both, so that intervals are rather too wide. Of a single seed the interval
-    is over sentences alone, which shows nothing of the method: its p-value is 1.
+    The variance of the mean is the variance over seeds plus that over resampled sentences, with the
+    degrees of freedom of Welch and Satterthwaite. What the two have in common is counted twice, so
+    intervals are rather too wide. With a single seed the interval is over sentences alone, which
+    shows nothing about the method: the p-value is 1.
 
     Args:
-        values: one for each seed, over the sentences as they are.
+        values: one for each seed, over the test sentences.
         draws: the same over resampled sentences; shape ``(seeds, resamples)``.
-        sentences: how many there are.
+        sentences: how many test sentences there are.
     """
     count = len(values)
     mean = float(np.mean(values))
@@ -132,18 +132,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def friedman(blocks: Array) -> float | None:
-    """The p-value of Friedman's test that all columns are alike, over the rows; None if too few.
+    """The p-value of Friedman's test that all languages drop alike, over the seeds.
 
-    All seeds are scored on the same sentences, so this alone does not tell languages apart: what
-    these sentences happen to cost a language is in every row. :func:`sentence_test` asks the
-    other half.
+    All seeds are scored on the same sentences, so what these happen to cost a language is in every
+    row. A small p-value alone does therefore not show that languages differ: :func:`sentence_test`
+    tests over the sentences.
 
     Args:
         blocks: drops, shape ``(seeds, languages)``.
+
+    Returns:
+        None for fewer than three seeds or languages.
     """
     if blocks.shape[0] < 3 or blocks.shape[1] < 3:
         return None
-    # Equal drops may differ by the rounding of their last digits, which would rank them.
+    # Equal drops may differ in their last digits, by rounding, and should still be ties.
     blocks = np.round(blocks, 9)
     if np.ptp(blocks, axis=1).max() == 0:
         return 1.0
@@ -153,24 +156,24 @@ def friedman(blocks: Array) -> float | None:
 def sentence_test(lost: Array, out_of: Array, *, flips: int = FLIPS, seed: int = 0) -> float:
     """The p-value of a randomisation test that all languages drop alike, over the sentences.
 
-    The sentences are the same in all languages. What one adds to a language's drop is, in points,
-    ``(lost - common * out_of) / (all words of the language)``, where ``common`` is the mean of the
-    languages' drops: what it lost more than its words would have at that drop. Summed over the
-    sentences that is the language's drop minus the common one, whatever the lengths are in each
-    language, and it is 0 on average in every language if all drop alike. The statistic is the
-    variance of the languages' drops, compared with what it is where the signs of each sentence's
-    differences between languages are drawn at random, the same for all languages.
+    The sentences are the same in all languages. The contribution of a sentence to the drop of a
+    language, in excess of the mean drop ``common`` of all languages, is ``(lost - common * out_of)
+    / (all words of the language)``. Over all sentences these sum to the language's drop minus the
+    common one, however long the sentences are in each language, and in expectation to 0 if all
+    languages drop alike. The statistic is the variance of the languages' drops. It is compared with
+    its values under random signs: for each sentence one sign, the same for all languages, of its
+    differences between languages.
 
-    Languages need not be exchangeable for that: kin stay as alike, and languages with few words as
-    noisy, as they are. Permuting the languages within each sentence would take all for alike in
-    that too, which makes p-values somewhat too small.
+    This does not take languages to be exchangeable: related languages stay as similar, and
+    languages with few words as noisy, as they are. Permuting the languages within each sentence
+    would treat them as exchangeable, and make p-values somewhat too small.
 
     Args:
         lost: hits of the dense model minus those of the pruned one, means over seeds; shape
             ``(languages, sentences)``.
-        out_of: how many words, or 1 for a text; the same shape.
+        out_of: the number of words of each sentence, or 1 for a text; the same shape.
         flips: how many times signs are drawn.
-        seed: which are drawn.
+        seed: of the random signs.
 
     Returns:
         At least ``1 / (flips + 1)``.
@@ -182,7 +185,7 @@ def sentence_test(lost: Array, out_of: Array, *, flips: int = FLIPS, seed: int =
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(flips, lost.shape[1]))
     flipped = np.square(signs @ parts.T).sum(axis=1)
     own = np.square(parts.sum(axis=1)).sum()
-    # What is equal may differ in its last digits.
+    # Equal values may differ in their last digits.
     as_large = int((flipped >= own * (1 - 1e-9) - 1e-15).sum())
     return (1 + as_large) / (flips + 1)
 
@@ -191,10 +194,10 @@ class Results:
     """The runs of one task.
 
     Attributes:
-        languages: English first.
-        sparsities: from 0 on.
+        languages: their codes, English first.
+        sparsities: in rising order, beginning with 0.
         chance: for each language, the score of its most frequent label.
-        keys: the runs that there are.
+        keys: of all runs.
     """
 
     def __init__(self, settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> None:
@@ -229,7 +232,7 @@ class Results:
         return self._out_of
 
     def hits(self, key: Key) -> Array:
-        """How many of them a run got right; shape ``(stages, languages, sentences)``."""
+        """How many words of each a run got right; shape ``(stages, languages, sentences)``."""
         shape = (len(self.sparsities), *self._out_of.shape)
         hits: Array = self._out_of - unpack(self._runs[key]["misses"], shape)
         return hits
@@ -240,7 +243,7 @@ class Results:
         return self._points[key]
 
     def draws(self, key: Key) -> Array:
-        """Those over resampled sentences; shape ``(resamples, stages, languages)``."""
+        """The scores over resampled sentences; shape ``(resamples, stages, languages)``."""
         self._read(key)
         return self._draws[key]
 
@@ -255,22 +258,22 @@ class Results:
         self._draws[key] = (sums / self._drawn_out_of[:, None]).astype(np.float32)
 
     def seeds(self, *settings: tuple[str, str]) -> list[int]:
-        """Those that all of the settings, methods with regularizers, have run with."""
+        """The seeds that all given settings (method, regularizer) have run with."""
         own = [{s for m, r, s in self._runs if (m, r) == setting} for setting in settings]
         return sorted(set.intersection(*own))
 
     def compare(
         self, settings: Sequence[tuple[str, str]], figure: Callable[..., Array]
     ) -> list[Difference] | None:
-        """A figure of one or several settings for each stage, paired by seed.
+        """A figure computed from one or several settings, for each stage, paired by seed.
 
         Args:
-            settings: methods with regularizers.
-            figure: makes numbers of shape ``(..., stages)`` from the scores of each setting, of
-                shape ``(..., stages, languages)``.
+            settings: pairs of method and regularizer.
+            figure: called with the scores of each setting, of shape ``(..., stages, languages)``;
+                returns numbers of shape ``(..., stages)``.
 
         Returns:
-            None where no seed has them all.
+            None if no seed has run with all settings.
         """
         seeds = self.seeds(*settings)
         if not seeds:
@@ -289,15 +292,15 @@ class Results:
         return scores[..., 1:].mean(axis=-1)
 
     def excess(self, dense: Array, pruned: Array) -> Array:
-        """How much more the zero-shot mean drops than English does."""
+        """How much more the zero-shot mean drops than English."""
         drop = dense - pruned
         return self.zero_shot(drop) - drop[..., 0]
 
     def relative_excess(self, dense: Array, pruned: Array) -> Array:
-        """The same of the drops as shares of what the dense model has above chance.
+        """The same for drops as shares of what the dense model has above chance.
 
-        Of the zero-shot mean, not the mean of the languages' shares. What is above chance counts as
-        :data:`LEAST_ABOVE_CHANCE` at least.
+        This is the share of the zero-shot mean, not the mean of the languages' shares. What is
+        above chance counts as :data:`LEAST_ABOVE_CHANCE` at least.
         """
         drop, above = dense - pruned, dense - self.chance
         of_zero_shot = np.maximum(self.zero_shot(above), LEAST_ABOVE_CHANCE)

@@ -1,12 +1,12 @@
-"""Where the weights to prune should be counted when the layers' inputs are known.
+"""The budget for pruning when the layers' inputs are known: global, per layer or per unit.
 
     python benchmarks/budgets.py
 
 AlignedMagnitude with input norms on all-MiniLM-L6-v2, pruned once, with and without realigned
-weights; the figure is the mean cosine between the pruned and the dense encoder's sentence
-embeddings. Budgets that give every layer a share of its own come from curves that are measured on
-the calibration sentences. Of the sentences to judge, one half is for choosing among the budgets and
-the other for the figure of the one chosen. Prints tables and writes results/budgets.json.
+weights. The figure is the mean cosine between the pruned and the dense encoder's sentence
+embeddings. Budgets with a different share for every layer come from curves measured on the
+calibration sentences. One half of the evaluation sentences chooses among the budgets, the other
+half gives the figure of the one chosen. Prints tables and writes results/budgets.json.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def aligned(
 
 
 def by_share(params: Params, known: tap.Calibration, shares: Shares) -> None:
-    """Every layer by its share, the same in every unit."""
+    """Prunes every layer by its share, and every unit of a layer alike."""
     for pair, share in zip(params, shares, strict=True):
         aligned([pair], known, share, "unit")
 
 
 def rooted(params: Params, known: tap.Calibration, sparsity: float) -> None:
-    """A global budget in which a unit's alignment counts by the root of how many weights it has."""
+    """A global budget that weights a unit's alignment by the root of its number of weights."""
     scores = {}
     for module, name in params:
         weight = getattr(module, name).detach()
@@ -62,16 +62,16 @@ def shares_of(params: Params) -> Shares:
 
 
 def shares_by(encoder: Encoder, known: tap.Calibration, masks: Masks) -> Shares:
-    """The shares that a global budget gives the layers."""
+    """The shares of the layers that these masks prune."""
     _, params, own = encoder.copy(known)
     masks(params, own)
     return shares_of(params)
 
 
 def allocate(curves: numpy.ndarray, sizes: Sequence[int], sparsity: float) -> Shares:
-    """The shares with the least sum of losses, given each layer's loss at each of POINTS.
+    """The shares with the smallest sum of losses, given each layer's loss at each of POINTS.
 
-    The curves are replaced by their lower convex hulls, of which the cheapest steps come first.
+    Takes the cheapest steps first, along the lower convex hulls of the curves.
     """
     steps = []
     for layer, curve in enumerate(curves):
@@ -102,7 +102,7 @@ def lower_hull(values: numpy.ndarray) -> numpy.ndarray:
 
 
 def change(dense: torch.Tensor, pruned: torch.Tensor, found: Any) -> torch.Tensor:
-    """The mean square of what pruning changes, for each output, and that of the outputs."""
+    """For each output, the mean square of its change by pruning, and of the output itself."""
     moments = found.second_moment
     apart = pruned - dense
     return torch.stack(
@@ -113,8 +113,12 @@ def change(dense: torch.Tensor, pruned: torch.Tensor, found: Any) -> torch.Tenso
 def measure(
     encoder: Encoder, known: tap.Calibration, sentences: Sequence[str]
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """For each layer and point: the relative error of its outputs, and 1 - the mean cosine of the
-    embeddings, when it alone is pruned."""
+    """The loss of each layer at each of POINTS, when it alone is pruned.
+
+    Returns:
+        The relative error of its outputs, and 1 - the mean cosine of the embeddings, both of shape
+        ``(layers, points)``.
+    """
     batches = encoder.batches(sentences)
     embeddings = embed(encoder.model, batches)
     errors, losses = [], []
@@ -135,7 +139,7 @@ def kind_of(name: str) -> str:
 
 
 def anatomy(encoder: Encoder, known: tap.Calibration, sparsity: float) -> list[dict[str, Any]]:
-    """By kind of layer: what the global budget takes from it, and the error that makes."""
+    """By kind of layer: what the global budget prunes of it, and the error of its outputs."""
     found: dict[str, dict[str, Any]] = {}
     for budget in ("global", "unit"):
         _, params, own = encoder.copy(known)
@@ -151,7 +155,7 @@ def anatomy(encoder: Encoder, known: tap.Calibration, sparsity: float) -> list[d
                 "least_unit": 1 - float(kept.max()),
                 "most_unit": 1 - float(kept.min()),
                 "output_error": float(apart[0].sum() / apart[1].sum()),
-                # Of how many features, all the same, the inputs would be.
+                # The effective number of inputs (participation ratio), as a share of all.
                 "features": float(squares.sum() ** 2 / squares.square().sum()) / len(squares),
             }.items():
                 row.setdefault(f"{budget}_{key}", []).append(value)
@@ -195,7 +199,7 @@ def budgets_for(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=256, help="to judge, and to calibrate")
+    parser.add_argument("--sentences", type=int, default=256, help="to evaluate, and to calibrate")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
     options = parser.parse_args()
     prose, n = prose_sentences(), options.sentences
@@ -209,13 +213,13 @@ def main() -> None:
     tables = {}
     for sparsity in (0.5, 0.7):
         tables[f"{sparsity:.0%}"] = anatomy(encoder, known, sparsity)
-        print(f"\n{sparsity:.0%}: what a global budget takes, and the outputs' error")
+        print(f"\n{sparsity:.0%}: what a global budget prunes, and the error of the outputs")
         for row in tables[f"{sparsity:.0%}"]:
             print(
                 f"{row['kind']:28} sparsity {row['global_sparsity']:.2f} (units "
                 f"{row['global_least_unit']:.2f} to {row['global_most_unit']:.2f})  error: global "
                 f"{row['global_output_error']:.3f}, per unit {row['unit_output_error']:.3f}; "
-                f"inputs like {row['unit_features']:.2f} of their features"
+                f"effective inputs {row['unit_features']:.2f} of all"
             )
 
     results = []

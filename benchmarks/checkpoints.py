@@ -1,13 +1,13 @@
-"""What a pruned model takes on disk, and how long it takes to save and to load.
+"""The size of pruned models on disk, and the time and memory to save and to load them.
 
     python benchmarks/checkpoints.py
     python benchmarks/checkpoints.py --dtype bfloat16 --folder /mnt/disk
 
-The 84.9 M encoder weights of XLM-R base at 50, 80 and 90%: the bitmasks of `tap.save_pruned`
-against all the weights in a safetensors file, as it is and packed by gzip (and zstd, where
-Python's zstandard is installed). What is loaded is checked bit by bit first. The files stay in the
-system's cache, so that loading measures the work and not the disk. The memory is the highest on top
-of the model, with the pages of mapped files. Writes results/checkpoints[_DTYPE].json.
+The 84.9 M encoder weights of XLM-R base at 50, 80 and 90%: the bitmask folders of `tap.save_pruned`
+against a safetensors file with all weights, as it is and compressed by gzip (and by zstd, if the
+package zstandard is installed). Loaded weights are first compared bit by bit. The files stay in the
+system's cache, so loading measures the work and not the disk. Memory is the peak on top of the
+model, including the pages of mapped files. Writes results/checkpoints[_DTYPE].json.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def median(times: Sequence[float]) -> float:
 
 
 def read_pass(tensors: Sequence[Tensor]) -> list[float]:
-    """The physical floor: the time to read every weight once."""
+    """The physical floor: the times of reading every weight once."""
     return seconds(lambda: [tensor.sum() for tensor in tensors], 15)
 
 
@@ -85,7 +85,7 @@ def _status(field: str) -> int:
 
 def start_memory() -> int:
     """The memory of this process in bytes; its peak counts from here on (Linux, glibc)."""
-    # What was freed but not given back would be used again, unseen.
+    # Memory that was freed but not returned to the system would be reused without showing.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
@@ -124,7 +124,7 @@ def save(name: str, result: dict[str, Any]) -> None:
 
 
 def write_tables(document: Path, tables: Mapping[str, str]) -> None:
-    """The tables into the document, between their marks."""
+    """Write the tables into the document, between their marks."""
     text = document.read_text(encoding="utf-8")
     for name, table in tables.items():
         marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"

@@ -1,13 +1,13 @@
-"""What a pruning step costs when the weights are sharded: its pieces, measured, and their sum.
+"""What a pruning step costs when the weights are sharded: its parts, measured, and their sum.
 
-    python benchmarks/distributed.py
+    python benchmarks/distributed.py            # measure, then write the tables of docs/scaling.md
+    python benchmarks/distributed.py --tables   # the tables only, from the JSON
 
-On the CPU with gloo, one thread for each process: the passes over the weights on one process; short
+On the CPU with gloo, one thread per process: the passes over the weights on one process; short
 all-reduces among 2 and 4 processes; whole pruning steps of an encoder of XLM-R base's size (84.9 M
 weights) under fully_shard on 1, 2 and 4 processes, with all messages counted; what the cosine
-penalty sends. Writes results/distributed.json, and the tables of docs/scaling.md from it (with
---tables: from the file that is there). The table for GPUs takes the numbers of passes and messages
-from here, and everything else from the assumptions that it names.
+penalty sends. The table for GPUs is calculated, from the assumptions in ASSUMED. Writes
+results/distributed.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchalignprune import ops
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 METHODS = {"magnitude": tap.Magnitude, "cosine": tap.AlignedMagnitude}
 MESSAGES = (512, 16 << 10)  # bytes
-LONGEST = 66 * 8  # bytes: the sums of 64 groups of bins, and two numbers more
+LONGEST = 66 * 8  # bytes: the sums of 64 groups of bins, and two more numbers
 WORLDS = (1, 2, 4)
 COLLECTIVES = (
     "all_reduce",
@@ -45,10 +45,10 @@ COLLECTIVES = (
     "broadcast",
 )
 
-# Not measured here: what the data sheets and common experience say, for one GPU of the H100 kind.
+# Not measured: from data sheets and common experience, for GPUs like the H100.
 ASSUMED = {
-    "memory_bytes_per_s": 1.7e12,  # half of the 3.35 TB/s that the data sheet promises
-    "sort_passes": 30,  # what ordering the entries of each unit costs, in reads of the weights
+    "memory_bytes_per_s": 1.7e12,  # half of the data sheet's 3.35 TB/s
+    "sort_passes": 30,  # the cost of sorting the entries of each unit, in reads of the weights
     "per_message_s": 60e-6,  # launch, copy to the host, and what the host decides
     "hop_in_a_node_s": 5e-6,  # NVLink
     "hop_between_nodes_s": 10e-6,  # InfiniBand
@@ -73,7 +73,7 @@ def key_passes() -> dict[str, float]:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The sizes in bytes of the messages of this process."""
+    """Lists the sizes in bytes of the messages that this process sends."""
     sent: list[int] = []
     originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
@@ -114,7 +114,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
         found["messages"][length] = median(seconds(lambda m=message: dist.all_reduce(m), 200))
     for name, method in METHODS.items():
         _, params = sharded_encoder()
-        tap.global_unstructured(params, method, amount=0.1)  # masks are there, as in a training
+        tap.global_unstructured(params, method, amount=0.1)  # masks exist, as in training
         times = []
         for _ in range(3):
             dist.barrier()
@@ -144,23 +144,23 @@ def measure() -> dict[str, Any]:
 
 
 def most_messages(weights: float) -> tuple[int, int]:
-    """How many messages a step may take with the global budget, and how many rounds for ties.
+    """The most messages of a step with the global budget, and its rounds for ties.
 
-    Two for each of the three rounds that find a key of 32 bits, and for each round that finds the
-    place of the last tie among 2,048 times fewer; two before and after.
+    There are two messages for each of the three rounds that find a 32-bit key, two for each round
+    that narrows down the position of the last tie by a factor of 2,048, and two more.
     """
     rounds = math.ceil(math.log2(weights) / 11)
     return 8 + 2 * rounds, rounds
 
 
 def on_paper(weights: float, gpus: int, method: str) -> dict[str, float]:
-    """The seconds of one pruning step of float32 weights on so many GPUs, and the bytes sent."""
+    """The seconds of a pruning step of float32 weights on so many GPUs, and the bytes sent."""
     messages, rounds = most_messages(weights)
     own = weights / gpus
-    # Bytes a weight: it and its mask in each round of keys and of ties, and for the new mask.
+    # Bytes per weight: reading it and its mask in each round, and writing the new mask.
     passes = (3 + rounds) * 5 + 6
     if method == "cosine":
-        passes += 4 * ASSUMED["sort_passes"] + 4  # the gains, which are written once
+        passes += 4 * ASSUMED["sort_passes"] + 4  # the gains are written once
     node = min(gpus, int(ASSUMED["gpus_in_a_node"]))
     hops = 2 * math.log2(node) * ASSUMED["hop_in_a_node_s"]
     hops += 2 * math.log2(gpus / node) * ASSUMED["hop_between_nodes_s"]
@@ -224,7 +224,7 @@ def tables(measured: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", action="store_true", help="of what was measured before")
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
     if parser.parse_args().tables:
         measured = json.loads((RESULTS / "distributed.json").read_text())
     else:

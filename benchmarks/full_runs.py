@@ -4,16 +4,16 @@
     python benchmarks/full_runs.py --tables   # the tables only, from the JSON
 
 Models of the real size with random weights, 70% of the encoder's weights pruned, batches of 32
-without padding. A step is what the Trainer makes of one: forward, backward, the gradient of
-CosineAlignment, clipping, AdamW, and the pruner's step. It is timed at 64 subwords, in float32 and
-under autocast to bfloat16, and under autocast at 128; and a round of pruning. Each model has a
-process of its own; its peak memory is on top of what the libraries take.
+without padding. A step is what the Trainer does in one: forward, backward, the gradient of
+CosineAlignment, clipping, AdamW and the pruner's step. Timed are a step at 64 subwords in float32
+and under autocast to bfloat16, one at 128 under autocast, and a round of pruning. Each model runs
+in its own process, whose peak memory is given without what the libraries take.
 
-Times are those of the processor, on one thread: what else runs on the machine slows them down by
-what it takes of caches and memory, but they do not count the waiting. Medians of --repeats.
+Times are processor time of one thread, medians of --repeats. Other processes on the machine slow
+them down through caches and memory, but waiting does not count.
 
-The floating-point operations are counted by torch's own counter. What GPUs would need is worked out
-from them, with the assumptions in ASSUMED: a sum on paper, nothing that was measured.
+torch's own counter counts the floating-point operations. The times on GPUs are calculated from
+these, with the assumptions in ASSUMED; nothing was measured there.
 
 Writes results/full_runs.json.
 """
@@ -58,7 +58,7 @@ SPARSITY = 0.7
 STEPS = [("float32", 64), ("bfloat16", 64), ("bfloat16", 128)]
 
 # The configurations of the hub's xlm-roberta-base and bert-base-multilingual-cased. A head for
-# words in the place of the one for pairs adds less than 0.01% of the operations.
+# words instead of the one for pairs adds less than 0.01% to the operations.
 MODELS: dict[str, tuple[Any, Any]] = {
     "XLM-R base": (
         XLMRobertaForSequenceClassification,
@@ -68,14 +68,14 @@ MODELS: dict[str, tuple[Any, Any]] = {
     ),
     "mBERT base": (BertForSequenceClassification, BertConfig(vocab_size=119547)),
 }
-# Of each run: the model, the English training sentences or pairs, and the epochs.
+# For each run: the model, the number of English training sentences or pairs, and the epochs.
 RUNS = {
     "xnli_xlmr.py": ("XLM-R base", 392_702, 5),
     "pawsx_mbert.py": ("mBERT base", 49_401, 5),
     "pos_xlmr.py": ("XLM-R base", 12_544, 10),
 }
 
-# Of the data sheets: operations a second in 16 bits (dense), and bytes of memory a second.
+# From the data sheets: operations per second in 16 bits (dense), and memory bytes per second.
 GPUS = {
     "V100 (fp16)": (125e12, 0.9e12),
     "RTX 4090": (165e12, 1.0e12),
@@ -85,11 +85,12 @@ GPUS = {
 ASSUMED = {
     "of_peak_operations": 0.3,
     "of_peak_bandwidth": 0.6,
-    # A parameter of the model: its gradient is made and clipped (8, 12), AdamW reads four numbers
-    # and writes three (28).
+    # For each parameter: its gradient is made and clipped (8, 12), AdamW reads four numbers and
+    # writes three (28).
     "bytes_a_parameter": 48,
-    # An entry with a mask: masked in the forward and the gradient in the backward (9 each), made
-    # 16 bits (6); the penalty reads it, the reference and the mask twice, and adds a gradient (30).
+    # For each entry with a mask: it is masked in the forward and its gradient in the backward (9
+    # each), and cast to 16 bits (6); the penalty reads it, the reference and the mask twice, and
+    # adds a gradient (30).
     "bytes_a_masked_entry": 54,
 }
 
@@ -111,7 +112,7 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], dtype: str = "float32") 
 
 
 def counted(name: str, length: int) -> int:
-    """The floating-point operations of a forward and a backward; nothing is computed for it."""
+    """The floating-point operations of a forward and a backward, counted on the meta device."""
     kind, config = MODELS[name]
     with torch.device("meta"):
         model = kind(config)
@@ -158,7 +159,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         optimizer.zero_grad()
         pruner.step()
 
-    step(batch_of(model, 64), "bfloat16")  # finds its memory, and makes the optimizer's state
+    step(batch_of(model, 64), "bfloat16")  # allocates memory and the optimizer's state
     for dtype, length in STEPS:
         batch = batch_of(model, length)
         found["steps"][f"{dtype} {length}"] = timed(
@@ -228,8 +229,8 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tables", action="store_true", help="only write the tables")
+    parser.add_argument("--repeats", type=int, default=3, help="times that a step is timed")
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:

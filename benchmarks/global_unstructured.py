@@ -3,9 +3,9 @@
     python benchmarks/global_unstructured.py            # the encoder, 84.9 M weights
     python benchmarks/global_unstructured.py --all      # with the embeddings, 276.9 M
 
-Each case runs in a process of its own, twice or more, on a fresh model each time; a case is the
-time of the call and its highest memory on top of what there was before it. Prints a table and
-writes results/global_unstructured[_all].json.
+Each case runs --runs times, each time in a new process with a new model. Measured are the time of
+the call and its peak memory on top of what was in use before. Prints a table and writes
+results/global_unstructured[_all].json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(name: str, embeddings: bool, repeated: int) -> None:
     case = CASES[name]
-    # One small call first, so that what a process loads once is loaded.
+    # A small call first, for everything that is loaded once per process.
     small = [(torch.nn.Linear(64, 64), "weight")]
     case["by"](small, case["method"], amount=AMOUNT, **case.get("options", {}))
     model = Encoder(embeddings)
@@ -64,7 +64,7 @@ def run(name: str, embeddings: bool, repeated: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="with the embeddings")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="of each case (default: %(default)s)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--repeated", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The operators on a GPU, against what a user would take instead.
+"""The operators on a GPU, against what a user would call instead.
 
     python benchmarks/gpu.py [--out FOLDER] [--tests JUNIT_XML]
 
-Every case is checked before it is timed. Prints a table and writes gpu.json after each case, into
-results/gpu unless told otherwise, together with the outcome of the tests if it is handed over.
-gpu.sh builds, tests and calls this. Times are medians, by CUDA events or, for whole calls, by the
-host's clock; the floor is the time in which the bytes that have to move would be copied.
+Every case is checked before it is timed. Prints a table and writes gpu.json after each case, to
+results/gpu by default, with the outcome of the tests if --tests is given. gpu.sh builds, tests and
+calls this. Times are medians, measured by CUDA events or, for whole calls, by the host's clock. The
+floor is the time in which a copy moves the bytes that have to be moved.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Case = Callable[[], dict[str, Any]]
 def weights_of(
     shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """Random weights, whose rows differ in scale as those of trained ones do."""
+    """Random weights. Every row has its own scale, as the rows of trained weights do."""
     generator = torch.Generator("cuda").manual_seed(0)
     weights = []
     for rows, columns in shapes:
@@ -72,7 +72,7 @@ def on_device(run: Run) -> float:
 
 
 def times(run: Run, clock: Callable[[Run], float] = on_device) -> dict[str, Any]:
-    """Several runs after a first one; what takes long is run less often."""
+    """Times several runs after a first one; fewer if a run takes long."""
     first = clock(run)
     repeats = REPEATS if first < 500 else 3
     all_ms = [clock(run) for _ in range(repeats)]
@@ -80,14 +80,14 @@ def times(run: Run, clock: Callable[[Run], float] = on_device) -> dict[str, Any]
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written in a millisecond by a large copy."""
+    """Bytes that a large copy reads and writes per millisecond."""
     source = torch.ones(1 << 30, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / times(lambda: target.copy_(source))["ms"]
 
 
 def compared(ours: Run, peers: dict[str, Run], moved: int, bandwidth: float) -> dict[str, Any]:
-    """The times, how many times longer the peers take, and the floor."""
+    """Our times, how many times longer the peers take, and the floor."""
     own = times(ours)
     floor = moved / bandwidth
     found: dict[str, Any] = {**own, "floor_ms": floor, "to_floor": own["ms"] / floor, "peers": {}}
@@ -96,7 +96,7 @@ def compared(ours: Run, peers: dict[str, Run], moved: int, bandwidth: float) -> 
         torch.cuda.empty_cache()
         try:
             other = times(run)
-        except RuntimeError as error:  # what a peer cannot do is no failure of ours
+        except RuntimeError as error:  # a peer that fails is no failure of ours
             found["peers"][name] = {"error": str(error)}
             continue
         found["peers"][name] = {**other, "ratio": other["ms"] / own["ms"]}
@@ -120,7 +120,7 @@ def select_global(model: str, dtype: torch.dtype, bandwidth: float) -> dict[str,
         "torch.topk": lambda: torch.topk(flat, count, largest=False),
         "torch.sort": lambda: torch.sort(flat),
     }
-    if model == "85 M":  # it runs in a single block, and would take seconds for more
+    if model == "85 M":  # it runs in a single block: larger models would take seconds
         peers["torch.kthvalue"] = lambda: torch.kthvalue(flat, count)
     moved = n * (flat.element_size() + 1)
     return {
@@ -130,7 +130,7 @@ def select_global(model: str, dtype: torch.dtype, bandwidth: float) -> dict[str,
 
 
 def gains_by_torch(weight: Tensor) -> Tensor:
-    """The gains for r = w, in torch's own operators; of equals the lower position comes first."""
+    """The gains for r = w, by torch's operators; of equals the lower position comes first."""
     ordered = torch.sort(weight.abs(), dim=1, descending=True, stable=True)
     squares = ordered.values.double().square_()
     roots = squares.cumsum(dim=1).sqrt_()
@@ -165,7 +165,7 @@ def cosine_gains(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
 
 
 def shards(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
-    """What each process of several does to its shards: one round of counting, and the masks."""
+    """What each of several processes does with its shards: one round of counting, and the masks."""
     weights = weights_of(MODELS["85 M"], dtype)
     counts = ops.shard_counts(weights, 0, 21, 2048)
     assert int(counts[:2048].sum()) == size(weights), "an entry was not counted"
@@ -234,7 +234,7 @@ def masks_of(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def zero_pruned(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
-    """Of entries that are zero already, as at most pruning steps, and of those that are not."""
+    """With pruned entries that are zero already, as in most pruning steps, and that are not."""
     weights = weights_of(ENCODER, dtype)
     masks = masks_of(weights)
     expected = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
@@ -266,7 +266,7 @@ def zero_pruned(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
 
 
 def apply_mask(dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
-    """Products and their gradients, of gradients that somebody else keeps."""
+    """Products and their gradients, from incoming gradients that are still in use elsewhere."""
     leaves = [weight.requires_grad_() for weight in weights_of(ENCODER, dtype)]
     masks = masks_of(leaves)
     own = [mask.to(dtype) for mask in masks]
@@ -348,7 +348,7 @@ def match_units(kind: str, bandwidth: float) -> dict[str, Any]:
 
 
 def match_embeddings(kind: str) -> dict[str, Any]:
-    """250,002 units in blocks: the time by the host's clock, and the memory beside the units."""
+    """250,002 units in blocks: the time by the host's clock, and the memory beyond the units."""
     a, b = units_of(kind, EMBEDDINGS[0])
     tap.match_units(a[:5000], b[:5000], block=4096)
     gc.collect()
@@ -388,7 +388,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def whole_calls(model: str, repeats: int = 5) -> dict[str, Any]:
-    """torch's global_unstructured and ours, each time on a fresh model; the host's clock."""
+    """torch's global_unstructured and ours, on a new model each time, by the host's clock."""
     weights = weights_of(MODELS[model])
     n = size(weights)
 
@@ -430,7 +430,7 @@ def whole_calls(model: str, repeats: int = 5) -> dict[str, Any]:
             extra.append((torch.cuda.max_memory_allocated() - before) / (4 * n))
             assert sum(int(m.sum()) for m in masks(layers)) == n - round(AMOUNT * n)
             del layers
-        # The first run loads what a process loads once.
+        # The first run loads what is loaded once per process.
         found[name] = {
             "ms": statistics.median(all_ms[1:]),
             "all_ms": all_ms,
@@ -442,7 +442,7 @@ def whole_calls(model: str, repeats: int = 5) -> dict[str, Any]:
 
 
 def pruned_encoder(dtype: torch.dtype) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
-    """The encoder's weights, half of them pruned and then moved a little, and their references."""
+    """The encoder's weights, half of them pruned and all then moved a little, and references."""
     references = weights_of(ENCODER, dtype)
     layers: list[tuple[nn.Module, str]] = []
     for weight in references:
@@ -509,7 +509,7 @@ def regularizer(name: str, dtype: torch.dtype, bandwidth: float) -> dict[str, An
         return forward_and_backward
 
     def peak(run: Run) -> float:
-        """Memory on top of what is there, in the size of the weights."""
+        """The peak of additional memory, in multiples of the weights."""
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -535,7 +535,7 @@ def regularizer(name: str, dtype: torch.dtype, bandwidth: float) -> dict[str, An
 
 
 def read_tests(junit: Path) -> dict[str, Any]:
-    """How many tests did what, and the messages of those that failed."""
+    """How many tests passed, failed and were skipped, and the messages of those that failed."""
     if not junit.exists():
         return {"error": f"{junit.name} was not written"}
     found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0, "failures": {}}
@@ -596,7 +596,7 @@ def describe(name: str, result: dict[str, Any]) -> Iterator[str]:
 
 
 def gpu() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the GPU that the numbers were measured on."""
     properties = torch.cuda.get_device_properties(0)
     return {
         **machine(),
@@ -612,7 +612,7 @@ def gpu() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
-    parser.add_argument("--tests", type=Path, help="the tests' results, as pytest --junit-xml")
+    parser.add_argument("--tests", type=Path, help="file that pytest --junit-xml wrote")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: nothing to measure")

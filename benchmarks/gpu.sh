@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Builds with CUDA, runs the tests marked `cuda` and benchmarks/gpu.py, in one go and in less than
-# nine minutes, without a network.
+# Builds with CUDA, then runs the tests marked `cuda` and benchmarks/gpu.py, all in less than nine
+# minutes and without a network.
 #
-#   benchmarks/gpu.sh                     results go to benchmarks/results/gpu
-#   OUT=/some/folder benchmarks/gpu.sh    or elsewhere
+#   benchmarks/gpu.sh                     writes to benchmarks/results/gpu
+#   OUT=/some/folder benchmarks/gpu.sh    writes elsewhere
 #
 # Needs a GPU, the CUDA toolkit, and a python3 (or PYTHON=...) with torch 2.11 or newer for CUDA,
 # setuptools, ninja, numpy, pytest, hypothesis and transformers. The package is built into a
-# temporary folder; the environment and the working tree stay as they are.
+# temporary folder; the environment and the working tree are left unchanged.
 #
-# Leaves gpu.json (machine, tests, benchmarks), tests.xml, tests.log, build.log and benchmarks.log.
-# The benchmarks run even if tests fail. The exit code is 0 only if everything was built, every test
-# passed and every benchmark found the right masks.
+# Writes gpu.json (machine, tests, benchmarks), tests.xml, tests.log, build.log and benchmarks.log.
+# The benchmarks run even if tests fail. The exit code is 0 only if the build succeeds, every test
+# passes and every benchmark finds the right results.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD
@@ -20,7 +20,7 @@ out=${OUT:-benchmarks/results/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 scratch=$(mktemp -d) || exit 1
 trap 'rm -rf "$scratch"' EXIT
-# An interrupt ends the command that is running, which --foreground has it reach, and then this.
+# Because of --foreground, an interrupt reaches the running command. Then it ends this script.
 trap 'exit 130' INT
 
 capability=$("$python" -c '
@@ -29,12 +29,12 @@ print("%d.%d" % torch.cuda.get_device_capability())') || {
   echo "gpu.sh: $python has no torch that sees a GPU" >&2
   exit 1
 }
-python=$("$python" -c 'import sys; print(sys.executable)') # its whole path
+python=$("$python" -c 'import sys; print(sys.executable)') # its full path
 rm -f "$out"/{gpu.json,tests.xml,tests.log,build.log,benchmarks.log}
 
 echo "== build for compute capability $capability"
 begun=$SECONDS
-# From a copy, since building leaves files beside the sources.
+# From a copy, because building leaves files next to the sources.
 mkdir "$scratch/source"
 tar --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' \
   --exclude=./benchmarks/results -cf - . | tar -xf - -C "$scratch/source"
@@ -47,7 +47,7 @@ TORCHALIGNPRUNE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
 }
 echo "-- $((SECONDS - begun)) s"
 
-# From elsewhere, since the package of the working tree has no extension for here.
+# From another folder: the package in the working tree has no extension built for this machine.
 cd "$scratch" || exit 1
 export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 "$python" -m torchalignprune info
@@ -62,9 +62,9 @@ failed=0
 
 echo "== tests"
 begun=$SECONDS
-# The other files import more than is needed here, and take time to collect.
+# Only files with such tests: collecting the others takes time and more packages.
 mapfile -t files < <(grep -lE 'mark\.cuda|\bdevice: str' "$root"/tests/test_*.py)
-# What other packages warn of on this machine is no failure of this one: -W default.
+# With -W default warnings of other packages on this machine are no failures.
 timeout --foreground -s INT -k 20 240 "$python" -m pytest "${files[@]}" -m cuda -q -W default \
   -p no:cacheprovider --continue-on-collection-errors --durations=10 \
   --junit-xml="$out/tests.xml" 2>&1 |

@@ -2,7 +2,7 @@
 
     python benchmarks/import_time.py
 
-Each in a process of its own, in turns. Writes results/import_time.json.
+Each import runs in its own process, in turns. Writes results/import_time.json.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/matching.py
 
-Once with units drawn independently, where all similarities are about alike, and once with the same
-units in another order and noise on them. The greedy matching is checked first: against going
-through all the sorted similarities. Peers that are not installed are left out (pip install scipy
-lapx torch-linear-assignment). Prints tables and writes results/matching.json.
+Once with units drawn independently, whose similarities are all about alike, and once with the same
+units permuted and with noise added. The greedy matching is checked first, by going through all
+similarities in descending order. Peers that are not installed are left out (pip install scipy lapx
+torch-linear-assignment). Prints tables and writes results/matching.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def similarities(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check(similarity: Tensor, index: Tensor) -> None:
-    """Sort all entries and go through them, until every row has its column."""
+    """Go through all entries in descending order until every row has its column."""
     order = numpy.argsort(-similarity.numpy(), axis=None, kind="stable")
     found, taken = [-1] * UNITS, [False] * UNITS
     left = UNITS
@@ -78,7 +78,7 @@ def peers() -> tuple[dict[str, Solve], dict[str, str], list[str]]:
         import lap
 
         def by_lap(name: str, similarity: Tensor) -> Tensor:
-            # They minimise; the index comes last but one.
+            # These minimise. Their second to last result is the index.
             found = getattr(lap, name)(-similarity.numpy())
             return torch.from_numpy(numpy.asarray(found[-2])).long()
 
@@ -91,7 +91,7 @@ def peers() -> tuple[dict[str, Solve], dict[str, str], list[str]]:
     try:
         from torch_linear_assignment import batch_linear_assignment
 
-        # On the CPU this is scipy's, after a conversion.
+        # On the CPU this converts the matrix and calls scipy.
         solvers["torch-linear-assignment"] = lambda similarity: batch_linear_assignment(
             -similarity[None]
         )[0]
@@ -117,7 +117,7 @@ def similarity_given(solvers: dict[str, Solve], kind: str) -> dict[str, Any]:
     own_s += seconds(lambda: ops.greedy_match(similarity), 15)
     own, own_total = median(own_s), total(similarity, index)
     best = max((peer["total"] for peer in found.values()), default=None)
-    # All of them are optimal, up to rounding.
+    # All peers are optimal, up to rounding.
     assert best is None or all(best - peer["total"] < 1e-4 * best for peer in found.values())
     share = None if best is None else own_total / best
     print(f"{kind} units, similarity given")
@@ -136,7 +136,7 @@ def similarity_given(solvers: dict[str, Solve], kind: str) -> dict[str, Any]:
 def from_weights(kind: str) -> dict[str, Any]:
     a, b = pair(kind)
     product_s, matching_s = [], []
-    for _ in range(15):  # in turn, so that a slow spell of the machine meets both
+    for _ in range(15):  # in turn, so that a slow phase of the machine hits both
         product_s += seconds(lambda: a @ b.t(), 1)
         matching_s += seconds(lambda: match_units(a, b), 1)
     product, matching = median(product_s[1:]), median(matching_s[1:])

@@ -1,10 +1,10 @@
-"""What `Pruner.step` costs: on a step that prunes nothing, and on one that prunes.
-
-The peer of the second is the selection itself (`Pruner`'s method on the same weights and masks,
-from the weights to the masks) and the whole of `tap.global_unstructured`. The masks are compared
-before anything is timed.
+"""What `Pruner.step` costs when it prunes nothing, and when it prunes.
 
     python benchmarks/pruner.py
+
+The second is compared with the selection alone (the same method on the same weights and masks, from
+the weights to the masks) and with a whole call of `tap.global_unstructured`. The masks are compared
+before anything is timed. Prints a table and writes results/pruner.json.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def idle_step() -> dict[str, float]:
         for _ in range(1000):
             pruner.step()
         found.append((time.perf_counter() - start) * 1e3)
-    # What the pruner adds to a step of any optimizer, by the two hooks that torch calls.
+    # The pruner's two hooks are called in the steps of every optimizer.
     own = torch.nn.Parameter(torch.zeros(1))
     own.grad = torch.zeros(1)
     optimizer = torch.optim.SGD([own], lr=0.1)

@@ -1,14 +1,13 @@
-"""What realignment is worth on a real encoder, next to other weight updates, and by language.
+"""Realignment on a real encoder, against other weight updates, and by language.
 
-    python benchmarks/realign.py                 # English: 256 sentences to calibrate, 256 others
-    python benchmarks/realign.py --data DIR      # besides, calibrated and judged by language
+    python benchmarks/realign.py             # English: 256 sentences to calibrate, 256 to evaluate
+    python benchmarks/realign.py --data DIR  # also calibrate and evaluate by language
 
-The encoder is all-MiniLM-L6-v2 (36 matrices), pruned once and not trained; the figure is the mean
+The encoder is all-MiniLM-L6-v2 (36 matrices), pruned once and not trained. The figure is the mean
 cosine between the pruned and the dense encoder's sentence embeddings. Every method sees the inputs
-of the dense encoder's layers, so that SparseGPT too is its update alone, without what it gains by
-pruning one layer after the other. DIR holds sib200/{train,test}.LANGUAGE.tsv.gz (SIB-200: id,
-label and text separated by tabs). Prints tables and writes results/realign.json and
-results/realign_languages.json.
+of the dense encoder's layers, so SparseGPT does without what it gains by pruning layer after layer.
+DIR holds sib200/{train,test}.LANGUAGE.tsv.gz (SIB-200: id, label and text, separated by tabs).
+Prints tables and writes results/realign.json and results/realign_languages.json.
 """
 
 from __future__ import annotations
@@ -73,9 +72,9 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor]:
     """Frantar and Alistarh 2023, "SparseGPT", algorithm 1.
 
-    Columns are visited from left to right; what one loses is made up for by those that come after
-    it, by the inverse of the inputs' second moments. The mask is chosen block by block, by
-    w^2 / [H^-1]_jj of the columns that are left, unless it is given.
+    Columns are visited from left to right. The columns to the right make up for what one loses,
+    by the inverse of the inputs' second moments. Unless the mask is given, it is chosen block by
+    block, by w^2 / [H^-1]_jj over the remaining columns.
 
     Args:
         weight: shape (outputs, inputs).
@@ -83,7 +82,7 @@ def sparsegpt(
         mask: bool, shaped like the weight.
 
     Returns:
-        The new weights, 0 where they are pruned, and the mask.
+        The new weights, 0 where pruned, and the mask.
     """
     w, n = weight.clone(), weight.size(1)
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(n)
@@ -106,7 +105,7 @@ def sparsegpt(
 
 
 def exact(weight: Tensor, products: Tensor, mask: Tensor) -> Tensor:
-    """Every unit by a solve of its own, in float64."""
+    """Solves for every unit separately, in float64."""
     w, products = weight.double(), products.double()
     shift = RIDGE * products.diagonal().mean()
     v = torch.zeros_like(w)
@@ -120,7 +119,7 @@ def exact(weight: Tensor, products: Tensor, mask: Tensor) -> Tensor:
 def admm(weight: Tensor, products: Tensor, mask: Tensor, steps: int = 20) -> Tensor:
     """Boza 2024, "Fast and effective weight update for pruned large language models".
 
-    With features scaled to the same size, a penalty of 1, and the mask fixed.
+    Features are scaled to the same size, the penalty is 1, and the mask is fixed.
     """
     damped = products + RIDGE * products.diagonal().mean() * torch.eye(len(products))
     scale = damped.diagonal().rsqrt()
@@ -137,7 +136,7 @@ def admm(weight: Tensor, products: Tensor, mask: Tensor, steps: int = 20) -> Ten
 
 
 def solved(solver: Solver, *, centered: bool) -> Callable[..., None]:
-    """A weight update of another kind, then the bias."""
+    """Another weight update, followed by the update of the bias."""
 
     def update(encoder: Encoder, params: Params, calibration: tap.Calibration) -> None:
         for (module, name), dense in encoder.dense(params).items():
@@ -179,7 +178,7 @@ PEERS: dict[str, Callable[..., None]] = {
 def sparsegpt_alone(
     encoder: Encoder, params: Params, calibration: tap.Calibration, sparsity: float
 ) -> float:
-    """With its own masks, every layer pruned by the same share, the biases left alone."""
+    """SparseGPT with its own masks: the same sparsity in every layer, biases unchanged."""
     start = time.perf_counter()
     for (module, name), dense in encoder.dense(params).items():
         moments = calibration[module, name].second_moment
@@ -241,7 +240,7 @@ def in_english(encoder: Encoder, sparsities: list[float], sentences: int) -> dic
 
 
 def both(masks: Callable[..., None], update: Callable[..., None]) -> Callable[..., float]:
-    """Masks and then an update, whose seconds count."""
+    """Masks, then an update, whose seconds are returned."""
 
     def run(
         encoder: Encoder, params: Params, calibration: tap.Calibration, sparsity: float
@@ -255,7 +254,7 @@ def both(masks: Callable[..., None], update: Callable[..., None]) -> Callable[..
 
 
 def languages(folder: Path) -> list[str]:
-    """Those of SIB-200 in the folder, English first."""
+    """The languages of SIB-200 in the folder, English first."""
     found = sorted(path.name.split(".")[1] for path in folder.glob("sib200/train.*.tsv.gz"))
     return sorted(found, key=lambda language: (language != "en", language))
 
@@ -282,7 +281,7 @@ def by_language(
         "English": encoder.calibrate(sib200(folder, "train", "en")[: share * len(every)]),
         f"{len(every)} languages": tap.Calibration.merge(parts, weights=[1.0] * len(every)),
     }
-    print(f"\ncalibrated on {share * len(every)} sentences; judged on {sentences} a language")
+    print(f"\ncalibrated on {share * len(every)} sentences; evaluated on {sentences} per language")
     results = []
     for sparsity in sparsities:
         for name in ("Wanda", "aligned + inputs"):
@@ -320,10 +319,10 @@ def by_language(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with sib200/ in it")
-    parser.add_argument("--sentences", type=int, default=256, help="to judge, and to calibrate")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with sib200/ in it")
+    parser.add_argument("--sentences", type=int, default=256, help="to evaluate, and to calibrate")
     parser.add_argument("--sparsity", type=float, nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--only-languages", action="store_true", help="leave the first table out")
+    parser.add_argument("--only-languages", action="store_true", help="skip the English table")
     options = parser.parse_args()
     encoder = Encoder()
     if not options.only_languages:

@@ -3,12 +3,12 @@
     python benchmarks/regularizers.py
 
 Forward and backward, fused against plain torch, after a check that values and gradients agree. Each
-case runs in a process of its own, with the gradients freed before each step as ``zero_grad`` does.
-How fast a fresh gradient can be written depends on whether its memory is at hand or has to come,
-page by page, from the system: both are measured, the first with glibc told to keep what is freed
-("kept", as in the middle of a training step, whose activations need far more), the second with its
-defaults ("fresh"). Beside them, the floor: one pass that reads three tensors and writes one.
-Prints a table and writes results/regularizers.json.
+case runs in its own process, and frees the gradients before each step as ``zero_grad`` does. How
+fast a new gradient can be written depends on whether its memory is at hand or has to come from the
+system page by page. Both are measured: "kept", with glibc told to keep freed memory (as in the
+middle of a training step, whose activations need far more), and "fresh", with glibc's defaults. The
+floor is one pass that reads three tensors and writes one. Prints a table and writes
+results/regularizers.json.
 """
 
 from __future__ import annotations

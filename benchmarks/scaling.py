@@ -1,8 +1,8 @@
-"""The cost of a selection against the number of weights and of threads, as a picture.
+"""The time of a selection, by the number of weights and of threads.
 
     python benchmarks/scaling.py
 
-1 M to 1 G weights in bfloat16. Writes results/scaling.json and results/scaling.png.
+From 1 M to 1 G weights in bfloat16. Writes results/scaling.json and results/scaling.png.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     block = torch.randn(1 << 20).bfloat16()
     points = []
     for n in sizes:
-        # One block again and again: drawing 1 G numbers takes longer than selecting among them.
+        # One block, repeated: drawing 1 G numbers takes longer than selecting among them.
         weight = torch.empty(n // COLUMNS, COLUMNS, dtype=torch.bfloat16)
         for part in weight.view(-1).split(1 << 20):
             part.copy_(block[: part.numel()])

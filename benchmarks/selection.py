@@ -1,10 +1,10 @@
-"""Selecting half of XLM-R base's 276.9 M weights, against what a user would take instead.
+"""Selecting half of XLM-R base's 276.9 M weights, against what a user would call instead.
 
     python benchmarks/selection.py
 
-The others are timed twice: the call alone, on magnitudes that lie in one vector already, and the
-whole way that select_global goes, from the list of weights to the masks. Prints a table and writes
-results/selection.json. The masks are checked for equality first.
+The peers are timed twice: the call alone, on magnitudes that are in one vector already, and the
+whole way from the list of weights to the masks, as select_global goes it. The masks are compared
+first; they may differ in ties at the threshold. Prints a table and writes results/selection.json.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ AMOUNT = 0.5
 
 
 def memory() -> None:
-    """What one selection needs beside the weights and the masks, as a share of the weights."""
+    """Prints the bytes that a selection needs beyond the weights and the masks."""
     torch.manual_seed(0)
     weights = Encoder(embeddings=True).weights()
-    # Loads what the first call loads, on a small part.
+    # A small call first, for everything that is loaded once.
     ops.select_global(weights[1:5], 10)
     before = start_memory()
     masks = ops.select_global(weights, int(AMOUNT * size(weights)))
@@ -98,7 +98,7 @@ def main() -> None:
             start = time.perf_counter()
             theirs = by(weights, count)
             whole[name].append(time.perf_counter() - start)
-        # Theirs keep all or none of the entries that equal the threshold.
+        # A peer may treat entries that equal the threshold differently.
         differing = sum(
             int((mask != other).sum()) for mask, other in zip(ours, theirs, strict=True)
         )
@@ -111,7 +111,7 @@ def main() -> None:
     flat: Tensor | None = magnitudes(weights)
     alone = {name: seconds(functools.partial(call, flat), 3) for name, (_, call) in peers.items()}
     flat = None
-    # Once more at the end, so that a slow spell of the machine shows.
+    # Once more at the end, so that a slow phase of the machine shows.
     ours_s += seconds(lambda: ops.select_global(weights, count), 15)
     floor_after = median(read_pass(weights))
     own = median(ours_s)

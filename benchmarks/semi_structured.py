@@ -2,11 +2,11 @@
 
     python benchmarks/semi_structured.py [--out FOLDER]
 
-The layers of BERT and XLM-R, base and large, in float16 and bfloat16: ``AlignedNM(2, 4)``, then
-``to_semi_structured``. Each is first compared with the dense layer that has the same zeros, then
-both are timed in turn, under inference_mode and without a CUDA graph, as a model runs them. Prints
-a table and writes semi_structured.json. Without a GPU that has sparse tensor cores there is nothing
-to measure. gpu.py runs this too.
+The layers of BERT and XLM-R, base and large, in float16 and bfloat16, pruned by ``AlignedNM(2, 4)``
+and converted by ``to_semi_structured``. Each is compared with the dense layer that has the same
+zeros. Then the two are timed in turn, under inference_mode and without a CUDA graph, as in a model.
+Prints a table and writes semi_structured.json. Needs a GPU with sparse tensor cores; without one it
+only says so. gpu.py runs this too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 import torchalignprune as tap
 from common import RESULTS, machine
 
-# Outputs x inputs: attention, and the two layers of the feed-forward network.
+# (outputs, inputs): attention, and the two layers of the feed-forward network.
 LAYERS = {
     "base": [(768, 768), (3072, 768), (768, 3072)],
     "large": [(1024, 1024), (4096, 1024), (1024, 4096)],
 }
-# Tokens of a batch: one short sentence, one of 128, then batches of such.
+# Tokens per batch: a short sentence, one of 128 tokens, then batches of these.
 TOKENS = [16, 128, 1024, 4096, 16384, 65536]
 DTYPES = [torch.float16, torch.bfloat16]
 REPEATS = 15
@@ -58,7 +58,7 @@ def milliseconds(run: Callable[[], Tensor], times: int) -> float:
 
 
 def layers(shape: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear]:
-    """The same layer twice, 2:4 pruned: dense, with zeros, and sparse."""
+    """The same 2:4 pruned layer twice: dense with zeros, and sparse."""
     torch.manual_seed(0)
     dense = nn.Linear(shape[1], shape[0], device="cuda", dtype=dtype)
     tap.aligned_nm(dense, "weight", n=2, m=4)

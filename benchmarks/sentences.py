@@ -1,4 +1,4 @@
-"""What the benchmarks on a real encoder share: all-MiniLM-L6-v2, its sentences and embeddings."""
+"""What the benchmarks on a real encoder share: all-MiniLM-L6-v2, its batches and embeddings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Encoder:
         self.params = tap.prunable_parameters(self.model)
 
     def batches(self, sentences: Sequence[str]) -> list[Any]:
-        """Batches of sentences of like length."""
+        """Batches of sentences of similar length."""
         ordered = sorted(sentences, key=len)
         return [
             self.tokenizer(
@@ -50,20 +50,20 @@ class Encoder:
     def copy(
         self, calibration: tap.Calibration
     ) -> tuple[nn.Module, tap.PrunableParameters, tap.Calibration]:
-        """A copy of the model, its parameters, and the calibration for these."""
+        """A copy of the model, its parameters, and the calibration keyed by these."""
         model = copy.deepcopy(self.model)
         params = tap.prunable_parameters(model)
         pairs = zip(params, self.params, strict=True)
         return model, params, tap.Calibration({own: calibration[pair] for own, pair in pairs})
 
     def dense(self, params: tap.PrunableParameters) -> dict[tuple[nn.Module, str], Tensor]:
-        """The dense weights, for the parameters of a copy."""
+        """The dense weights, keyed by the parameters of a copy."""
         pairs = zip(params, self.params, strict=True)
         return {own: getattr(*pair).detach() for own, pair in pairs}
 
 
 def embed(model: nn.Module, batches: Sequence[Any]) -> Tensor:
-    """Normalized means over the tokens, float64, one row for each sentence."""
+    """Normalized means over tokens, float64, shape ``(sentences, hidden size)``."""
     rows = []
     with torch.no_grad():
         for batch in batches:
@@ -75,5 +75,5 @@ def embed(model: nn.Module, batches: Sequence[Any]) -> Tensor:
 
 
 def cosine(model: nn.Module, batches: Sequence[Any], embeddings: Tensor) -> Tensor:
-    """For each sentence the cosine between this model's embedding and the given one."""
+    """The cosine between this model's embedding and the given one, for each sentence."""
     return (embed(model, batches) * embeddings).sum(dim=1)

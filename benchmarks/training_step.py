@@ -2,23 +2,23 @@
 
     python benchmarks/training_step.py
 
-Forward and backward of two encoders, a pretrained MiniLM (10.6 M weights with masks) and one of the
-shape of BERT base (84.9 M, at random), half of each weight pruned, and an evaluation under no_grad.
-Then the masks alone: w * mask * c summed up over the 84.9 M weights, forward and backward, against
-w * c. Compared are
+Timed are forward and backward, and an evaluation under no_grad, of two encoders with half of each
+matrix pruned: a pretrained MiniLM (10.6 M weights with masks) and BERT base with random weights
+(84.9 M). Then the masks alone: w * mask * c, summed over the 84.9 M weights, forward and backward,
+against w * c. The variants are
 
 - dense: no masks;
 - torch: torch.nn.utils.prune's hooks, with masks in the dtype of the weights;
 - ours: the same masks under our hooks, the stored weights left as they were;
-- ours, zeros stored: the stored weights zero where they are pruned, as the Pruner leaves them;
+- ours, zeros stored: stored weights that are zero where pruned, as the Pruner leaves them;
 - ours, cached: the same as "ours", within tap.cached_weights(); evaluations only.
 
-Outputs and gradients are checked to be the same before anything is timed. The variants take turns
-in one process, each round beginning with another one; what masks add is the median, over the
-rounds, of the difference to the dense step of the same round. Each encoder runs twice: with glibc
-told to keep the memory that is freed ("kept", as in a large model's step, where activations need
-far more than the products do), and with its defaults ("fresh"). Beside them, the floor: the time to
-read every masked weight once. Prints a table and writes results/training_step.json.
+Outputs and gradients are compared before anything is timed. The variants take turns in one process,
+and each round begins with another one. What masks add is the median, over the rounds, of the
+difference to the dense step of the same round. Each case runs twice: "kept", with glibc told to
+keep freed memory (as in a large model's step, where activations need far more than the products),
+and "fresh", with glibc's defaults. The floor is the time to read every masked weight once. Prints a
+table and writes results/training_step.json.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def bert_base() -> nn.Module:
     return BertModel(BertConfig(vocab_size=1000, **NO_DROPOUT), add_pooling_layer=False)
 
 
-# The model, the sentences of a batch and their tokens, and how many rounds.
+# The model, the shape of a batch (sentences, tokens), and the number of rounds.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int] | None, int]] = {
     "MiniLM, 8 x 32 tokens": (minilm, (8, 32), 15),
     "BERT base, 4 x 32 tokens": (bert_base, (4, 32), 7),
@@ -121,7 +121,7 @@ def evaluate(model: nn.Module, tokens: Tensor | None) -> None:
 
 
 def check(variants: Variants, tokens: Tensor | None) -> None:
-    """Ours give the outputs and the gradients of torch's."""
+    """Asserts that our variants have the outputs and gradients of torch's."""
     outputs = {name: forward(model, tokens).detach() for name, model in variants.items()}
     for model in variants.values():
         step(model, tokens)
@@ -156,13 +156,13 @@ def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]
             seconds = runs[name]()
-            if turn > 0:  # the first round finds its memory
+            if turn > 0:  # the first round is a warm-up
                 found[name].append(seconds)
     return found
 
 
 def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """What each adds to the dense time of its round, and what share that is of torch's."""
+    """What each variant adds to the dense time of its round, and that as a share of torch's."""
     added = {
         name: median([own - dense for own, dense in zip(times, seconds["dense"], strict=True)])
         for name, times in seconds.items()

@@ -125,8 +125,8 @@ class Grid:
         for line in self.lines("settings"):
             if others := [code for code in digests if line["digests"][code] != digests[code]]:
                 raise ValueError(
-                    f"the data should be what the runs of {task} in {log.path} were evaluated on, "
-                    f"got other sentences in {', '.join(others)}; --out takes another folder"
+                    f"the data should be that of the runs of {task} in {log.path}, got other "
+                    f"sentences in {', '.join(others)}; give another folder as --out"
                 )
 
     def lines(self, kind: str) -> list[Mapping[str, Any]]:
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(page)
         return
     if options.data is None:
-        parser.error("--data: the grid needs a folder with udpos, pud and sib200")
+        parser.error("--data should be a folder with udpos, pud and sib200, got none")
     if reserved := set(options.seeds) & set(TUNING_SEEDS):
         parser.error(
             f"--seeds should not be those that strengths are chosen with, got {min(reserved)}"

@@ -1,22 +1,20 @@
-"""Prune an encoder while it is trained on several processes, each of which holds a part of it.
+"""Train an encoder that is sharded over several processes, and prune it on the way.
 
     pip install "torchalignprune[transformers]"
     torchrun --nproc-per-node 2 --max-restarts 3 examples/fsdp_pruning.py --out results
 
-On GPUs, one for each process, or without any on the CPU. The model is a small BERT of random
-weights, or any encoder like BERT of a Transformers folder given by ``--model``; the task is made
-up, so that nothing has to be fetched: whether the first or the second of two words occurs more
-often.
+Runs on GPUs, one per process, or on the CPU if there are none. The model is a small BERT with
+random weights, or the Transformers folder of any BERT-like encoder given by ``--model``. The task
+is made up, so that nothing has to be downloaded: which of two words occurs more often?
 
-- ``fully_shard`` shards the model, layer by layer; every rank has a part of every weight.
-- The Pruner follows a cubic schedule. What the ranks send each other in a pruning step are
-  histograms of a few KB, and the masks are those that one process would choose.
-- CosineAlignment keeps the units aligned with those of the model that training began with.
+- ``fully_shard`` shards the model layer by layer; every rank has a shard of every weight.
+- The Pruner follows a cubic schedule. In a pruning step the ranks exchange histograms of a few KB.
+  The masks are those that one process would choose.
+- CosineAlignment keeps the units aligned with those of the model that training starts from.
 - ``torch.distributed.checkpoint`` saves model, masks, optimizer and pruner every few steps, each
-  rank its own part. When a rank dies, torchrun starts all of them again, and they go on from the
-  last checkpoint that is complete; also with another number of ranks.
-- In the end the model is an ordinary one again, with zeros in it, and OUT/model a Transformers
-  folder.
+  rank its own shards. When a rank dies, torchrun restarts all of them, and they resume from the
+  last complete checkpoint, even with another number of ranks.
+- At the end OUT/model is a Transformers folder with an ordinary model that has zeros in it.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ def shard(model: nn.Module, device: str) -> None:
 
 
 def make_batch(step: int, options: argparse.Namespace, device: str) -> tuple[Tensor, Tensor]:
-    """This rank's share of the batch of a step, which is the same whenever the step is done."""
+    """This rank's share of the batch of a step, the same each time the step is run."""
     generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
     words = torch.randint(FIRST, FIRST + 8, (options.batch, 32), generator=generator)
     labels = ((words == FIRST).sum(1) > (words == SECOND).sum(1)).long()
@@ -87,13 +85,13 @@ def make_batch(step: int, options: argparse.Namespace, device: str) -> tuple[Ten
 
 
 def latest(folder: Path) -> Path | None:
-    """The last checkpoint that is complete: the metadata is written when all ranks have written."""
+    """The last complete checkpoint: the metadata is written after all ranks have written."""
     complete = [path.parent for path in folder.glob("step-*/.metadata")]
     return max(complete, default=None)
 
 
 def check_run(options: argparse.Namespace) -> None:
-    """Refuses to go on with a run that was started with other settings."""
+    """Refuses to resume a run that was started with other settings."""
     settings = {
         key: each for key, each in vars(options).items() if key not in ("out", "save_every")
     }
@@ -103,8 +101,8 @@ def check_run(options: argparse.Namespace) -> None:
         for key, own in settings.items():
             if former.get(key) != own:
                 raise ValueError(
-                    f"--out {options.out} holds a run with {key}={former.get(key)}, which {own} "
-                    "does not go on with: take another folder"
+                    f"{key} should be {former.get(key)}, as in the run in --out {options.out}, got "
+                    f"{own}; another folder starts a new run"
                 )
     elif os.environ["RANK"] == "0":
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +131,7 @@ def resume(
 
 
 def export(model: nn.Module, folder: Path, options: argparse.Namespace) -> None:
-    """A Transformers folder with the whole model; rank 0 is the only one to hold it."""
+    """Writes a Transformers folder with the whole model, which only rank 0 holds."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
@@ -157,18 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and model")
-    parser.add_argument("--model", help="a Transformers folder (default: a small random BERT)")
+    parser.add_argument("--model", help="Transformers folder (default: a small random BERT)")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=10, help="steps from one pruning to the next")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    parser.add_argument("--batch", type=int, default=32, help="of all ranks together")
+    parser.add_argument("--batch", type=int, default=32, help="sentences per step, over all ranks")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--strength", type=float, default=0.1, help="of the penalty")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.model is not None:
-        AutoConfig.from_pretrained(options.model)  # says what is wrong before anything starts
+        AutoConfig.from_pretrained(options.model)  # fails before anything starts
     try:
         check_run(options)
     except ValueError as error:
@@ -177,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # After a restart the store still has the addresses of the ranks that died.
+    # After a restart the store still has the addresses of the ranks that died, so each attempt gets
+    # a prefix of its own.
     store, rank, world = next(dist.rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     backend = "nccl" if device == "cuda" else "gloo"
@@ -187,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = build(options).to(device)
     shard(model, device)
     params = tap.prunable_parameters(model)
-    # Each rank keeps its own part of the weights that training began with.
+    # Each rank keeps its own shards of the weights that training starts from.
     reference = tap.Reference.capture(params)
     penalty = tap.CosineAlignment(params, reference)
     schedule = tap.schedules.cubic(
@@ -206,14 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = latest(checkpoints)
     if found is not None:
         resume(found, model, optimizer, pruner)
-        say(f"goes on from {found.name} with sparsity {pruner.sparsity():.3f}")
+        say(f"resuming from {found.name} with sparsity {pruner.sparsity():.3f}")
 
     model.train()
     for step in range(pruner.steps, options.steps):
         words, labels = make_batch(step, options, device)
         loss = model(input_ids=words, labels=labels).loss
-        # The penalty is that of the whole model on every rank, and its gradient that of this
-        # rank's part: nothing of it is averaged.
+        # Every rank has the penalty of the whole model, and its gradient for the rank's own shards:
+        # FSDP2 averages none of it.
         (loss + options.strength * penalty()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -3,17 +3,17 @@
     pip install "torchalignprune[crosslingual]"
     python examples/mini_xlmr_pruning.py --out OUT
 
-The encoder in ``examples/mini_xlmr`` is pruned once by several methods and not retrained. Two
-questions are put to it in each of its languages, on the 84 sentences of
-``examples/mini_xlmr/sentences.tsv``, which say the same in all of them:
+The encoder in ``examples/mini_xlmr`` is pruned once by several methods and not retrained. It is
+evaluated in each of its languages on the 84 sentences of ``examples/mini_xlmr/sentences.tsv``,
+which are translations of each other:
 
-- *retrieval*: does a sentence find its English translation among all 84, and the English one it?
-- *topics*: which of seven topics is it about? The answer is the topic whose English sentences have
-  the nearest mean. The sentences are cut into four parts, and those of the part that is judged are
-  left out of the means, so that no sentence is compared with its own translation.
+- *retrieval*: does a sentence find its English translation among all 84, and the other way round?
+- *topics*: which of seven topics is a sentence about? The answer is the topic whose English
+  sentences have the nearest mean embedding. This is done in four folds: the means leave out the
+  fold of the sentence, so that it is never compared with its own translation.
 
-Intervals are over the sentences, which are drawn anew for all languages at once: 95%, percentiles
-of the bootstrap. ``OUT`` gets ``results.json`` and ``retention.png``.
+Intervals are 95% percentile bootstrap intervals over sentences, the same ones drawn for all
+languages. Writes ``results.json`` and ``retention.png`` to ``OUT``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FOLDS = 4
 RESAMPLES = 2000
 QUESTIONS = ("retrieval", "topics")
 
-# For each question a row of hits, 0 to 1, for each sentence: shape (languages, sentences).
+# For each question, hits from 0 to 1 of shape (languages, sentences).
 Hits = dict[str, np.ndarray[Any, Any]]
 
 
@@ -66,7 +66,7 @@ def read_sentences(path: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def topic_hits(english: Tensor, own: Tensor, topics: Sequence[str]) -> Tensor:
-    """Whether the nearest mean of English sentences is that of the right topic."""
+    """1 for each sentence whose nearest mean of English sentences is that of its topic, else 0."""
     names = sorted(set(topics))
     labels = torch.tensor([names.index(topic) for topic in topics])
     folds = torch.arange(len(topics)) % FOLDS
@@ -75,7 +75,7 @@ def topic_hits(english: Tensor, own: Tensor, topics: Sequence[str]) -> Tensor:
         means = torch.stack(
             [english[(labels == i) & (folds != fold)].mean(0) for i in range(len(names))]
         )
-        # Without what all sentences share, so that directions tell topics apart.
+        # Subtract what all sentences share, so that directions tell topics apart.
         center = english[folds != fold].mean(0)
         found = (normalize(own - center, dim=1) @ normalize(means - center, dim=1).T).argmax(1)
         hits += ((found == labels) & (folds == fold)).float()
@@ -99,14 +99,14 @@ def judge(
 
 
 def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Of the mean of one number a sentence."""
+    """The interval of a mean over sentences."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def table(results: list[dict[str, Any]], question: str, sparsity: float) -> Table:
-    """Scores in percent by language; how much the others lose on average, against English."""
+    """Scores in percent by language, and the mean drop of the languages other than English."""
     shown = [r for r in results if r["sparsity"] in (0.0, sparsity)]
     languages = list(results[0][question])
     view = Table(title=f"{question} at {sparsity:.0%}, in percent")
@@ -152,15 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for figures")
-    parser.add_argument("--model", default=str(MINIATURE), help="default: the miniature")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and plot")
+    parser.add_argument("--model", default=str(MINIATURE), help="encoder (default: the miniature)")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8])
     options = parser.parse_args(arguments)
     for sparsity in options.sparsities:
         if not 0 < sparsity < 1:
             parser.error(f"--sparsities should be between 0 and 1, got {sparsity}")
 
-    logging.set_verbosity_error()  # The head that predicts masked tokens is left out on purpose.
+    logging.set_verbosity_error()  # The head for masked tokens is left out on purpose.
     logging.disable_progress_bar()
     topics, sentences = read_sentences(MINIATURE / "sentences.tsv")
     tokenizer = AutoTokenizer.from_pretrained(options.model)

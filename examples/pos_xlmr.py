@@ -1,24 +1,24 @@
-"""POS tagging: fine-tune XLM-R on English, prune it on the way, and look at all treebanks.
+"""POS tagging: fine-tune XLM-R in English, prune it on the way, and evaluate on all treebanks.
 
     pip install "torchalignprune[crosslingual,trainer]"
     python examples/pos_xlmr.py --output_dir dense --sparsity 0 --regularizer none
     python examples/pos_xlmr.py --output_dir pruned --compare dense/report.json
     torchrun --nproc-per-node 2 examples/pos_xlmr.py --output_dir pruned --bf16 true
 
-Model and data are those of the hub, or of a folder: ``--model``, ``--data`` (the files of
+Model and data come from the hub, or from folders: ``--model``, and ``--data`` with the files of
 ``universal-dependencies/universal_dependencies``, such as ``en_ewt/train.parquet``, or plain
-``train.en.tsv.gz``). The English training data is EWT; a word is labelled at its first subword
-with a character. What else there is to say about arguments, going on after a stop and what is
-written is said in ``xnli_xlmr.py``.
+``train.en.tsv.gz``. The English training data is EWT. A word is labelled at its first subword that
+has a character. Arguments, resuming and the files that are written are described in
+``xnli_xlmr.py``.
 
 The setting is that of the paper (O'Neill, Dutta and Assem, Findings of ACL 2022): XLM-R base,
 English training data, magnitude pruning in rounds with retraining between them, a regularizer that
-keeps units aligned with those of the unpruned model, zero-shot evaluation. The defaults of the
+keeps units aligned with those of the unpruned model, and zero-shot evaluation. The defaults for
 fine-tuning are those of XTREME's baseline (Hu et al. 2020, scripts/train_udpos.sh): learning rate
-2e-5, falling to 0, 32 sentences a step, 10 epochs, 128 subwords. The others, those of
-``--sparsity``, ``--rounds``, ``--schedule``, ``--begin``, ``--end`` and ``--share``, are this
-script's own. Treebanks, score (accuracy over words) and languages are not those of XTREME: its
-figures are no baseline for these.
+2e-5, falling to 0, 32 sentences per step, 10 epochs, 128 subwords. The defaults of ``--sparsity``,
+``--rounds``, ``--schedule``, ``--begin``, ``--end`` and ``--share`` are this script's own. The
+treebanks, the score (accuracy over words) and the languages differ from XTREME's, so its figures
+are no baseline for these.
 """
 
 from __future__ import annotations

@@ -3,29 +3,33 @@
     pip install "torchalignprune[crosslingual,demo,matching]"
     python examples/pretrain_mini_xlmr.py --data DATA --wordnet /usr/share/wordnet --out OUT
 
-DATA holds, as gzip-packed text in UTF-8,
+DATA holds gzip-compressed text in UTF-8:
 
     bible/LANGUAGE.tsv.gz    ``VERSE <TAB> TEXT``, verses with the same ids in all languages
     ntrex/LANGUAGE.tsv.gz    ``nNUMBER <TAB> TEXT``: NTREX-128, news in many languages
-    raw/LANGUAGE.txt.gz      a sentence a line, where there are any
+    raw/LANGUAGE.txt.gz      one sentence per line (optional)
 
-The last 500 sentences of NTREX are held out: they show what was learned, by the loss and by how
-often a sentence finds its translation among all 500. The others are trained on.
+The last 500 sentences of NTREX are held out for evaluation: by the loss, and by how often a
+sentence finds its translation among all 500. The others are trained on.
 
-So little text says little about the words of today. What it does not say comes from an English
-sentence encoder, all-MiniLM-L6-v2, in three ways. Every piece of the vocabulary begins with the
-vectors of the English words that it is aligned with in the parallel text (IBM Model 1), reduced to
-the width of the model by principal components. A sentence follows the encoder's embedding of its
-English translation. And an English word, or one that is aligned with it, follows the state of that
-word in the middle layer of the encoder, which knows most about syntax. The definitions of WordNet
-3.0 (``apt-get install wordnet-base``) are, with ``--wordnet``, among the English sentences.
+So little text says little about modern words. The rest comes from an English sentence encoder,
+all-MiniLM-L6-v2, in three ways:
 
-``OUT/state.safetensors`` has the state of the last steps: the same command goes on from there after
-it was stopped. ``OUT/teacher`` and ``OUT/lexicons`` have what takes minutes to make, some 3 GB.
-Like ``OUT/tokenizer`` they are of one set of texts, one vocabulary and one teacher, which
-``OUT/settings.json`` has; with others the folder is refused.
-``OUT/model`` is the finished checkpoint, in bfloat16, with its tokenizer and ``scores.json``;
-``OUT/log.jsonl`` has the losses.
+- The embedding of every piece of the vocabulary is initialized from those of the English words that
+  it is aligned with in the parallel text (IBM Model 1), reduced to the width of the model by
+  principal components.
+- A sentence is trained towards the encoder's embedding of its English translation.
+- An English word, and any word aligned with it, is trained towards the state of that English word
+  in the encoder's middle layer, which knows most about syntax.
+
+With ``--wordnet`` the definitions of WordNet 3.0 (``apt-get install wordnet-base``) are added to
+the English sentences.
+
+``OUT/state.safetensors`` has the latest state: the same command resumes from there after it was
+stopped. ``OUT/teacher`` and ``OUT/lexicons`` have what takes minutes to make, some 3 GB. These and
+``OUT/tokenizer`` depend on the texts, the vocabulary and the teacher, which ``OUT/settings.json``
+records; if they differ, the folder is refused. ``OUT/model`` is the finished checkpoint, in
+bfloat16, with its tokenizer and ``scores.json``. ``OUT/log.jsonl`` has the losses.
 """
 
 from __future__ import annotations
@@ -73,12 +77,12 @@ from torchalignprune.demo import encoder_folder
 
 LANGUAGES = ["en", "de", "nl", "fr", "es", "it", "pt", "ru", "pl", "fi", "ar", "zh", "id"]
 HELD_OUT = 500
-# How often a verse is drawn for one sentence of the news.
+# How many verses are drawn for one sentence of the news.
 BIBLE_WEIGHT = 2.0
-# How many of WordNet's definitions are taken, and how many sentences of a text are aligned.
+# How many of WordNet's definitions are used, and how many sentences of a text are aligned.
 DEFINITIONS = 70_000
 ALIGNED = 12_000
-# The root mean square of the vectors that pieces begin with.
+# The root mean square of the initial embeddings of pieces.
 SCALE = 0.04
 
 Texts = dict[str, dict[str, str]]
@@ -90,7 +94,7 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def read_parallel(folder: Path, languages: Sequence[str]) -> Texts:
-    """For each language that is there its sentences by id; ``id`` may be in ``id-ulb.tsv.gz``."""
+    """Sentences by id, for each language found; that of ``id`` may be ``id-ulb.tsv.gz``."""
     found = {}
     for language in languages:
         paths = [folder / f"{language}.tsv.gz", *sorted(folder.glob(f"{language}-*.tsv.gz"))]
@@ -120,7 +124,7 @@ def read_definitions(folder: Path) -> list[str]:
 def make_tokenizer(
     bible: Texts, news: Texts, raw: dict[str, list[str]], vocabulary: int
 ) -> PreTrainedTokenizerFast:
-    """The news counts four times and one verse in five once, so that words of today have pieces."""
+    """Trains on the news four times and on every fifth verse once, so modern words get pieces."""
     texts: list[str] = []
     for language, own in news.items():
         texts += list(own.values()) * 4
@@ -138,7 +142,7 @@ def begin_with(
     encoder: PreTrainedModel,
     encoder_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Gives the pieces the encoder's vectors of the English words that they translate."""
+    """Initializes embeddings of pieces from the encoder's, for the English words they translate."""
     words = encoder.get_input_embeddings().weight.detach()
     vectors, counts = transferred_vectors(
         tokenizer, parallel, *piece_vectors(tokenizer, encoder_tokenizer, words)
@@ -155,7 +159,7 @@ def begin_with(
 def make_lexicons(
     tokenizer: PreTrainedTokenizerFast, parallel: Sequence[Texts], folder: Path
 ) -> dict[str, Any]:
-    """For each language the probable English translations of its pieces."""
+    """The probable English translations of the pieces, for each other language."""
     found = {}
     for language in parallel[0]:
         path = folder / f"{language}.npz"
@@ -180,7 +184,7 @@ def make_lexicons(
 def embed(
     encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], path: Path
 ) -> Tensor:
-    """The encoder's embeddings of sentences."""
+    """The encoder's embeddings of sentences, from ``path`` if they are there."""
     if path.exists():
         return load_file(path)["embeddings"]
     found = sentence_embeddings(encoder, tokenizer, texts, batch_size=256)
@@ -195,7 +199,7 @@ def embed_words(
     pieces: PreTrainedTokenizerFast,
     path: Path,
 ) -> Sequence[Tensor]:
-    """The states of words in the middle layer of the encoder."""
+    """The states of words in the encoder's middle layer, from ``path`` if they are there."""
     if path.exists():
         kept = load_file(path)
     else:
@@ -209,7 +213,7 @@ def embed_words(
 
 
 def keep(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes what takes minutes to make, so that a run that was stopped need not make it again."""
+    """Writes what takes minutes to make, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     save_file(tensors, partial)
@@ -231,7 +235,7 @@ def settings_of(texts: Sequence[Any], vocabulary: int, teacher: Path) -> dict[st
 
 
 def other_settings(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """Which settings are others than those of the folder; a new folder gets these."""
+    """Names of settings that differ from the folder's. Writes the settings to a new folder."""
     path = folder / "settings.json"
     if not path.exists() and not (folder / "tokenizer").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +269,7 @@ def masked_loss(
 def scores_of(
     model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerFast, held_out: Texts
 ) -> dict[str, object]:
-    """Losses, and the share of sentences that find their translation to and from English."""
+    """Losses, and how often sentences find their translation, to and from English."""
     names = sorted(set.intersection(*(set(own) for own in held_out.values())))
     texts = {language: [own[name] for name in names] for language, own in held_out.items()}
     embeddings = {
@@ -295,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="holds bible/, ntrex/ and raw/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with bible/, ntrex/, raw/")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and model")
     parser.add_argument("--languages", nargs="+", metavar="CODE", default=LANGUAGES)
     parser.add_argument("--vocabulary", type=int, default=16_000, metavar="PIECES")
@@ -304,17 +308,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--intermediate", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--tokens", type=int, default=6144, help="of a batch")
+    parser.add_argument("--tokens", type=int, default=6144, help="per batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
-        "--teacher", type=Path, help="a Transformers folder (default: all-MiniLM-L6-v2)"
+        "--teacher", type=Path, help="Transformers folder (default: all-MiniLM-L6-v2)"
     )
     parser.add_argument("--wordnet", type=Path, help="folder with data.noun and the like")
     parser.add_argument("--float32", action="store_true", help="even where bfloat16 is faster")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if "en" not in options.languages or len(set(options.languages)) < 2:
-        parser.error(f"--languages should be en and others, got {' '.join(options.languages)}")
+        parser.error(
+            f"--languages should be en and at least one other, got {' '.join(options.languages)}"
+        )
 
     bible = read_parallel(options.data / "bible", options.languages)
     news = read_parallel(options.data / "ntrex", options.languages)
@@ -344,12 +350,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = settings_of([bible, training, raw], options.vocabulary, options.teacher)
     if others := other_settings(options.out, settings):
         parser.error(
-            f"--out: {options.out} should be a new folder or one of the same "
-            f"{', '.join(settings)}, got one of other {', '.join(others)}"
+            f"--out should be a new folder or one with the same {', '.join(settings)}, got "
+            f"{options.out} with other {', '.join(others)}"
         )
 
-    # Batches have many shapes, and oneDNN compiles its products for each; it remembers 1024 of
-    # them, which is too few. It reads this when it makes the first.
+    # oneDNN compiles matrix products for each shape and caches 1024 by default. Batches have more
+    # shapes than that. It reads this variable when it compiles the first.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "30000")
     final = options.out / "model"
     pieces = options.out / "tokenizer"
@@ -368,12 +374,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         intermediate_size=options.intermediate,
         max_position_embeddings=258,
         type_vocab_size=1,
-        # Whoever fine-tunes it has dropout; here there is more text than the model can learn.
+        # There is more text than the model can learn. For fine-tuning dropout is set below.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     autocast = None if options.float32 else fast_dtype(device)
-    # On CPUs with products in bfloat16 the fused attention is slower for such short sentences.
+    # On CPUs with matrix products in bfloat16, fused attention is slower for such short sentences.
     attention = "eager" if device == "cpu" and autocast is not None else "sdpa"
     model = XLMRobertaForMaskedLM._from_config(config, attn_implementation=attention).to(device)
     print(
@@ -416,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = model.to(torch.bfloat16)
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    # Of what was saved: in bfloat16.
+    # Scores of the saved weights, which are rounded to bfloat16.
     scores = scores_of(model.float(), tokenizer, held_out)
     (final / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(scores, indent=2, ensure_ascii=False))

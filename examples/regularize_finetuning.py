@@ -1,24 +1,23 @@
-"""Fine-tune a sentence encoder in English, prune it on the way, and look at the other languages.
+"""Fine-tune a sentence encoder in English, prune it on the way, evaluate in other languages.
 
     pip install "torchalignprune[demo]" scipy
     python examples/regularize_finetuning.py --data DATA --out results
 
-DATA is a folder that holds ``sib200/{train,dev,test}.LANGUAGE.tsv.gz``: the topics of SIB-200
-(https://github.com/dadelani/sib-200), a line ``id <TAB> topic <TAB> text`` for each sentence. The
+DATA is a folder with ``sib200/{train,dev,test}.LANGUAGE.tsv.gz``: the topics of SIB-200
+(https://github.com/dadelani/sib-200), one line ``id <TAB> topic <TAB> text`` per sentence. The
 encoder is all-MiniLM-L6-v2, or any Transformers folder given by ``--model``.
 
-Every variant trains on the same batches of the same seed and is pruned along the same cubic
-schedule; they differ in the penalty only:
+With the same seed all variants train on the same batches. All but ``dense`` are pruned along the
+same cubic schedule and differ only in the penalty:
 
     dense       not pruned
     none        pruned by AlignedMagnitude
-    cosine      the same with CosineAlignment to the pretrained weights in the loss
-    frobenius   the same with FrobeniusAlignment
+    cosine      the same, with CosineAlignment to the pretrained weights in the loss
+    frobenius   the same, with FrobeniusAlignment
 
-A penalty's strength makes its gradient a given share of the task's. It is measured again and again,
-because the penalty's gradient grows with the distance that the weights have moved.
-Results are written after every run, and runs that are there already are not repeated, so that the
-command can be given again after it was stopped.
+The strength of a penalty is chosen so that its gradient is a given share of the task's. It is
+measured repeatedly, because the penalty's gradient grows as the weights move away. Results are
+written after every run. Run again, the same command skips the runs that are done.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Sentences:
 
 
 class Classifier(nn.Module):
-    """The mean of the encoder's last states, and a linear layer."""
+    """A linear layer on the mean of the encoder's last hidden states."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -115,12 +114,12 @@ def accuracy(model: nn.Module, sentences: Sentences) -> float:
 
 
 def train(variant: str, seed: int, options: argparse.Namespace, data: dict[str, Any]) -> Any:
-    """One run; its figures."""
+    """One run. Returns its figures."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     model = Classifier(options.model)
     params = tap.prunable_parameters(model.encoder)
-    # Read from the checkpoint and mapped into memory: the reference costs none of its own.
+    # The reference is memory-mapped from the checkpoint, so it takes no memory of its own.
     reference = tap.Reference.from_checkpoint(options.model, params)
     penalty: nn.Module | None = None
     if variant == "cosine":
@@ -223,19 +222,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="holds sib200/")
-    parser.add_argument("--model", help="a Transformers folder (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with sib200/")
+    parser.add_argument("--model", help="Transformers folder (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs.jsonl")
-    parser.add_argument(
-        "--languages", nargs="+", metavar="CODE", help="default: all that are there"
-    )
+    parser.add_argument("--languages", nargs="+", metavar="CODE", help="default: all in DATA")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--share", type=float, default=0.3, help="of the task's gradient norm")
+    parser.add_argument(
+        "--share", type=float, default=0.3, help="the penalty's gradient norm over the task's"
+    )
     options = parser.parse_args(arguments)
 
     folder = options.data / "sib200"

@@ -5,12 +5,12 @@
     python examples/trainer_pruning.py --out results --model FOLDER_OR_NAME --data reviews.csv
 
 The data is a csv or json file with the columns ``text`` and ``label``; a fifth is held out. Without
-any, sentences are made up on the spot. The encoder is all-MiniLM-L6-v2, or any model of
-Transformers. It is pruned along a cubic schedule in the middle of the training, and a penalty keeps
-its units aligned with those of the pretrained one (``--strength 0``: an ordinary ``Trainer``).
+``--data``, sentences are made up. The encoder is all-MiniLM-L6-v2, or any model of Transformers. It
+is pruned along a cubic schedule in the middle of training, and a penalty keeps its units aligned
+with those of the pretrained encoder (``--strength 0``: no penalty, and an ordinary ``Trainer``).
 
-``--resume`` goes on from the last checkpoint that a killed run has saved to its end. What is in
-``results/pruned`` at the end is an ordinary checkpoint folder, for ``from_pretrained``.
+``--resume`` continues a killed run from its last complete checkpoint. At the end
+``results/pruned`` is an ordinary checkpoint folder for ``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -84,19 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder or name on the hub (default: all-MiniLM-L6-v2)")
     parser.add_argument("--data", type=Path, help="csv or json with text and label")
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--strength", type=float, default=1000.0, help="of the alignment penalty")
+    parser.add_argument("--strength", type=float, default=1000.0, help="of the penalty")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
-    parser.add_argument("--resume", action="store_true", help="from the last complete checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue a killed run")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps should be at least 1, got {options.steps}")
     if not options.resume and any(options.out.glob("checkpoint-*")):
-        # They would be taken for this run's when it is resumed.
+        # A resumed run would take these checkpoints for its own.
         parser.error(
-            f"--out {options.out} has checkpoints of a run: give --resume, or another folder"
+            "--out should be a folder without checkpoints unless --resume is given, got "
+            f"{options.out}"
         )
     if options.model is None:
         from torchalignprune.demo import encoder_folder
@@ -116,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         label2id={name: number for number, name in enumerate(names)},
     )
 
-    # The encoder, not the new classifier on top. Model and pruner are made the same way when a run
-    # is resumed; the reference is read from the pretrained weights here, before any training.
+    # Only the encoder is pruned, not the new classifier. A resumed run makes model and pruner the
+    # same way; the reference is read from the pretrained weights here, before any training.
     params = tap.prunable_parameters(model.base_model)
     reference = tap.Reference.capture(params)
     penalty = tap.CosineAlignment(params, reference)
@@ -162,9 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     checkpoint = hf.last_complete_checkpoint(options.out) if options.resume else None
     if checkpoint is not None and last_step(checkpoint) >= options.steps:
-        # The run was killed after its last step. The names fit, because the pruner has put its
-        # masks into the model.
-        print(f"the training has come to its end in {checkpoint}")
+        # The run was killed after its last step. The pruner has put its masks into the model, so
+        # the names fit.
+        print(f"training had finished in {checkpoint}")
         load_model(model, Path(checkpoint) / "model.safetensors")
     else:
         print(f"resuming from {checkpoint}" if checkpoint else "starting from the pretrained model")

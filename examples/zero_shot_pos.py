@@ -1,4 +1,4 @@
-"""Fine-tune a cross-lingual encoder on English POS tags, prune it on the way, look at the others.
+"""Fine-tune a cross-lingual encoder on English POS tags, prune it on the way, evaluate in all.
 
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_pos.py --out results
@@ -6,19 +6,19 @@
         --learning-rate 5e-5 --head-learning-rate 5e-5 \
         --method magnitude aligned --regularizer none cosine --seeds 3 --out results
 
-It learns the English Web Treebank and is evaluated on PUD, the same 1,000 sentences in every
-language. DATA, a folder for ``--data``, holds ``udpos`` and ``pud``, and ``sib200`` for the methods
-that look at multilingual text (:func:`torchalignprune.crosslingual.load_task` says how); without it
-they come from the hub.
+Trains on the English Web Treebank and evaluates on PUD, the same 1,000 sentences in every language.
+The data comes from the hub, or from the folder ``--data`` with ``udpos`` and ``pud``, and
+``sib200`` for methods that need multilingual calibration text
+(:func:`torchalignprune.crosslingual.load_task` describes the files).
 
-One run gives all sparsities: it trains the dense model, evaluates it, prunes it to the first
+One run covers all sparsities: it trains the dense model, evaluates it, prunes it to the first
 sparsity, trains on, evaluates, prunes to the next one, and so on, as in the paper's iterative
-pruning with retraining. The drops are against the dense model before its first pruning; later ones
-have been trained for longer. ``--method dense`` trains as long and prunes nothing.
+pruning with retraining. Drops are against the dense model before its first pruning, so pruned
+models have been trained for longer. ``--method dense`` trains as long and prunes nothing.
 
-Results are written after every run, and runs that are there already are not repeated, so that the
-command can be given again after it was stopped. A table, ``summary.json``, a heat map for each way
-of pruning and a picture of what is left are made of all runs of the same settings in OUT.
+Results are written after every run. Run again, the same command skips the runs that are done. A
+table, ``summary.json``, a heat map for each method and a plot of the retained accuracy cover all
+runs in OUT that have the same settings.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Pretrain a tiny XLM-R on made-up languages, fine-tune it on one of them, prune it, look at all.
+"""Pretrain a tiny XLM-R on made-up languages, fine-tune it on one, prune it, evaluate in all.
 
     pip install "torchalignprune[crosslingual]"
     python examples/zero_shot_pruning.py
 
-Needs no data and no network, and takes a minute and a half on two cores. It goes, on a small scale,
-through what a cross-lingual encoder does.
+Needs no data and no network, and takes a minute and a half on two cores. It repeats the life of a
+cross-lingual encoder on a small scale:
 
 - ``torchalignprune.crosslingual.generate_corpus`` makes up five languages with one grammar: the
-  source and four at growing distances from it, ``near``, ``middle``, ``far`` and ``remote``, with
-  more and more words and word orders of their own;
-- a tokenizer and an XLM-R are pretrained on text in all of them, half of it parallel;
-- the model is fine-tuned on labels in the source alone (``--task topics``: a topic for each
-  sentence; ``pos``: a tag for each word) and evaluated in all;
-- then it is pruned, trained on and evaluated again and again, from sparsity to sparsity.
+  source, and ``near``, ``middle``, ``far`` and ``remote`` at growing distances from it, with more
+  and more words and word orders of their own.
+- A tokenizer and an XLM-R are pretrained on text in all of them, half of it parallel.
+- The model is fine-tuned on labels in the source language alone (``--task topics``: a topic for
+  each sentence; ``pos``: a tag for each word) and evaluated in all languages.
+- Then it is pruned, trained on and evaluated, from sparsity to sparsity.
 
-All ways of pruning begin with the same model and see the same batches:
+All variants start from the same model and see the same batches:
 
     dense                  not pruned, but trained as long as the others
     magnitude              pruned by Magnitude
@@ -23,13 +23,13 @@ All ways of pruning begin with the same model and see the same batches:
                            the loss from the beginning
     magnitude + frobenius  the same with FrobeniusAlignment
 
-A drop is against the model before its first pruning. Intervals are of sentences: what others of the
-same kind would give, for these models. Another ``--seed`` makes other languages, sentences and
-weights, and is the better test of a small difference. The same seed gives the same figures on the
-same machine with the same number of threads.
+Drops are against the model before its first pruning. Intervals are over sentences, for these
+models. Another ``--seed`` makes other languages, sentences and weights, and is the better test of a
+small difference. The same seed gives the same figures on the same machine with the same number of
+threads.
 
-OUT gets the pretrained model, ``zero_shot.json``, ``retention.png`` and a heat map of every way of
-pruning. ``--quick`` cuts the corpus, the training and the sparsities down to what shows that
+Writes the pretrained model, ``zero_shot.json``, ``retention.png`` and a heat map of every variant
+to OUT. ``--quick`` uses a tiny corpus, little training and few sparsities, only to show that
 everything runs; its figures mean nothing.
 """
 
@@ -67,7 +67,7 @@ from torchalignprune.crosslingual.pretraining import ParallelText, pretrain, tra
 
 SOURCE = "source"
 TASKS = {"pos": GENERATED_POS, "topics": GENERATED_TOPICS}
-# The method, and the regularizer.
+# For each variant: the method and the regularizer.
 WAYS: dict[str, tuple[Any, Any]] = {
     "dense": (None, None),
     "magnitude": (tap.Magnitude, None),
@@ -81,7 +81,7 @@ Sweep = dict[float, ZeroShotReport]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the corpus in sentences, of the training in steps and epochs."""
+    """Sizes of the corpus in sentences, and of the training in steps and epochs."""
 
     raw: int = 6000
     train: int = 2000
@@ -105,7 +105,7 @@ QUICK = Sizes(
 
 
 def pretrained(corpus: GeneratedCorpus, sizes: Sizes, seed: int, folder: Path) -> None:
-    """A tokenizer and an XLM-R of the corpus' languages, saved to the folder."""
+    """Pretrains a tokenizer and an XLM-R on the corpus, and saves them to the folder."""
     tokenizer = train_tokenizer(itertools.chain(*corpus.raw.values()), sizes.vocabulary)
     config = transformers.XLMRobertaConfig(
         vocab_size=len(tokenizer),
@@ -113,7 +113,7 @@ def pretrained(corpus: GeneratedCorpus, sizes: Sizes, seed: int, folder: Path) -
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=192,
-        # Too little text for dropout to help.
+        # There is too little text for dropout to help.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=130,
@@ -140,7 +140,7 @@ def pretrained(corpus: GeneratedCorpus, sizes: Sizes, seed: int, folder: Path) -
 
 
 def classifier(folder: Path, task: Task, seed: int) -> Any:
-    """The pretrained encoder with a classifier that the seed makes."""
+    """The pretrained encoder with a new classifier, initialized with the seed."""
     kind = "Token" if task.kind == "words" else "Sequence"
     torch.manual_seed(seed)
     return getattr(transformers, f"XLMRobertaFor{kind}Classification").from_pretrained(
@@ -159,11 +159,11 @@ def prune(
     strength: float,
     seed: int,
 ) -> Sweep:
-    """Fine-tunes a model and prunes it in one of the ways; a report for each sparsity."""
+    """Fine-tunes and prunes a model; returns a report for each sparsity."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = classifier(folder, task, seed)
     data = corpus.pos if task.kind == "words" else corpus.topics
-    # The encoder's, which have weights to be aligned with; the classifier is new.
+    # Only the encoder is pruned: the new classifier has no pretrained weights to align with.
     params = tap.prunable_parameters(model.base_model)
     method, regularizer = WAYS[way]
     penalty: nn.Module | None = None
@@ -186,7 +186,7 @@ def prune(
         sparsities=sizes.sparsities,
         epochs=sizes.epochs,
         retraining_epochs=sizes.retraining_epochs,
-        # Low, so that what pretraining made is not undone, in the other languages above all.
+        # Low, so that training does not undo the pretraining, above all in the other languages.
         learning_rate=1e-4,
         head_learning_rate=1e-3,
         penalty=penalty,
@@ -223,7 +223,7 @@ def drops_table(sweep: Sweep) -> str:
 
 
 def comparison_table(sweeps: Mapping[str, Sweep]) -> str:
-    """By how much each way is better than magnitude, at each sparsity; in points."""
+    """How many points each variant is better than magnitude, at each sparsity."""
     base = {level: report for level, report in sweeps["magnitude"].items() if level}
     rows = [["", "", *(f"{level:.0%}" for level in base)]]
     for way, sweep in sweeps.items():
@@ -240,7 +240,7 @@ def comparison_table(sweeps: Mapping[str, Sweep]) -> str:
 
 
 def rounded(share: float) -> float:
-    """In points, to one place; zero has no sign."""
+    """In points, to one decimal; never -0.0."""
     return round(100 * share, 1) + 0.0
 
 
@@ -280,11 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(not a < b < 1 for a, b in itertools.pairwise([0.0, *sizes.sparsities])):
         parser.error(f"--sparsities should rise from above 0 to below 1, got {options.sparsities}")
     if not (math.isfinite(options.strength) and options.strength >= 0):
-        parser.error(f"--strength should be a number from 0 on, got {options.strength:g}")
+        parser.error(f"--strength should be finite and at least 0, got {options.strength:g}")
     if options.seed < 0:
         parser.error(f"--seed should be at least 0, got {options.seed}")
     if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out {options.out} exists and is not a folder")
+        parser.error(f"--out should be a folder, got the file {options.out}")
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What zero_shot_pos.py and zero_shot_topics.py share: options, resuming, the table, pictures."""
+"""What zero_shot_pos.py and zero_shot_topics.py share: options, resuming, tables and plots."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def main(
     add("--regularizer", nargs="+", choices=REGULARIZERS, default=["none"])
     add("--strength", type=float, default=10.0, help="of the regularizer (default: %(default)s)")
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
-    add("--seeds", type=int, default=1, help="how many runs, of the seeds 0, 1, ...")
+    add("--seeds", type=int, default=1, help="number of runs, with seeds 0, 1, ...")
     add(
         "--languages",
         nargs="+",
         metavar="CODE",
-        help="besides English (default: all; with the miniature those that it was pretrained on)",
+        help="besides English (default: all; for the miniature, those it was pretrained on)",
     )
-    add("--sentences", type=int, help="evaluate on so many of each language (default: all)")
+    add("--sentences", type=int, help="evaluated on per language (default: all)")
     add("--epochs", type=float, default=training.epochs, help="dense (default: %(default)s)")
     add(
         "--retraining-epochs",
@@ -108,7 +108,7 @@ def main(
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if task != evaluated:
-        print(f"learned: {task}; evaluated: {evaluated}, {len(experiment.test)} languages")
+        print(f"trained on {task}, evaluated on {evaluated} in {len(experiment.test)} languages")
     settings = {
         "task": task,
         "evaluated": evaluated,
@@ -129,7 +129,7 @@ def main(
         },
     }
     log = RunLog(options.out / "runs.jsonl")
-    # Settings say how many sentences there are at most, not which.
+    # The settings limit the number of sentences, but do not identify them.
     digests = experiment.digests()
     for line in log.lines():
         if line.get("settings") != settings:
@@ -137,8 +137,8 @@ def main(
         found = line["reports"]["0.0"]["languages"]
         if others := [code for code in digests if found[code]["digest"] != digests[code]]:
             parser.error(
-                f"the data should be what the runs in {log.path} were evaluated on, got other "
-                f"sentences in {', '.join(others)}; --out takes another folder"
+                f"the data should be that of the runs in {log.path}, got other sentences in "
+                f"{', '.join(others)}; give another folder as --out"
             )
     try:
         log.prepare()
@@ -151,7 +151,7 @@ def main(
                 run = {"method": method, "regularizer": regularizer, "strength": strength}
                 run |= {"seed": seed, "settings": settings}
                 if any(run.items() <= line.items() for line in log.lines()):
-                    print(f"{_label(run)}, seed {seed}: there already")
+                    print(f"{_label(run)}, seed {seed}: done already")
                     continue
                 started = time.perf_counter()
                 sweep = experiment.run(
@@ -173,14 +173,14 @@ def main(
 
 
 def miniature_languages() -> list[str]:
-    """What the miniature was pretrained on: the columns of its sentences."""
+    """The languages that the miniature was pretrained on: the columns of its sentences."""
     with (MINIATURE / "sentences.tsv").open(encoding="utf-8") as file:
         return next(file).rstrip("\n").split("\t")[2:]
 
 
 def show(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Tables of all runs that there are, pictures and JSON."""
-    # By seed: two processes in one folder may have made the same run.
+    """Prints tables of all runs, and writes plots and JSON."""
+    # By seed, because two processes in one folder may have made the same run.
     by_seed: dict[str, dict[int, Sweep]] = {}
     for run in runs:
         reports = {
@@ -204,11 +204,11 @@ def show(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
         for label, sweep in pooled.items()
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\npictures and summary.json are in {out}")
+    print(f"\nplots and summary.json are in {out}")
 
 
 def pool(sweeps: Sequence[Sweep]) -> Sweep:
-    """The mean over seeds: every sentence counts once for each. Its intervals are of sentences."""
+    """One sweep with the sentences of all seeds, for means over seeds; intervals over sentences."""
     pooled = {}
     for sparsity, first in sweeps[0].items():
         scores = [sweep[sparsity].languages for sweep in sweeps]
@@ -235,7 +235,7 @@ def pool(sweeps: Sequence[Sweep]) -> Sweep:
 
 
 def table(sweeps: Sequence[Sweep]) -> str:
-    """A row for each language, and one for the zero-shot mean; the mean over seeds."""
+    """Means over seeds: a row for each language, and one for the zero-shot mean."""
     sparsities = list(sweeps[0])
     languages = list(sweeps[0][0.0].languages)
 

@@ -1,7 +1,7 @@
-"""What xnli_xlmr.py, pawsx_mbert.py and pos_xlmr.py have in common.
+"""What xnli_xlmr.py, pawsx_mbert.py and pos_xlmr.py share.
 
-Arguments, data and model, training with pruning, and the report at the end; the scripts say what is
-trained on what. ``run`` is the whole of it; each function is a few calls of the library.
+Arguments, data and model, training with pruning, and the report at the end. The scripts choose the
+task and the model. ``run`` does it all; each function is a few calls of the library.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from torchalignprune.crosslingual import (
 from torchalignprune.crosslingual.recipes import RECIPES, make_penalty
 
 TRAINED_ON = "en"
-# The training data is in one language, and so is what calibration looks at.
+# Calibration uses the training data, which is in one language.
 METHODS = [name for name, recipe in RECIPES.items() if recipe.calibration != "multilingual"]
 SCHEDULES: dict[str, Any] = {
     "cubic": tap.schedules.cubic,
     "linear": tap.schedules.linear,
     "exponential": tap.schedules.exponential,
 }
-MEASURED = 20  # times that a strength is measured
-CALIBRATED = 256  # training sentences that calibration looks at
+MEASURED = 20  # the strength is measured every steps // MEASURED steps
+CALIBRATED = 256  # training sentences that calibration uses
 
 
 @dataclass
@@ -70,51 +70,47 @@ class PruningArguments:
     )
     languages: list[str] | None = field(
         default=None,
-        metadata={"help": "codes of the languages to evaluate in, besides English, instead of all"},
+        metadata={"help": "codes of languages to evaluate in, besides English, instead of all"},
     )
     compare: str | None = field(
         default=None,
-        metadata={
-            "help": "the dense model to compare with: a folder, or the report.json of its run"
-        },
+        metadata={"help": "dense model to compare with: its folder, or the report.json of its run"},
     )
-    max_length: int = field(default=128, metadata={"help": "the most subwords that are trained on"})
-    sparsity: float = field(default=0.7, metadata={"help": "at the end; 0: the dense baseline"})
+    max_length: int = field(default=128, metadata={"help": "most subwords of a training sample"})
+    sparsity: float = field(default=0.7, metadata={"help": "final; 0: the dense baseline"})
     method: str = field(
         default="magnitude",
-        metadata={"help": "what entries are ranked by", "choices": METHODS},
+        metadata={"help": "what weights are ranked by", "choices": METHODS},
     )
     budget: Literal["global", "layer", "unit"] | None = field(
-        default=None, metadata={"help": "where sparsity is counted, instead of as the method does"}
+        default=None, metadata={"help": "where sparsity is counted, instead of the method's own"}
     )
     schedule: Literal["cubic", "linear", "exponential"] = field(
         default="cubic",
-        metadata={"help": "how the sparsity rises; exponential: by the same share of what remains"},
+        metadata={"help": "how sparsity rises; exponential: by the same share of what remains"},
     )
     rounds: int = field(
-        default=10, metadata={"help": "how many times is pruned; between them is retrained"}
+        default=10, metadata={"help": "number of prunings, with retraining between them"}
     )
     begin: float = field(
-        default=0.1, metadata={"help": "the share of the steps before the first round"}
+        default=0.1, metadata={"help": "share of the steps before the first round"}
     )
     end: float = field(
-        default=0.7, metadata={"help": "the share of the steps after which the last round is done"}
+        default=0.7, metadata={"help": "share of the steps after which the last round is done"}
     )
     regularizer: Literal["none", "cosine", "frobenius", "both"] = field(
         default="cosine",
-        metadata={
-            "help": "keeps the units aligned with those of the model that training began with"
-        },
+        metadata={"help": "keeps units aligned with those of the model that training starts from"},
     )
     strength: float | None = field(
         default=None,
-        metadata={"help": "of the regularizer, instead of one that is measured (--share)"},
+        metadata={"help": "of the regularizer, instead of measuring it (--share)"},
     )
     share: float = field(
         default=0.1,
         metadata={
-            "help": "the regularizer's gradient norm as a share of the task's, for which the "
-            "strength is measured again and again"
+            "help": "the regularizer's gradient norm as a share of the task's; the strength is "
+            "measured for this repeatedly"
         },
     )
 
@@ -123,34 +119,40 @@ class PruningArguments:
             raise ValueError(f"--sparsity should be from 0 to below 1, got {self.sparsity}")
         if not 0 <= self.begin < self.end <= 1:
             raise ValueError(
-                f"0 <= --begin < --end <= 1 should hold, got {self.begin} and {self.end}"
+                "--begin and --end should satisfy 0 <= begin < end <= 1, got "
+                f"{self.begin} and {self.end}"
             )
         if self.rounds < 1:
             raise ValueError(f"--rounds should be at least 1, got {self.rounds}")
         if self.sparsity == 0 and self.regularizer != "none":
-            raise ValueError("--sparsity 0, the dense baseline, goes with --regularizer none")
+            raise ValueError(
+                "--regularizer should be none with --sparsity 0, the dense baseline, got "
+                f"{self.regularizer}"
+            )
         if self.strength is not None and not 0 <= self.strength < math.inf:
-            raise ValueError(f"--strength should be finite, not negative, got {self.strength}")
+            raise ValueError(f"--strength should be finite and at least 0, got {self.strength}")
         if self.strength is not None and self.regularizer == "none":
-            raise ValueError("--strength goes with a regularizer, got --regularizer none")
+            raise ValueError("--regularizer should not be none with --strength, got none")
         if not 0 < self.share < math.inf:
-            raise ValueError(f"--share should be a positive number, got {self.share}")
+            raise ValueError(f"--share should be finite and above 0, got {self.share}")
         if self.compare is not None and not Path(self.compare).exists():
             raise ValueError(f"--compare should be a folder or a file, got {self.compare}")
         if self.compare is not None and Path(self.compare).is_file():
             try:
                 read_report(self.compare)
             except ValueError as error:
-                raise ValueError(f"--compare {self.compare} is no report: {error}") from error
+                raise ValueError(
+                    f"--compare should be a folder or a report, got {self.compare}: {error}"
+                ) from error
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the defaults of the arguments."""
+    """Keeps the description as written, and shows the defaults of the arguments."""
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """What is wrong with the input ends the script with one line."""
+    """Ends the script with a one-line message if something is wrong with the input."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -160,13 +162,12 @@ def input_errors() -> Iterator[None]:
 def parse(
     description: str | None, defaults: Mapping[str, Any], arguments: Sequence[str] | None
 ) -> tuple[PruningArguments, TrainingArguments]:
-    """The arguments of the command line: ours, and all those of the Trainer.
+    """The arguments of the command line: our own, and all those of the Trainer.
 
     Args:
         description: for ``--help``.
-        defaults: of the script. ``batch`` is how many sentences a step trains on, by all processes
-            together.
-        arguments: instead of those of the command line.
+        defaults: of the script; ``batch`` is the number of sentences per step over all processes.
+        arguments: used instead of the command line.
     """
     parser: Any = HfArgumentParser(
         [PruningArguments, TrainingArguments],
@@ -182,7 +183,7 @@ def parse(
         per_device_train_batch_size=max(1, own.pop("batch") // processes),
         per_device_eval_batch_size=64,
         eval_strategy="epoch",
-        # Of all steps: 20 checkpoints, 100 lines in the log.
+        # Shares of all steps: 20 checkpoints, and 100 lines in the log.
         save_steps=0.05,
         save_total_limit=2,
         logging_steps=0.01,
@@ -193,7 +194,9 @@ def parse(
     with input_errors():
         options, args = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if not args.output_dir:
-            raise ValueError("--output_dir is needed: the folder for checkpoints and results")
+            raise ValueError(
+                "--output_dir should be a folder for checkpoints and results, got none"
+            )
     return options, args
 
 
@@ -209,10 +212,10 @@ def run(
     """Fine-tunes on English, prunes on the way, and evaluates in every language.
 
     Args:
-        task: of :data:`torchalignprune.crosslingual.TASKS`.
+        task: a key of :data:`torchalignprune.crosslingual.TASKS`.
         kind: the class of the model.
-        collator: makes what puts rows into batches, from the tokenizer.
-        encode: inputs and labels of some rows, from the tokenizer, the rows, and the most subwords
+        collator: makes the data collator from the tokenizer.
+        encode: makes inputs and labels from the tokenizer, a batch of rows, and the most subwords
             of a sentence or pair.
         description, defaults, arguments: as in :func:`parse`.
     """
@@ -239,7 +242,7 @@ def encode_pairs(tokenizer: Any, rows: Mapping[str, Any], max_length: int) -> di
 
 
 def load_data(task: str, options: PruningArguments) -> dict[str, DatasetDict]:
-    """English with all its splits, and the test sentences of the other languages."""
+    """All splits of English, and the test splits of the other languages."""
     data = {}
     with input_errors():
         codes = options.languages or available_languages(task, options.data)
@@ -252,13 +255,13 @@ def load_data(task: str, options: PruningArguments) -> dict[str, DatasetDict]:
 def load_model(
     kind: Any, task: str, options: PruningArguments, args: TrainingArguments
 ) -> tuple[nn.Module, Any]:
-    """The model, with the labels of the task, where it is trained, and its tokenizer."""
+    """The model, with the labels of the task and on the training device, and its tokenizer."""
     labels = TASKS[task].labels
     with input_errors():
         of_ids = AutoConfig.from_pretrained(options.model).id2label or {}
         own = [name for _, name in sorted(of_ids.items())]
-        # CONTRADICTION is contradiction, as in an evaluation: a head that was fine-tuned with the
-        # labels in another order would be taken for one with ours.
+        # A head fine-tuned with the labels in another order would be used as if it were in ours.
+        # Case is ignored, as in an evaluation.
         names = [str(label).casefold() for label in own]
         ordered = [label.casefold() for label in labels]
         if set(names) == set(ordered) and names != ordered:
@@ -272,7 +275,7 @@ def load_model(
                 f"--max_length should be from 1 to {tokenizer.model_max_length}, got "
                 f"{options.max_length}"
             )
-        # Every process draws the same new head.
+        # So that every process draws the same new head.
         set_seed(args.seed)
         model = kind.from_pretrained(
             options.model,
@@ -284,11 +287,11 @@ def load_model(
 
 
 class MeasuredStrength(TrainerCallback, ExportableState):
-    """A strength that gives the penalty's gradient a share of the task's, measured anew at times.
+    """A strength that gives the penalty's gradient a share of the task's, measured repeatedly.
 
-    The penalty's gradient grows as the weights move, and there is none before they do. The loss is
-    that of a batch drawn by the number of the step: the same on all processes, and in a run that
-    is resumed. Checkpoints hold the strength.
+    The penalty's gradient is zero before the weights have moved, and grows as they move. The task's
+    loss is that of a batch drawn by the number of the step, so it is the same on all processes and
+    in a resumed run. Checkpoints hold the strength.
     """
 
     def __init__(
@@ -321,25 +324,25 @@ class MeasuredStrength(TrainerCallback, ExportableState):
         generator = torch.Generator().manual_seed(state.global_step)
         drawn = torch.randint(len(self.rows), (self.batch,), generator=generator)
         batch = self.collator([self.rows[i] for i in drawn.tolist()])
-        model.eval()  # without dropout, which would draw from the generator of the training
+        model.eval()  # dropout would draw from the generator of the training
         try:
             loss = model(**{key: value.to(args.device) for key, value in batch.items()}).loss
             self.strength = self.penalty.suggest_strength(loss, self.share)
         except ValueError:
-            pass  # a gradient that is zero: the weights have not moved, or nothing is to be learned
+            pass  # a gradient is zero: the weights have not moved, or there is nothing to learn
         finally:
             model.train()
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """Over whatever has a label."""
+    """The accuracy over all places that have a label."""
     counted = prediction.label_ids != -100
     right = prediction.predictions == prediction.label_ids
     return {"accuracy": float(right[counted].mean()) if counted.any() else math.nan}
 
 
 def steps_of_training(args: TrainingArguments, rows: int) -> int:
-    """How many steps of the optimizer the arguments ask for."""
+    """The number of optimizer steps that the arguments ask for."""
     if args.max_steps > 0:
         return int(args.max_steps)
     on_a_process = rows / args.world_size / args.per_device_train_batch_size
@@ -348,7 +351,7 @@ def steps_of_training(args: TrainingArguments, rows: int) -> int:
 
 
 def check_run(options: PruningArguments, args: TrainingArguments) -> None:
-    """Refuses to go on with a run that was started with other settings."""
+    """Refuses to resume a run that was started with other settings."""
     settings = {
         key: value
         for key, value in asdict(options).items()
@@ -363,8 +366,8 @@ def check_run(options: PruningArguments, args: TrainingArguments) -> None:
         for key, value in settings.items():
             if former.get(key) != value:
                 raise ValueError(
-                    f"--output_dir {args.output_dir} holds a run with {key}={former.get(key)}, "
-                    f"which {value} does not go on with: take another folder"
+                    f"{key} should be {former.get(key)}, as in the run in --output_dir "
+                    f"{args.output_dir}, got {value}; another folder starts a new run"
                 )
     elif args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -380,31 +383,31 @@ def prune(
     options: PruningArguments,
     args: TrainingArguments,
 ) -> dict[str, Any]:
-    """Trains the model and prunes it on the way; saves it in OUTPUT_DIR/model.
+    """Trains the model, prunes it on the way, and saves it in OUTPUT_DIR/model.
 
-    Goes on from the last complete checkpoint in OUTPUT_DIR, if there is one.
+    Resumes from the last complete checkpoint in OUTPUT_DIR, if there is one.
 
     Returns:
-        What became of the weights: ``sparsity``, ``mean_alignment``, ``distortion``, ...
+        The totals of the alignment report: ``sparsity``, ``mean_alignment``, ``distortion``, ...
     """
-    # One number, for the pruning as for the Trainer.
+    # The schedule and the Trainer have to agree on the number of steps.
     args.max_steps = steps = steps_of_training(args, len(train))
     with input_errors():
         if steps < 1:
             raise ValueError(
-                f"{len(train)} training sentences should make a step at least: --num_train_epochs "
-                "is 0, or --dataloader_drop_last leaves no batch"
+                f"{len(train)} training sentences should make at least one step, got none: "
+                "--num_train_epochs is 0, or --dataloader_drop_last leaves no batch"
             )
         resumed = args.resume_from_checkpoint
         if resumed is not None and not Path(resumed, "trainer_state.json").is_file():
             raise ValueError(
-                f"--resume_from_checkpoint should be a checkpoint's folder, got {resumed}: without "
-                "it the last complete one in --output_dir is taken"
+                f"--resume_from_checkpoint should be a checkpoint's folder, got {resumed}; without "
+                "it, the last complete one in --output_dir is used"
             )
         check_run(options, args)
 
-    # The encoder, not the head on top. Model and pruner are made the same way when a run is
-    # resumed; the reference is read from the model here, before any training.
+    # Only the encoder is pruned, not the head. A resumed run makes model and pruner the same way;
+    # the reference is read from the model here, before any training.
     params = tap.prunable_parameters(model)
     reference = tap.Reference.capture(params)
     penalty = make_penalty(options.regularizer, params, reference)
@@ -416,7 +419,7 @@ def prune(
     rows = train.shuffle(seed=args.seed).select(range(min(len(train), CALIBRATED)))
 
     def collect() -> tap.Calibration:
-        # A loader draws from the generator of the training, unless it has its own.
+        # Without a generator of its own the loader would draw from that of the training.
         batches = DataLoader(
             rows,
             batch_size=args.per_device_eval_batch_size,
@@ -464,7 +467,7 @@ def prune(
         for file in finished.glob("model*.safetensors"):
             state |= load_file(file)
         model.load_state_dict(state)
-    # What is saved is in float32; under --bf16 or --fp16 the model still has Accelerate's autocast.
+    # Remove Accelerate's autocast (--bf16, --fp16): the model is saved and evaluated in float32.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
     figures = dict(tap.alignment_report(params, reference).totals)
@@ -477,8 +480,10 @@ def prune(
 
 
 def finished_checkpoint(checkpoint: str, args: TrainingArguments) -> Path | None:
-    """What the training came to, if the checkpoint is of its last step: a run that was stopped
-    after it, or is repeated, has nothing to train."""
+    """The checkpoint with the final model if the given one is of the last step, else None.
+
+    A run that was stopped after its last step, or that is repeated, has nothing left to train.
+    """
     state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
     if state["global_step"] < args.max_steps:
         return None
@@ -495,10 +500,10 @@ def report(
     options: PruningArguments,
     args: TrainingArguments,
 ) -> None:
-    """Evaluates the pruned model in every language; writes report.json and pictures."""
+    """Evaluates the pruned model in every language, and writes report.json and plots."""
     main_process = args.process_index == 0
     if distributed.is_initialized():
-        # The others have nothing to do here, and need not wait.
+        # The other processes have nothing left to do.
         distributed.barrier()
         distributed.destroy_process_group()
     if not main_process:
@@ -538,7 +543,7 @@ def report(
 def dense_report(
     source: str, kind: Any, device: torch.device, task: str, data: Any, settings: Any
 ) -> ZeroShotReport:
-    """The report of the dense model: read from a file, or made of the model in a folder."""
+    """The report of the dense model, read from a file or made with the model in a folder."""
     if Path(source).is_file():
         return read_report(source)
     tokenizer = AutoTokenizer.from_pretrained(source)

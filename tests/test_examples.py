@@ -126,7 +126,7 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(
             finally:
                 process.terminate()
         assert process.returncode == 0, output + errors
-        assert (f"goes on from {last}" in output) == kills, output + errors
+        assert (f"resuming from {last}" in output) == kills, output + errors
         assert "with sparsity 0.7" in output
         for rank in range(2):
             assert f"rank {rank}: wrote step-00000024" in output
@@ -149,7 +149,8 @@ def test_fsdp_pruning_goes_on_when_a_rank_is_killed(
     main = importlib.import_module("fsdp_pruning").main
     with pytest.raises(SystemExit):
         main([*map(str, script[1:]), "--seed", "1", "--out", str(ends[0])])
-    assert "holds a run with seed=0, which 1 does not go on with" in capsys.readouterr().err
+    message = f"seed should be 0, as in the run in --out {ends[0]}, got 1; another folder"
+    assert message in capsys.readouterr().err
 
 
 def kill_a_rank(process: subprocess.Popen[str], checkpoints: Path) -> str:
@@ -194,7 +195,7 @@ def test_trainer_pruning(
     }
 
     said = refusal("trainer_pruning.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
-    assert "has checkpoints of a run: give --resume" in said
+    assert "without checkpoints unless --resume is" in said
 
     def resume(message: str) -> None:
         again = launch("trainer_pruning.py", *arguments, "--resume")
@@ -209,7 +210,7 @@ def test_trainer_pruning(
     resume(f"resuming from {out / 'checkpoint-4'}")
     # It was killed after its last checkpoint.
     shutil.rmtree(out / "pruned")
-    resume(f"come to its end in {out / 'checkpoint-6'}")
+    resume(f"training had finished in {out / 'checkpoint-6'}")
 
 
 @pytest.mark.slow

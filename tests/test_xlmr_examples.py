@@ -209,20 +209,23 @@ def xnli(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ("arguments", "message"),
     [
         (["--sparsity", "1"], "--sparsity should be from 0 to below 1, got 1.0"),
-        (["--sparsity", "0"], "--sparsity 0, the dense baseline, goes with --regularizer none"),
-        (["--begin", "0.8"], "0 <= --begin < --end <= 1 should hold, got 0.8 and 0.7"),
+        (["--sparsity", "0"], "--regularizer should be none with --sparsity 0, the dense baseline"),
+        (
+            ["--begin", "0.8"],
+            "--begin and --end should satisfy 0 <= begin < end <= 1, got 0.8 and 0.7",
+        ),
         (["--rounds", "0"], "--rounds should be at least 1, got 0"),
-        (["--strength", "-1"], "--strength should be finite, not negative, got -1.0"),
-        (["--strength", "1", "--regularizer", "none"], "--strength goes with a regularizer"),
-        (["--share", "0"], "--share should be a positive number, got 0.0"),
+        (["--strength", "-1"], "--strength should be finite and at least 0, got -1.0"),
+        (["--strength", "1", "--regularizer", "none"], "should not be none with --strength, got"),
+        (["--share", "0"], "--share should be finite and above 0, got 0.0"),
         (["--compare", "nowhere"], "--compare should be a folder or a file, got nowhere"),
-        (["--compare", __file__], f"--compare {__file__} is no report: "),
+        (["--compare", __file__], f"--compare should be a folder or a report, got {__file__}: "),
         (["--max_length", "600"], "--max_length should be from 1 to 48, got 600"),
         (["--languages", "de", "fr"], "has no xnli data in 'fr', only in de, en"),
         (["--data", "nowhere"], "data should be a folder, got nowhere"),
         (["--eval_stratgy", "no"], "are not used by the HfArgumentParser: ['--eval_stratgy'"),
-        (["--output_dir", ""], "--output_dir is needed"),
-        (["--num_train_epochs", "0"], "48 training sentences should make a step at least"),
+        (["--output_dir", ""], "--output_dir should be a folder for checkpoints and results, got"),
+        (["--num_train_epochs", "0"], "48 training sentences should make at least one step, got"),
         (["--resume_from_checkpoint", "true"], "should be a checkpoint's folder, got true"),
     ],
 )
@@ -248,7 +251,7 @@ def test_another_run_in_the_folder(
     main = importlib.import_module("xnli_xlmr").main
     settings = {"model": xnli[3], "max_length": 32, "sparsity": 0.5}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(SystemExit, match=r"holds a run with sparsity=0\.5, which 0\.7 does not"):
+    with pytest.raises(SystemExit, match=r"sparsity should be 0\.5, as in the run in .*, got 0\.7"):
         main([*xnli, "--output_dir", str(tmp_path)])
 
 

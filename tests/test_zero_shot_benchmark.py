@@ -565,16 +565,17 @@ def test_the_grid_goes_on(
     before = (out / "runs.jsonl").read_bytes()
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1"])
-    assert "evaluated on, got other sentences in vi; --out takes" in capsys.readouterr().err
+    assert "runs.jsonl, got other sentences in vi; give another folder" in capsys.readouterr().err
     assert not ran and (out / "runs.jsonl").read_bytes() == before
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--out", str(path)])
     assert "error: --out: " in capsys.readouterr().err and not ran
     with pytest.raises(SystemExit):
         zero_shot.main([*arguments, "--seeds", "1000"])
+    assert "not be those that strengths are chosen with, got 1000" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         zero_shot.main([])
-    assert "not be those that strengths are chosen with, got 1000" in capsys.readouterr().err
+    assert "--data should be a folder with udpos, pud and sib200, got" in capsys.readouterr().err
 
 
 def test_no_run_begins_that_would_end_too_late(

@@ -58,7 +58,7 @@ def test_zero_shot(
     capsys.readouterr()
     main([*map(str, arguments), *more])
     printed = capsys.readouterr().out
-    assert "magnitude, seed 0: there already" in printed
+    assert "magnitude, seed 0: done already" in printed
     lines = (out / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 5
     runs = [json.loads(line) for line in lines if line.endswith("}")]
@@ -113,7 +113,7 @@ def test_several_seeds_and_bad_options(
     write(path, texts.replace("travel", "sports", 1))
     with pytest.raises(SystemExit):
         main([*given, "--seeds", "3"])
-    assert "got other sentences in ar; --out takes another folder" in capsys.readouterr().err
+    assert "got other sentences in ar; give another folder as --out" in capsys.readouterr().err
     assert (out / "runs.jsonl").read_text() == lines
     write(path, texts)
     for bad, message in (

@@ -151,8 +151,8 @@ def test_tables(script: ModuleType) -> None:
         (["--sparsities", "0.9", "0.5"], "--sparsities should rise from above 0 to below 1, got"),
         (["--sparsities", "1.0"], "--sparsities should rise from above 0 to below 1, got"),
         (["--seed", "-1"], "--seed should be at least 0, got -1"),
-        (["--strength", "-1"], "--strength should be a number from 0 on, got -1"),
-        (["--out", str(SCRIPT)], "exists and is not a folder"),
+        (["--strength", "-1"], "--strength should be finite and at least 0, got -1"),
+        (["--out", str(SCRIPT)], f"--out should be a folder, got the file {SCRIPT}"),
     ],
 )
 def test_bad_arguments(

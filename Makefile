@@ -97,7 +97,7 @@ $(INSTALLED): requirements.txt
 	    "Debian, Ubuntu: apt-get install g++" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	grep -v '^torch==' requirements.txt > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install '$(TORCH)' -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --no-compile '$(TORCH)' -r $(VENV)/requirements.txt
 	touch '$@'
 
 $(COMPILED): $(INSTALLED) $(SOURCES) setup.py pyproject.toml

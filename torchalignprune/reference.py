@@ -1,4 +1,4 @@
-"""The weights of the unpruned network, which pruning is to stay aligned with."""
+"""The weights of the unpruned network, which pruned units are compared with."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FORMAT, _VERSION = "torchalignprune.reference", "1"
 class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     """The weights of the unpruned network, by ``(module, name)``.
 
-    It goes wherever a reference is asked for: ``AlignedMagnitude(reference=...)``,
+    Pass it wherever a reference is expected: ``AlignedMagnitude(reference=...)``,
     :func:`torchalignprune.alignment_report`, the regularizers. Make it before pruning with
     :meth:`capture`, or from the files of the unpruned model with :meth:`from_checkpoint`. It keeps
-    the modules of its parameters alive, and nothing else of the model. What it gives for a tied
-    parameter is one tensor at all its places.
+    the modules of its parameters alive, but nothing else of the model. All places of a tied
+    parameter share one tensor.
 
-    A reference does not change; its tensors are not to be written to. It need not be where the
-    model is: what uses it moves one tensor at a time.
+    A reference does not change: do not write to its tensors. It may be on another device than the
+    model; its tensors are moved one at a time, when they are needed.
 
-    ``copy.deepcopy`` of a model together with its reference, such as one that a regularizer in the
-    model holds, makes a reference of the copied modules, which shares the tensors. Pickling is
-    refused: :meth:`save` and :meth:`load` say which tensors belong to which parameters.
+    ``copy.deepcopy`` of a model that holds its reference, for example in a regularizer, makes a
+    reference for the copied modules that shares the tensors. A reference cannot be pickled:
+    :meth:`save` and :meth:`load` match tensors and parameters by name instead.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -55,7 +55,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     """
 
     _tensors: dict[tuple[nn.Module, str], Tensor]
-    _names: dict[tuple[nn.Module, str], str] | None  # dotted; None where they are not known
+    _names: dict[tuple[nn.Module, str], str] | None  # dotted; None if they are unknown
 
     def __init__(self) -> None:
         raise TypeError("use Reference.capture, Reference.from_checkpoint or Reference.load")
@@ -77,31 +77,32 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Reference:
-        """A copy of the weights as they are now; of pruned ones without their masks.
+        """A copy of the current weights. Masks are not applied to weights that are pruned already.
 
-        Of a sharded parameter each rank copies its own part.
+        Each rank copies its own part of a sharded parameter.
 
         Args:
             params: ``(module, name)`` pairs. Those of :func:`torchalignprune.prunable_parameters`
                 have names, which :meth:`save` needs.
-            dtype: float32, float64, float16 or bfloat16, which takes half the memory of float32.
-                Default: that of each weight.
-            device: where to keep it. Default: where each weight is.
+            dtype: float32, float64, float16 or bfloat16. Default: the dtype of each weight.
+            device: where to keep the copy. Default: the device of each weight.
 
         Returns:
             A reference that shares no memory with the model.
 
         Raises:
-            TypeError: not pairs of a module and a name; not a floating-point parameter; another
-                dtype.
-            ValueError: no pairs, or weights on the meta device, which have no values.
+            TypeError: ``params`` are not pairs of a module and a name, or not floating-point
+                parameters; or ``dtype`` is another one.
+            ValueError: there are no pairs, or weights are on the meta device and have no values.
         """
         _check_dtype(dtype)
         pairs = pairs_of(params)
         targets = targets_of(pairs)
         for target in targets:
             if target.weight.is_meta:
-                raise ValueError(f"{target.name} has no values: it is on the meta device")
+                raise ValueError(
+                    f"{target.name} should have values, got a tensor on the meta device"
+                )
         tensors: dict[tuple[nn.Module, str], Tensor] = {}
         for target in targets:
             copied = converted(target.weight, device, dtype, copy=True)
@@ -111,24 +112,23 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
-        """The weights that a safetensors checkpoint has for the parameters, without a copy.
+        """The weights of the parameters in a safetensors checkpoint, without a copy.
 
-        The tensors are views of the files, mapped into memory. They take no memory of the process
-        and are read when they are used, so that a checkpoint may be larger than the memory. The
-        files are not to be written to meanwhile; they may be replaced by others. ``.to(dtype=...)``
-        makes a copy in memory.
+        The tensors are views of the memory-mapped files. They are read when they are used, so the
+        checkpoint may be larger than the memory. Do not write to the files meanwhile; replacing
+        them by others is safe. ``.to(dtype=...)`` makes a copy in memory.
 
-        Names are matched as they are, or with one prefix taken off, put on or replaced for all of
-        them: the base model's checkpoint for a task model, a task model's for its base model,
-        either for a wrapper around it. Where transformers has other names in its models than in
-        its checkpoints, it is asked for them. The checkpoint may be that of a pruned model, with
-        ``name_orig`` and ``name_mask``, and may hold more than the parameters.
+        Names are matched as they are, or with one prefix removed, added or replaced in all of
+        them: a base model's checkpoint fits a task model, a task model's fits its base model, and
+        either fits a wrapper. Names that transformers changes when it loads a checkpoint are
+        changed in the same way. The checkpoint may be of a pruned model, with ``name_orig`` and
+        ``name_mask``, and may hold other tensors too.
 
         Args:
             path: a folder with ``model.safetensors`` or ``model.safetensors.index.json``, a
                 safetensors file, or an index.
-            params: from :func:`torchalignprune.prunable_parameters`, because it is their names
-                that are looked for. For other pairs, or for names that differ otherwise, there is
+            params: from :func:`torchalignprune.prunable_parameters`; tensors are found by their
+                names. For other pairs or other names, pass
                 ``PrunableParameters(pairs, names, left_out={})``.
 
         Returns:
@@ -136,36 +136,37 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
 
         Raises:
             TypeError: ``params`` are pairs without names.
-            ValueError: no such checkpoint; parameters without a partner in it, or with one of
-                another shape, all of them listed; or a prefix that is ambiguous.
+            ValueError: there is no such checkpoint; parameters are missing in it or have another
+                shape there (all are listed); or more than one prefix would fit.
             ImportError: safetensors is not installed.
         """
         return cls._from_files(open_weights(path), params, find_checkpoint_weights)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Reference:
-        """A reference that :meth:`save` wrote, mapped into memory as by :meth:`from_checkpoint`.
+        """A reference that :meth:`save` wrote, memory-mapped as by :meth:`from_checkpoint`.
 
         Args:
             path: the file.
-            params: the parameters to load it for, with names, as for :meth:`from_checkpoint`; all
-                that it was made of, or some of them, of the same model or of another of its kind.
+            params: parameters with names, as for :meth:`from_checkpoint`: all or some of those
+                that were saved, of the same model or of another with the same architecture.
 
         Raises:
             TypeError: ``params`` are pairs without names.
-            ValueError: not such a file, or one that does not fit; see :meth:`from_checkpoint`.
+            ValueError: :meth:`save` did not write the file, or it does not fit; see
+                :meth:`from_checkpoint`.
             ImportError: safetensors is not installed.
         """
         files = WeightFiles(path)
         if files.metadata.get("format") != _FORMAT or "names" not in files.metadata:
             raise ValueError(
-                f"{path} was not written by Reference.save; Reference.from_checkpoint reads "
-                "checkpoints"
+                f"{path} should be a file that Reference.save wrote; Reference.from_checkpoint "
+                "reads checkpoints"
             )
         if files.metadata.get("version") != _VERSION:
             raise ValueError(
-                f"{path} has format version {files.metadata.get('version')}, expected {_VERSION}: "
-                "it needs another version of torchalignprune"
+                f"{path} should have format version {_VERSION}, got "
+                f"{files.metadata.get('version')}: it needs another version of torchalignprune"
             )
         known = json.loads(files.metadata["names"])
         return cls._from_files(files, params, functools.partial(find_weights, stored=known))
@@ -179,9 +180,9 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     ) -> Reference:
         if not isinstance(params, PrunableParameters):
             raise TypeError(
-                "a file goes by names, which plain pairs do not have: params should come from "
-                "prunable_parameters(model) or be a PrunableParameters(pairs, names, left_out={}), "
-                f"got {type(params).__name__}"
+                "params should come from prunable_parameters(model) or be a "
+                "PrunableParameters(pairs, names, left_out={}), because the tensors of a file are "
+                f"found by name, got {type(params).__name__}"
             )
         names = _names(params)
         targets = targets_of(params)
@@ -198,27 +199,27 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tensors and the names of their parameters into one safetensors file.
 
-        It appears under its name when it is complete. A tied parameter is in it once.
+        The file appears under its name only once it is complete. A tied parameter is stored once.
 
         Args:
-            path: the file; one that is there is replaced.
+            path: the file; an existing one is replaced.
 
         Raises:
-            TypeError: the parameters have no names: they were captured from plain pairs; or they
-                are sharded.
-            OSError: it cannot be written.
+            TypeError: the reference was captured from plain pairs, which have no names; or its
+                parameters are sharded.
+            OSError: the file cannot be written.
             ImportError: safetensors is not installed.
         """
         if self._names is None:
             raise TypeError(
                 "Reference.save needs the names of the parameters, which plain pairs do not have: "
-                "capture it from prunable_parameters(model)"
+                "capture the reference from prunable_parameters(model)"
             )
         if any(map(is_dtensor, self._tensors.values())):
             raise TypeError(
-                "Reference.save writes whole tensors, and those of this reference are sharded: "
-                "Reference.from_checkpoint reads the checkpoint of the unpruned model, each rank "
-                "its own part"
+                "Reference.save writes whole tensors, but those of this reference are sharded: "
+                "Reference.from_checkpoint gives each rank its part of the unpruned model's "
+                "checkpoint instead"
             )
         first: dict[int, str] = {}
         keys, tensors = {}, {}
@@ -237,14 +238,14 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
         """The same reference on another device or in another dtype.
 
         Args:
-            device: default: where each tensor is. A dtype may stand in its place.
-            dtype: float32, float64, float16 or bfloat16. Default: that of each tensor.
+            device: default: the device of each tensor. A dtype may be given in its place.
+            dtype: float32, float64, float16 or bfloat16. Default: the dtype of each tensor.
 
         Returns:
-            A new reference. Tensors that are there in that dtype already are shared with this one.
+            A new reference. It shares the tensors that already have that device and dtype.
 
         Raises:
-            TypeError: another dtype.
+            TypeError: ``dtype`` is another one.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -269,7 +270,7 @@ class Reference(Mapping[tuple[nn.Module, str], Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    # A mapping would compare tensors, and could be no key.
+    # Mapping.__eq__ would compare tensors, and would leave the class without a hash.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

@@ -52,7 +52,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 # What is pruned may be zero already.
-@pytest.mark.filterwarnings("ignore:the weights of .* are zero under the masks")
+@pytest.mark.filterwarnings("ignore:.* are zero under their masks")
 @given(
     st.integers(1, 8),
     st.integers(1, 5),
@@ -183,7 +183,7 @@ def test_nothing_to_compare_with() -> None:
     pruner = tap.Pruner(params, tap.Magnitude, tap.schedules.one_shot(0.5, 1))
     assert tap.alignment_report(params).totals["mean_alignment"] == 1  # nothing is pruned yet
     pruner.step()
-    with pytest.warns(UserWarning, match=r"are zero under the masks.*: give a reference"):
+    with pytest.warns(UserWarning, match=r"are zero under their masks.*: pass a reference"):
         found = tap.alignment_report(params)
     assert found.totals["sparsity"] == 0.5
     assert tap.alignment_report(params, reference).totals["mean_alignment"] < 1
@@ -293,10 +293,10 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="at least one"):
         tap.alignment_report([])
     bad = dict.fromkeys(params, torch.full((4, 4), torch.nan))
-    with pytest.raises(ValueError, match=r"NaN or infinity in the reference of 0\.weight"):
+    with pytest.raises(ValueError, match=r"the reference of 0\.weight should be finite numbers"):
         tap.alignment_report(params, bad)
     params[1][0].weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"NaN or infinity in the weights of 1\.weight"):
+    with pytest.raises(ValueError, match=r"the weights of 1\.weight should be finite numbers"):
         tap.alignment_report(params)
 
 

@@ -296,22 +296,26 @@ ONES = torch.ones(3, 2)
     [
         ({"a": [[1.0]]}, TypeError, "a should be a tensor, got list"),
         ({"b": ONES.long()}, TypeError, "b should be float32.*got torch.int64"),
-        ({"a": torch.tensor(1.0)}, ValueError, "a should have units in its rows, got a 0d"),
-        ({"b": torch.ones(3, 4)}, ValueError, r"of one shape, got \(2,\) and \(4,\)"),
-        ({"b": torch.ones(3, 2, 1)}, ValueError, r"of one shape, got \(2,\) and \(2, 1\)"),
-        ({"b": torch.ones(3, 2, device="meta")}, ValueError, "one device, got cpu and meta"),
+        ({"a": torch.tensor(1.0)}, ValueError, "a should have one unit per row, got a 0-dim"),
+        ({"b": torch.ones(3, 4)}, ValueError, r"of the same shape, got \(2,\) and \(4,\)"),
+        ({"b": torch.ones(3, 2, 1)}, ValueError, r"of the same shape, got \(2,\) and \(2, 1\)"),
+        ({"b": torch.ones(3, 2, device="meta")}, ValueError, "same device, got cpu and meta"),
         ({"metric": "l2"}, ValueError, "metric should be one of .*got 'l2'"),
         ({"method": "sinkhorn"}, ValueError, "method should be one of .*got 'sinkhorn'"),
         ({"block": 0}, ValueError, "block should be at least 1, got 0"),
         ({"block": 2.0}, TypeError, "block should be an int, got 2.0"),
         ({"block": True}, TypeError, "block should be an int, got True"),
-        ({"block": 8, "method": "hungarian"}, ValueError, "block goes with method='greedy'"),
+        (
+            {"block": 8, "method": "hungarian"},
+            ValueError,
+            "method should be 'greedy' with block, got 'hungarian'",
+        ),
         ({"a": ONES * NAN}, ValueError, "a should be finite, got NaN or infinity"),
         ({"b": ONES * INF}, ValueError, "b should be finite, got NaN or infinity"),
         (
             {"a": ONES * 1e20, "b": ONES * 1e20, "metric": "dot"},
             ValueError,
-            r"similarities in torch.float32, got entries of up to 1e\+20",
+            r"do not overflow torch.float32, got entries of up to 1e\+20",
         ),
     ],
 )
@@ -330,7 +334,7 @@ def test_bad_input_says_what_was_expected(
 def test_similarities_that_overflow_are_refused(metric: Any, size: float, expected: float) -> None:
     # The product of two entries is a float32, and the sum of 16 is not.
     units = torch.full((1, 16), size)
-    with pytest.raises(ValueError, match="small enough for their similarities in"):
+    with pytest.raises(ValueError, match="similarities that do not overflow"):
         match_units(units, -units, metric=metric)
     found = match_units(units / 4, -units / 4, metric=metric)
     assert found.total == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""What pruning did to each layer, in figures."""
+"""Reports on what pruning did to each layer."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ if TYPE_CHECKING:
 
 __all__ = ["AlignmentReport", "alignment_report", "checkpoint_report"]
 
-# A best match is decided in float32 where it wins by this much (TF32 has 10 bits), otherwise in
-# float64, where a tie is what differs by less than the other.
+# The best match is decided in float32 if it wins by more than _CLEAR (TF32 has 10 bits), otherwise
+# in float64, where differences below _TIE are ties.
 _CLEAR, _TIE = 4e-3, 1e-9
 
 
 class AlignmentReport(list[dict[str, Any]]):
-    """A ``dict`` of figures for each parameter, and the figures of all of them together.
+    """A ``dict`` of figures for each parameter, and the same figures for all of them together.
 
-    ``print(report)`` shows a table, and so does ``rich.print``.
+    ``print(report)`` and ``rich.print(report)`` show a table.
 
     Attributes:
-        totals: the figures of the whole, without ``name``, ``module``, ``shape`` and ``tied_to``.
-        alignments: for each parameter the alignments of its output units that count; float64.
+        totals: the figures for all parameters together, without ``name``, ``module``, ``shape`` and
+            ``tied_to``.
+        alignments: for each parameter, the alignments of the output units that count; float64.
     """
 
     totals: dict[str, Any]
@@ -60,9 +61,9 @@ class AlignmentReport(list[dict[str, Any]]):
         self.alignments = alignments
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The figures as a ``DataFrame`` with a row for each parameter, by its name.
+        """The figures as a ``DataFrame`` with one row for each parameter, indexed by name.
 
-        The totals are in its ``attrs["totals"]``. What is None here is NaN there.
+        The totals are in ``attrs["totals"]`` of the frame. Figures that are None become NaN.
 
         Raises:
             ImportError: pandas is not installed.
@@ -84,15 +85,15 @@ class AlignmentReport(list[dict[str, Any]]):
         return json.dumps({"totals": self.totals, "layers": list(self)}, indent=2, allow_nan=False)
 
     def plot(self, path: str | Path | None = None, title: str | None = None) -> Figure:
-        """Draws the mean unit alignment and the sparsity by layer and module, and the distribution
-        of the unit alignments.
+        """Plots mean unit alignment and sparsity by layer, and the spread of unit alignments.
 
         Args:
-            path: where to write it, if anywhere; the suffix says as what: ``.png``, ``.pdf``, ...
-            title: above the picture. Default: the sparsity and the mean alignment.
+            path: where to save the figure, if anywhere. The suffix gives the format, as ``.png`` or
+                ``.pdf``.
+            title: of the figure. Default: the sparsity and the mean alignment.
 
         Returns:
-            The figure, which pyplot does not know of.
+            The figure, which is not registered with pyplot.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -121,7 +122,7 @@ class AlignmentReport(list[dict[str, Any]]):
         table = Table(box=None, pad_edge=False, collapse_padding=True)
         table.add_column(header[0], overflow="fold", min_width=16)
         for column, *cells in list(zip(header, *rows, strict=True))[1:]:
-            # Figures are never cut, however narrow the terminal is.
+            # Numbers are never cut, however narrow the terminal is.
             width = max(map(len, (*column.split(), *cells)))
             table.add_column(column.replace(" ", "\n"), justify="right", min_width=width)
         for row in (*rows[:-1], [], rows[-1]):
@@ -136,7 +137,7 @@ class AlignmentReport(list[dict[str, Any]]):
         return f"{self.totals['sparsity']:.1%} sparse, mean unit alignment {mean}"
 
     def _distinct(self) -> list[Tensor]:
-        """The alignments of tied parameters once."""
+        """The alignments of each distinct parameter: tied parameters count once."""
         pairs = zip(self, self.alignments, strict=True)
         return [aligned for layer, aligned in pairs if layer["tied_to"] is None]
 
@@ -164,54 +165,57 @@ def alignment_report(
 ) -> AlignmentReport:
     r"""Sparsity, alignment, distortion and dead units of each parameter.
 
-    The alignment of a unit is :math:`A = \langle p, r\rangle / (|p||r|)` between its pruned weights
-    ``p`` and its reference ``r``, 0 where ``p`` is all zero; units whose reference is zero do not
-    count. The distortion of a tensor is :math:`|P - R|_F^2 / |R|_F^2`. All sums are in float64.
+    The alignment of a unit is the cosine :math:`A = \langle p, r\rangle / (|p||r|)` of its pruned
+    weights ``p`` and its reference ``r``. It is 0 if ``p`` is all zero; units whose reference is
+    zero do not count. The distortion of a tensor is :math:`|P - R|_F^2 / |R|_F^2`. All sums are in
+    float64.
 
-    An output unit has moved if another unit's reference, in the same parameter, is aligned with its
-    pruned weights better than its own reference is. Units that are all zero have no direction and
-    are left out of that. It takes a product of every parameter's units with each other, which is
-    :math:`U^2 d` for ``U`` units of ``d`` weights; they are never in memory all at once.
+    An output unit has moved if its pruned weights are better aligned with the reference of another
+    unit of the same parameter than with its own. Units that are all zero have no direction and
+    cannot move. To find the others takes :math:`U^2 d` multiplications for a parameter of ``U``
+    units of ``d`` weights; the ``U x U`` products are never in memory all at once.
 
-    Where parameters are sharded (``DTensor``), every rank is to call it, and gets the same report;
-    what they send each other is three numbers a unit.
+    If parameters are sharded (``DTensor``), every rank should call this, and all get the same
+    report. The ranks exchange three numbers per unit.
 
     Args:
         params: ``(module, name)`` pairs, pruned or not.
-        reference: the weights of the unpruned network: a :class:`torchalignprune.Reference`, any
-            other mapping by ``(module, name)``, or tensors in the order of the parameters; on any
-            device. Default: the weights under the masks (``name_orig``), or the weights themselves
-            for what is not pruned. After a :class:`torchalignprune.Pruner`, which makes them zero
-            under the masks, after ``prune.remove`` and after ``realign(..., "weights")`` nothing of
-            the unpruned network is left to compare with, so that a reference is needed.
-        matching: look for units that have moved.
+        reference: the weights of the unpruned network, on any device: a
+            :class:`torchalignprune.Reference`, any other mapping by ``(module, name)``, or tensors
+            in the order of the parameters. Default: the weights under the masks (``name_orig``), or
+            the weights themselves if they are not pruned. A reference is needed after a
+            :class:`torchalignprune.Pruner`, which zeroes the weights under the masks, after
+            ``prune.remove`` and after ``realign(..., "weights")``: the model then no longer holds
+            the unpruned weights.
+        matching: count the units that have moved.
 
     Returns:
-        A list of dicts that ``json`` can write, with the keys
+        A list of JSON-serializable dicts with the keys
 
         - ``name``, ``module`` (its type) and ``shape``;
         - ``entries``, ``zeros`` (of the pruned weights) and ``sparsity``, their ratio;
         - ``mean_alignment``, ``median_alignment``, ``p5_alignment`` (the 5th percentile, linearly
-          interpolated) and ``worst_alignment`` of the output units, the same with ``_in`` at the
-          end for the input units; None where no unit counts;
-        - ``distortion``; None where the reference is zero;
-        - ``dead_units_out`` and ``dead_units_in``: units that are all zero and whose reference is
-          not;
-        - ``moved_share``: of the output units that are not zero, the share that has moved; None
-          without ``matching``, where there are none, and of sharded parameters, whose units would
-          have to be compared with those that other ranks hold;
-        - ``tied_to``: the name of an earlier parameter that is the same one, or None.
+          interpolated) and ``worst_alignment`` of the output units, and the same with the suffix
+          ``_in`` of the input units; None if no unit counts;
+        - ``distortion``; None if the reference is zero;
+        - ``dead_units_out`` and ``dead_units_in``: units that are all zero although their reference
+          is not;
+        - ``moved_share``: the share of the nonzero output units that have moved. None without
+          ``matching``, if there are no such units, and for sharded parameters, whose units would
+          have to be compared across ranks;
+        - ``tied_to``: the name of the earlier parameter that this one is tied to, or None.
 
-        and ``totals``, in which tied parameters count once. Its means and percentiles are over all
-        units, so that every unit counts the same, its distortion is that of all tensors as one.
+        The attribute ``totals`` has the same figures for all parameters, in which tied parameters
+        count once. Its means and percentiles are over all units, and its distortion is that of all
+        tensors taken as one.
 
     Raises:
-        TypeError: not pairs of a module and a name; a reference that is not a tensor.
-        ValueError: no parameters, a reference that is missing or of the wrong shape, NaN or
-            infinity; the error names the parameter.
+        TypeError: ``params`` are not pairs of a module and a name, or a reference is not a tensor.
+        ValueError: there are no parameters, a reference is missing or of the wrong shape, or values
+            are NaN or infinite. The error names the parameter.
 
     Warns:
-        UserWarning: no reference, and all weights under the masks are zero.
+        UserWarning: there is no reference, and all weights under the masks are zero.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -228,8 +232,7 @@ def alignment_report(
     """
     if not isinstance(matching, bool):
         raise TypeError(
-            "matching should be True or False, whether to look for units that moved, got "
-            f"{matching!r}"
+            f"matching should be True or False, whether to count units that moved, got {matching!r}"
         )
     pairs = pairs_of(params)
     targets = with_references(targets_of(pairs), reference)
@@ -241,8 +244,8 @@ def alignment_report(
     report = _report(pairs, targets, load, range(len(targets)), matching)
     if reference is None and report.totals["distortion"] == 0 and any(map(_prunes, targets)):
         warnings.warn(
-            f"the weights of {targets[0].name} and of all others are zero under the masks, as a "
-            "Pruner leaves them, so that they are compared with themselves: give a reference",
+            f"{targets[0].name} and all other parameters are zero under their masks, as a Pruner "
+            "leaves them, so this report compares them with themselves: pass a reference",
             stacklevel=2,
         )
     return report
@@ -263,10 +266,10 @@ def checkpoint_report(
 ) -> tuple[AlignmentReport, PrunableParameters]:
     """:func:`alignment_report` of a pruned Transformers checkpoint folder against a dense one.
 
-    Neither is loaded. The model is built on the meta device from the config of the pruned
-    checkpoint, to know its parameters; the weights are read from memory-mapped files, one parameter
-    at a time, so that models larger than the memory can be compared. Either may be sharded and of
-    any dtype. The dense checkpoint may be of the base model or of another task, as for
+    Neither model is loaded. The pruned checkpoint's config gives the parameters, as a model on the
+    meta device. Their weights are read from memory-mapped files one at a time, so the models may be
+    larger than the memory. Checkpoints may consist of several files and have any floating-point
+    dtype. The dense checkpoint may be of the base model or of another task, as for
     :meth:`torchalignprune.Reference.from_checkpoint`.
 
     Args:
@@ -274,17 +277,17 @@ def checkpoint_report(
         pruned: the folder of the pruned one, with zeros in its weights or with masks
             (``name_orig`` and ``name_mask``).
         include: as in :func:`torchalignprune.prunable_parameters`.
-        exclude: likewise.
+        exclude: as in :func:`torchalignprune.prunable_parameters`.
         matching: as in :func:`alignment_report`.
         progress: show a progress bar.
 
     Returns:
-        The report, and the parameters it is on; their modules are on the meta device.
+        The report and its parameters, whose modules are on the meta device.
 
     Raises:
-        ValueError: a folder is not such a checkpoint; parameters that are missing in one of them or
-            of another shape, all of them listed; NaN or infinity.
-        ImportError: transformers or safetensors, or for the progress bar tqdm, is not installed.
+        ValueError: a folder is not such a checkpoint; parameters are missing in one of them or have
+            another shape there (all are listed); or values are NaN or infinite.
+        ImportError: transformers or safetensors is not installed, or tqdm for the progress bar.
     """
     params = prunable_parameters(empty_model(Path(pruned)), include, exclude)
     targets = targets_of(params)
@@ -336,7 +339,7 @@ def _report(
 
 
 class _Sums:
-    """Of one tensor, per output and per input: the inner products that the figures are made of."""
+    """The inner products that the figures of one tensor are made of, per output and per input."""
 
     def __init__(self, weight: Tensor) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -346,11 +349,11 @@ class _Sums:
         # Rows of <p, p>, <p, r> and <r, r>.
         self.out = zero.new_zeros(3, weight.shape[0])
         self.into = zero.new_zeros(3, weight.shape[1])
-        # How many output units have moved; None if nobody has looked.
+        # How many output units have moved; None if they were not counted.
         self.moved: int | None = None
 
     def of_all_ranks(self, whole: DTensor, out_dim: int) -> _Sums:
-        """Those of the whole tensor, where these are of the part that is here."""
+        """The sums of the whole tensor, from the sums of each rank's part."""
         sums = _Sums(torch.empty(0, 0, device=local(whole).device))
         sums.entries = whole.numel()
         positions = [own_indices(whole, dim) for dim in range(min(2, whole.dim()))]
@@ -373,12 +376,12 @@ class _Sums:
 
     @property
     def live(self) -> Tensor:
-        """Which outputs have a direction, both in the pruned network and in the reference."""
+        """Which outputs are nonzero both in the pruned network and in the reference."""
         return (self.out[[0, 2]] > 0).all(0)
 
     @staticmethod
     def alignments(products: Tensor) -> Tensor:
-        """The alignment of each unit that counts."""
+        """The alignment of each unit whose reference is not zero."""
         pp, pr, rr = products[:, products[2] > 0]
         return torch.where(pp > 0, pr / pp * (pp / rr).sqrt(), 0.0).clamp_(-1, 1)
 
@@ -391,7 +394,7 @@ class _Sums:
 def _measure(
     target: Target, weight: Tensor, mask: Tensor | None, reference: Tensor, matching: bool
 ) -> _Sums:
-    """The tensors are in the layout of the module, and need not be where the target is."""
+    """The sums of one parameter, given in the module's layout, maybe on another device."""
     whole = weight
     if is_dtensor(weight):
         mask = None if mask is None else own_part(mask, weight, f"the mask of {target.name}")
@@ -420,11 +423,13 @@ def _measure(
                 sums.into[row] += columns.sum(0)
         if is_dtensor(whole):
             sums = sums.of_all_ranks(whole, target.out_dim)
-        if whole.dim() < 2:  # one unit, whichever side is asked for
+        if whole.dim() < 2:  # one unit on either side
             sums.into = sums.out.clone()
         for row, what in ((0, "weights"), (2, "reference")):
             if not bool(sums.out[row].isfinite().all()):
-                raise ValueError(f"NaN or infinity in the {what} of {target.name}")
+                raise ValueError(
+                    f"the {what} of {target.name} should be finite numbers, got NaN or infinity"
+                )
         if matching:
             sums.moved = _moved(weight, mask, reference, sums)
     sums.out, sums.into = sums.out.cpu(), sums.into.cpu()
@@ -432,9 +437,9 @@ def _measure(
 
 
 def _chunk(weight: Tensor) -> int:
-    """How many entries to take at a time: what a core's cache holds, or what keeps a GPU busy.
+    """How many entries to take at a time: what fits a core's cache, or what keeps a GPU busy.
 
-    torch does so few on one thread, which costs less than for two to wait for each other.
+    torch uses one thread for so few on a CPU, which is cheaper than synchronizing two.
     """
     return 1 << (15 if weight.device.type == "cpu" else 24)
 
@@ -444,7 +449,7 @@ def _masked(weight: Tensor, mask: Tensor | None, part: slice | Tensor) -> Tensor
 
 
 def _moved(weight: Tensor, mask: Tensor | None, reference: Tensor, sums: _Sums) -> int:
-    """How many output units are aligned better with another's reference than with their own."""
+    """How many output units are better aligned with another's reference than with their own."""
     own_scale, other_scale = (
         torch.where(squares > 0, squares.rsqrt(), 0) for squares in (sums.out[0], sums.out[2])
     )
@@ -453,7 +458,7 @@ def _moved(weight: Tensor, mask: Tensor | None, reference: Tensor, sums: _Sums) 
     side = max(1, math.isqrt(16 * _chunk(weight)))
 
     def gaps(part: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """By how much the best other reference is aligned better with each unit."""
+        """By how much the best other reference exceeds its own in each unit's alignment."""
         p = _masked(weight, mask, part).to(dtype).flatten(1) * own_scale[part].to(dtype)[:, None]
         units = torch.arange(len(weight), device=weight.device)[part]
         own, best = p.new_zeros(len(p)), p.new_full((len(p),), -2.0)

@@ -1,4 +1,4 @@
-"""Which unit of one network is which unit of another: one-to-one matching by similarity."""
+"""One-to-one matching of the units of two networks by similarity."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["Matching", "match_units"]
 Metric = Literal["cosine", "dot", "euclidean"]
 Method = Literal["greedy", "hungarian"]
 
-# The side of the tiles that similarities are made in. A similarity is the same bits whenever its
-# tile is made again, which one product of another shape would not promise.
+# Similarities are computed in tiles of this many rows and columns. Recomputing a tile gives the
+# same bits, which a product of another shape would not guarantee.
 TILE = 2048
 
-# How many pairs are kept for each unit while the tiles go by. About one unit in so many is still
-# free afterwards.
+# How many pairs a round over the tiles keeps for each unit. It leaves about one unit in this many
+# free.
 _PAIRS_EACH = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Units of ``a`` and the units of ``b`` that they are matched with.
+    """The units of ``a`` and the units of ``b`` that they are matched with.
 
     Attributes:
-        index: int64, shape ``(U,)``: the row of ``b`` for each row of ``a``, -1 for none.
-        similarity: shape ``(U,)``, float32 or float64: that of each row of ``a`` with its match,
-            NaN where there is none.
-        total: the sum of the similarities.
-        unmatched: int64: the rows of ``b`` that are matched with none, rising.
+        index: int64, shape ``(U,)``: the row of ``b`` for each row of ``a``, -1 if unmatched.
+        similarity: float32 or float64, shape ``(U,)``: the similarity of each row of ``a`` to its
+            match, NaN if unmatched.
+        total: the sum of the similarities of the matched rows.
+        unmatched: int64: the unmatched rows of ``b``, ascending.
     """
 
     index: Tensor
@@ -54,39 +54,38 @@ def match_units(
     method: Method = "greedy",
     block: int | None = None,
 ) -> Matching:
-    r"""Match units one to one, so that matched ones are similar.
+    r"""Match units one to one by similarity.
 
-    ``"greedy"`` takes the most similar pair, strikes both of its units, and goes on with the rest;
-    among equal pairs the lowest row of ``a`` goes first, then the lowest row of ``b``
-    (:func:`torchalignprune.ops.greedy_match`). ``"hungarian"`` makes the total as large as
-    possible, by ``scipy.optimize.linear_sum_assignment``. The shorter side is matched completely.
+    ``"greedy"`` repeatedly takes the most similar pair of units that are still free. Among equal
+    pairs the lowest row of ``a`` goes first, then the lowest row of ``b``
+    (:func:`torchalignprune.ops.greedy_match`). ``"hungarian"`` maximizes the total similarity with
+    ``scipy.optimize.linear_sum_assignment``. Every unit of the shorter side is matched.
 
-    Similarities are computed in float32, in float64 if a tensor is float64, by matrix products in
-    tiles of 2048 x 2048. With ``block=`` only a few of them are there at a time, and all are made
-    several times: two or three times for random units, more often where all units are similar to
-    the same few. The matching is the same as without, near ties included, because the tiles are: on
-    the same device, with the same number of threads, a product of one shape gives the same bits
-    each time.
+    Similarities are computed in float32, or in float64 if a tensor is float64, by matrix products
+    in tiles of 2048 x 2048. With ``block=`` only a few tiles are in memory at a time, and all are
+    computed several times: two or three times for random units, more often if all units are similar
+    to the same few. The matching is the same as without ``block``, near ties included: on the same
+    device with the same number of threads, recomputing a tile gives the same bits.
 
     Args:
-        a: shape ``(U, *d)``, the units in rows; float32, float64, float16 or bfloat16.
+        a: shape ``(U, *d)``, one unit per row; float32, float64, float16 or bfloat16.
         b: shape ``(V, *d)``, likewise, on the same device.
-        metric: ``"cosine"``, 0 with a unit that is zero; ``"dot"``, the product; ``"euclidean"``,
-            minus the distance, from :math:`|x|^2 + |y|^2 - 2xy` about a common mean: distances far
-            smaller than the units' own lengths are inexact.
+        metric: ``"cosine"``, which is 0 for a zero unit; ``"dot"``, the inner product; or
+            ``"euclidean"``, the negative distance. It is computed as
+            :math:`|x|^2 + |y|^2 - 2xy` after subtracting a common mean, so distances much smaller
+            than the units' norms are inexact.
         method: ``"greedy"`` or ``"hungarian"``.
         block: for ``"greedy"``: how many units of each side to compare at a time, rounded up to a
-            multiple of 2048. The memory beside the inputs is then ``O(U + V)``, about 2 kB for
-            each unit, and some times ``block * block`` similarities. Default: all at once, as a
-            matrix of ``U x V``.
+            multiple of 2048. This takes ``O(U + V)`` memory, about 2 kB per unit, and a few times
+            ``block * block`` similarities. Default: all at once, as a ``U x V`` matrix.
 
     Returns:
         The matching, on the device of the units.
 
     Raises:
-        ValueError: shapes or devices that do not fit; NaN, infinity or overflow; an unknown metric
-            or method; ``block`` less than 1 or with ``"hungarian"``.
-        TypeError: not tensors, a dtype that does not fit, or ``block`` not an int.
+        ValueError: shapes or devices differ; values are NaN, infinite or too large; the metric or
+            method is unknown; or ``block`` is less than 1 or given with ``"hungarian"``.
+        TypeError: ``a`` or ``b`` is not a tensor of a supported dtype, or ``block`` is not an int.
         ImportError: ``"hungarian"`` without scipy (``pip install "torchalignprune[matching]"``).
 
     Example:
@@ -124,14 +123,14 @@ def _check(a: Tensor, b: Tensor, metric: str, method: str, block: int | None) ->
                 f"{name} should be float32, float64, float16 or bfloat16, got {units.dtype}"
             )
         if units.dim() == 0:
-            raise ValueError(f"{name} should have units in its rows, got a 0d tensor")
+            raise ValueError(f"{name} should have one unit per row, got a 0-dimensional tensor")
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
-            "a and b should have units of one shape, got "
+            "a and b should have units of the same shape, got "
             f"{tuple(a.shape[1:])} and {tuple(b.shape[1:])}"
         )
     if a.device != b.device:
-        raise ValueError(f"a and b should be on one device, got {a.device} and {b.device}")
+        raise ValueError(f"a and b should be on the same device, got {a.device} and {b.device}")
     if metric not in get_args(Metric):
         raise ValueError(f"metric should be one of {get_args(Metric)}, got {metric!r}")
     if method not in get_args(Method):
@@ -142,7 +141,7 @@ def _check(a: Tensor, b: Tensor, metric: str, method: str, block: int | None) ->
         if block < 1:
             raise ValueError(f"block should be at least 1, got {block}")
         if method != "greedy":
-            raise ValueError(f"block goes with method='greedy', got method={method!r}")
+            raise ValueError(f"method should be 'greedy' with block, got {method!r}")
     largest = []
     for units, name in ((a, "a"), (b, "b")):
         ends = torch.aminmax(units.detach()) if units.numel() else ()
@@ -158,8 +157,8 @@ def _check(a: Tensor, b: Tensor, metric: str, method: str, block: int | None) ->
     }[metric]
     if bound > torch.finfo(_dtype(a, b)).max:
         raise ValueError(
-            f"a and b should be small enough for their similarities in {_dtype(a, b)}, got entries "
-            f"of up to {largest[0]:g} and {largest[1]:g}"
+            f"a and b should have similarities that do not overflow {_dtype(a, b)}, got entries of "
+            f"up to {largest[0]:g} and {largest[1]:g}"
         )
 
 
@@ -194,7 +193,7 @@ def _hungarian(similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Side:
-    """The units of one side, made ready for the product a tile at a time."""
+    """The units of one side, prepared for the matrix product one tile at a time."""
 
     def __init__(self, units: Tensor, metric: Metric, dtype: torch.dtype, mean: Tensor | None):
         self.units = units
@@ -206,13 +205,13 @@ class _Side:
         return len(self.units)
 
     def tiles(self, start: int, stop: int) -> list[tuple[Tensor, Tensor | None]]:
-        """The units of each tile in a range, and for distances their squares."""
+        """The units of each tile in a range, with their squared norms if distances are wanted."""
         return [self._tile(first) for first in range(start, min(stop, len(self)), TILE)]
 
     def _tile(self, first: int) -> tuple[Tensor, Tensor | None]:
         units = self.units[first : first + TILE].to(self.dtype)
         if self.metric == "cosine":
-            # The squares of small weights are nothing in float32.
+            # The squares of small weights would underflow in float32.
             norms = torch.linalg.vector_norm(units, dim=1, keepdim=True, dtype=torch.float64)
             return units / norms.where(norms > 0, 1).to(self.dtype), None
         if self.mean is None:
@@ -222,7 +221,7 @@ class _Side:
 
 
 class _Similarity:
-    """The similarities of two sides, made as often as they are looked at."""
+    """The similarities of two sides, recomputed whenever they are asked for."""
 
     def __init__(self, a: Tensor, b: Tensor, metric: Metric) -> None:
         dtype = _dtype(a, b)
@@ -244,9 +243,9 @@ class _Similarity:
     def blocks(
         self, rows: Tensor, columns: Tensor, block: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The similarities of some rows with some columns, both rising, one block at a time.
+        """The similarities of some rows and columns, both ascending, one block at a time.
 
-        With each block come the parts of ``rows`` and ``columns`` that it has the similarities of.
+        Each block comes with the slices of ``rows`` and ``columns`` that it covers.
         """
         column_parts = _parts(columns, len(self.b), block)
         for start, row_part in _parts(rows, len(self.a), block):
@@ -278,14 +277,14 @@ class _Similarity:
         return out
 
     def _tile(self, rows: int, columns: int) -> Tensor:
-        # In memory of its own, so that a product finds the same layout whatever it is part of.
+        # Products go into a buffer: the layout of the output must not depend on the block size.
         if self._buffer.numel() < rows * columns:
             self._buffer = self._buffer.new_empty(rows * columns)
         return self._buffer[: rows * columns].view(rows, columns)
 
 
 def _parts(units: Tensor, count: int, block: int) -> list[tuple[int, slice]]:
-    """The blocks that have some of the units, and which part of them each has."""
+    """The start of each block that has any of the units, with the slice of the units in it."""
     starts = torch.arange(0, count + block, block, device=units.device)
     ends = torch.searchsorted(units, starts).tolist()
     return [
@@ -296,7 +295,7 @@ def _parts(units: Tensor, count: int, block: int) -> list[tuple[int, slice]]:
 
 
 class _Free:
-    """The rows and columns that are not matched yet, and the matches so far."""
+    """The rows and columns that are still free, and the matches so far."""
 
     def __init__(self, similarity: _Similarity) -> None:
         self.rows, self.columns = similarity.rows, similarity.columns
@@ -322,11 +321,11 @@ class _Free:
 
 
 def _greedy_in_blocks(similarity: _Similarity, block: int) -> tuple[Tensor, Tensor]:
-    """The greedy matching, from the most similar pairs down, a band of them in each round.
+    """The greedy matching, one band of similarities per round, from the most similar pairs down.
 
-    A round goes over all blocks and keeps the best pairs of free units. It keeps all that are above
-    some bound, so that going through them in order is what the whole matrix would have led to. The
-    last units that are free fit into one matrix.
+    A round goes over all blocks and keeps all pairs of free units above some bound. So matching
+    these in order gives what the whole matrix would give. Once the free units fit into one matrix,
+    they are matched at once.
     """
     free = _Free(similarity)
     while free:
@@ -335,7 +334,7 @@ def _greedy_in_blocks(similarity: _Similarity, block: int) -> tuple[Tensor, Tens
             break
         room = _PAIRS_EACH * min(len(free.rows), len(free.columns))
         bound, found = _match_band(similarity, free, block, room)
-        # So many pairs are as similar as the bound that they left no room for those above it.
+        # Pairs exactly at the bound are so many that the band above it was nearly empty.
         if bound > -math.inf and found < room // 2:
             _match_equals(similarity, free, block, bound)
     return free.index, free.similarity
@@ -352,7 +351,7 @@ def _match_rest(similarity: _Similarity, free: _Free, block: int) -> None:
 
 
 def _match_band(similarity: _Similarity, free: _Free, block: int, room: int) -> tuple[float, int]:
-    """Match by the pairs above a bound; returns the bound and how many pairs there were."""
+    """Match along the pairs above a bound; returns the bound and the number of pairs."""
     pairs = _Pairs(room, similarity)
     for rows, columns, values in similarity.blocks(free.rows, free.columns, block):
         pairs.add(values, rows.start, columns.start)
@@ -364,12 +363,12 @@ def _match_band(similarity: _Similarity, free: _Free, block: int, room: int) -> 
 
 
 class _Pairs:
-    """All pairs above a bound, which rises as more come than there is room for."""
+    """All pairs above a bound, which rises whenever there are more than there is room for."""
 
     def __init__(self, room: int, similarity: _Similarity) -> None:
         self.room = room
         self.bound = -math.inf
-        # Their similarities, and the places of their rows and columns among those that are free.
+        # Their similarities, and the positions of their rows and columns among the free ones.
         none = torch.empty(0, dtype=torch.int32, device=similarity.device)
         self._kept = [none.to(similarity.dtype), none, none]
         self._waiting: list[list[Tensor]] = []
@@ -395,11 +394,11 @@ class _Pairs:
         self._kept = [part[is_above] for part in self._kept]
 
     def in_order(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """By falling similarity, then by row, then by column, of which there are ``width``."""
+        """The pairs by descending similarity, then by row, then by column out of ``width``."""
         self._merge()
         values, rows, columns = self._kept
         order = (rows.long() * width + columns).argsort()
-        # 0 is added since a sort may tell -0 from 0.
+        # Adding 0 turns -0 into 0, which a sort may tell apart.
         values = values[order] + 0.0
         values, by_value = torch.sort(values, descending=True, stable=True)
         order = order[by_value]
@@ -407,15 +406,15 @@ class _Pairs:
 
 
 def _upper_bound(values: Tensor, room: int) -> float:
-    """A value that at most ``room`` of the values are above."""
+    """A value that at most ``room`` of the values exceed."""
     return float(torch.topk(values, room + 1, sorted=False).values.min())
 
 
 def _match_equals(similarity: _Similarity, free: _Free, block: int, value: float) -> None:
-    """Match by the pairs of one similarity, once all that are above it have had their turn.
+    """Match along the pairs of exactly one similarity, after all pairs above it.
 
-    They go by row, then by column. A row finds its column in the first block that has one for it,
-    and what rows after it do there is the same as if it had waited.
+    They go by row, then by column. Blocks can be done in turn: a row takes its column in the first
+    block that has one for it, and does not compete with later rows in the blocks before.
     """
     is_row, is_column = torch.ones_like(free.rows) > 0, torch.ones_like(free.columns) > 0
     for rows, columns, values in similarity.blocks(free.rows, free.columns, block):

@@ -1,6 +1,6 @@
 """The two regularizers of the paper: penalties that keep pruned and unpruned units aligned.
 
-Both are scalars with a gradient to the weights under the masks, for any training loop::
+Both return a differentiable scalar that any training loop can add to its loss::
 
     penalty = CosineAlignment(params, Reference.capture(params))
     loss = task_loss + strength * penalty()
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 __all__ = ["CosineAlignment", "FrobeniusAlignment"]
 
 _NO_MATCHING = (
-    "{} is sharded, and matching compares its units with those that other ranks have: match before "
-    "the model is sharded, or leave matching out"
+    "{} is sharded, and matching would have to compare units on different ranks: match before the "
+    "model is sharded, or leave matching out"
 )
 
 Weights = Mapping[Pair, float] | Sequence[float]
 
 
 class _Penalty(nn.Module):
-    """A weighted mean over parameters of what :meth:`_of` makes of the units of each."""
+    """A weighted mean over parameters of the penalties that :meth:`_of` computes."""
 
     def __init__(
         self, params: Parameters, reference: PerParameter, weights: Weights | None
@@ -66,13 +66,13 @@ class _Penalty(nn.Module):
             if is_dtensor(target.weight):
                 check_layout(target.weight, target.name)
                 own_part(target.reference, target.weight, f"the reference of {target.name}")
-            if target.weight.numel() and _memory(target.reference) == _memory(target.weight):
+            if target.weight.numel() and _address(target.reference) == _address(target.weight):
                 raise ValueError(
-                    f"the reference of {target.name} is the parameter itself, which training will "
-                    "move: take Reference.capture(params), or clones"
+                    f"the reference of {target.name} should be a copy, got the parameter itself, "
+                    "which training changes: use Reference.capture(params)"
                 )
         self._weights = _weights(targets, weights)
-        # Without the tensors of now: the model's may be replaced, as by ``model.to``.
+        # Keep no current weight or mask: ``model.to``, for example, may replace them.
         self._targets = [
             replace(
                 t,
@@ -85,42 +85,42 @@ class _Penalty(nn.Module):
 
     @abstractmethod
     def _sides(self, target: Target) -> tuple[int, ...]:
-        """The dimensions whose units are looked at; the penalty is the mean over them."""
+        """The dimensions along which units are counted; the penalty is the mean over them."""
 
-    # Whether what is summed over units takes whole units, of which ranks may have parts.
+    # Whether _sums_of needs the products of whole units, which several ranks may share.
     _takes_whole_units: bool
 
     @abstractmethod
     def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
-        """What can be summed over units, for each parameter: shape ``(sums, parameters)``, float64.
+        """The sums over units that :meth:`_of` needs: shape ``(sums, parameters)``, float64.
 
         Args:
-            products: those of the units (:func:`torchalignprune.ops.unit_products`).
+            products: the products of the units (:func:`torchalignprune.ops.unit_products`).
             sizes: how many units each parameter has.
         """
 
     @abstractmethod
     def _of(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """The penalty of each parameter, and 1 or 0 for whether it counts; both float64."""
+        """The penalty of each parameter, and 1 if it counts in the mean or 0; both float64."""
 
     def forward(self) -> Tensor:
-        """The penalty of the weights and masks as they are now.
+        """The penalty for the current weights and masks.
 
         Returns:
             A scalar, float32 (float64 if a parameter is), on the first parameter's device.
         """
         values, shares = self._contributions()
-        # Rounding may leave a little less than nothing.
+        # Rounding may make the mean slightly negative.
         mean = (values * shares).sum().clamp(min=0)
         weights = [stored(*target.places[0]) for target in self._targets]
         wide = any(weight.dtype == torch.float64 for weight in weights)
         return mean if wide else mean.float()
 
     def per_parameter(self) -> dict[str, float]:
-        """What each parameter contributes to the penalty; they add up to it.
+        """What each parameter contributes to the penalty; the contributions add up to it.
 
         Returns:
-            By the names of the parameters; tied weights are one, under the first of their names.
+            A dict by parameter name, in which tied weights have one entry, under their first name.
         """
         with torch.no_grad():
             values, shares = self._contributions()
@@ -128,7 +128,7 @@ class _Penalty(nn.Module):
         return dict(zip(names, (values * shares).tolist(), strict=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A reference does not change, so that the copy of a model shares it.
+        # References do not change, so the copy shares them.
         memo |= {id(t.reference): t.reference for t in self._targets}
         memo[id(self)] = twin = self.__class__.__new__(self.__class__)
         vars(twin).update(copy.deepcopy(vars(self), memo))
@@ -137,20 +137,21 @@ class _Penalty(nn.Module):
     def suggest_strength(self, task_loss: Tensor, share: float = 0.1) -> float:
         """The factor that makes the penalty's gradient norm a given share of the task's.
 
-        Both norms are over the parameters of the penalty. Their ``.grad`` is not touched, and the
-        graph of ``task_loss`` is kept for its own backward. Where weights have not moved since the
-        reference was taken, the penalty has no gradient, whatever is pruned: no entry that is left
-        could be better. So this is to be called after some steps of training.
+        Both norms are over the parameters of the penalty. Their ``.grad`` is left as it is, and the
+        graph of ``task_loss`` is kept for its own backward. Call this after some training steps:
+        while the weights still equal the reference, the gradient of the penalty is zero whatever
+        has been pruned.
 
         Args:
-            task_loss: a scalar with a graph that leads to the parameters, before its backward.
-            share: of the task's gradient norm.
+            task_loss: a scalar that depends on the parameters, before its backward.
+            share: the penalty's gradient norm as a fraction of the task's.
 
         Returns:
             ``share * |task's gradient| / |penalty's gradient|``.
 
         Raises:
-            ValueError: a gradient norm is zero, up to rounding, or not finite.
+            ValueError: a gradient norm is zero, up to rounding, or not finite; or no parameter
+                requires a gradient.
             TypeError: ``task_loss`` is not a scalar tensor.
 
         Example:
@@ -167,7 +168,7 @@ class _Penalty(nn.Module):
             >>> (loss + strength * penalty()).backward()
         """
         if not (math.isfinite(share) and share > 0):
-            raise ValueError(f"share should be a positive number, got {share}")
+            raise ValueError(f"share should be positive and finite, got {share}")
         if not isinstance(task_loss, Tensor) or task_loss.numel() != 1:
             raise TypeError(f"task_loss should be a scalar tensor, got {task_loss!r}")
         leaves = [stored(*target.places[0]) for target in self._targets]
@@ -180,10 +181,10 @@ class _Penalty(nn.Module):
             ("the penalty", self(), _gradients),
         ):
             if not value.requires_grad:
-                raise ValueError(f"{what} has no autograd history")
+                raise ValueError(f"{what} should have a grad_fn, got a tensor without one")
             grads = gradients(value, leaves)
             norms[what] = _norm([grad for grad in grads if grad is not None])
-        # What rounding, also of the reference, may look like.
+        # Rounding alone, that of the reference included, gives gradients of this size.
         references = [t.reference for t in self._targets if t.reference is not None]
         noise = max([1e-6, *(torch.finfo(reference.dtype).eps / 2 for reference in references)])
         least = {"task_loss": 0.0, "the penalty": noise * self._size(_norm(leaves))}
@@ -197,7 +198,7 @@ class _Penalty(nn.Module):
         return share * norms["task_loss"] / norms["the penalty"]
 
     def _size(self, norm: float) -> float:
-        """The size of a gradient that is not small, for weights of this norm."""
+        """The typical norm of the penalty's gradient for weights of this norm."""
         return 1 / norm if norm else 0.0
 
     def _contributions(self) -> tuple[Tensor, Tensor]:
@@ -222,12 +223,12 @@ class _Penalty(nn.Module):
         return values, shares / whole.where(whole > 0, 1)
 
     def _together(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The same of parameters that are on one device, and for whether each counts 1 or 0."""
+        """The penalty of each of some parameters on one device, and 1 if it counts or 0."""
         targets = [self._targets[number] for number in numbers]
         weights = [stored(*target.places[0]) for target in targets]
         masks = [mask_of(*target.places[0]) for target in targets]
         names = [target.name for target in targets]
-        # Of a sharded parameter the part that is here; everything else is of the same part.
+        # Of a sharded parameter this rank uses its part, with the same part of mask and reference.
         parts = [
             differentiable_local(weight, _before_gradient(*target.places[0], weight))
             for target, weight in zip(targets, weights, strict=True)
@@ -236,7 +237,7 @@ class _Penalty(nn.Module):
             m if m is None else own_part(m, w, f"the mask of {name}")
             for m, w, name in zip(masks, weights, names, strict=True)
         ]
-        # What is on the CPU stays there: the operators fetch it, one tensor at a time.
+        # References on the CPU stay there: the operators fetch them one at a time.
         references = [
             r if r is None else own_part(r, w, f"the reference of {name}")
             for r, w, name in zip((t.reference for t in targets), weights, names, strict=True)
@@ -263,13 +264,13 @@ class _Penalty(nn.Module):
     def _whole_sums(
         self, products: Tensor, sizes: list[int], weights: Sequence[Tensor], dims: Sequence[int]
     ) -> Tensor:
-        """:meth:`_sums_of` of whole parameters, of which a rank may have parts."""
+        """:meth:`_sums_of` for whole parameters, added up over the ranks that share them."""
         if not any(map(is_dtensor, weights)):
             return self._sums_of(products, sizes)
         across = [shard_dims(weight) for weight in weights]
         cut: list[list[int]] = [[] for _ in weights]
         if self._takes_whole_units:
-            # Along these dimensions of the mesh each rank has a part of the same units.
+            # Along these mesh dimensions the ranks share units: their products are added up first.
             cut = [
                 [i for i, sharded in own if weight.dim() < 2 or sharded != dim]
                 for own, weight, dim in zip(across, weights, dims, strict=True)
@@ -283,36 +284,36 @@ class _Penalty(nn.Module):
 class CosineAlignment(_Penalty):
     r"""One minus the alignment of pruned and reference units, averaged.
 
-    The mean over parameters of the mean over units of :math:`1 - A`, where
-    :math:`A = \langle p, r\rangle / (|p||r|)`, :math:`p = m w` are a unit's pruned weights under
-    the mask of the moment and ``r`` its reference. ``A`` is 0 where ``p`` is all zero; a unit whose
+    The penalty is the mean over parameters of the mean over units of :math:`1 - A`, with
+    :math:`A = \langle p, r\rangle / (|p||r|)`. Here :math:`p = m w` are a unit's weights under the
+    current mask, and ``r`` is its reference. ``A`` is 0 for a unit that is all zero; a unit whose
     reference is zero does not count. The gradient with respect to a unit is
 
     .. math:: -m \left(\frac{r}{|p||r|} - A \frac{p}{|p|^2}\right)
 
-    (0 for a unit that is all zero), and goes to ``name_orig`` of a pruned parameter, or to the
-    parameter itself before the first pruning. It takes two passes over the weights, masks and
-    references, one forward and one backward, and no memory but the gradient's; sums are in float64.
+    (0 for a unit that is all zero). It goes to ``name_orig`` of a pruned parameter, or to the
+    parameter itself before the first pruning. The penalty takes one forward and one backward pass
+    over weights, masks and references, needs memory for the gradient only, and sums in float64.
 
     Args:
         params: ``(module, name)`` pairs, pruned or not; tied weights count once.
-        reference: the unpruned weights, one tensor for each parameter
-            (:class:`torchalignprune.Reference`, or by ``(module, name)``, or in the order of the
-            parameters). May lie on the CPU while the model is on a GPU: each tensor is fetched when
-            it is used. Constant: it gets no gradient.
+        reference: the unpruned weights, one tensor for each parameter: a
+            :class:`torchalignprune.Reference`, a mapping by ``(module, name)``, or tensors in the
+            order of the parameters. It may be on the CPU while the model is on a GPU: each tensor
+            is fetched when it is used. It gets no gradient.
         units: a unit is an output (``"out"``) or an input (``"in"``); ``"both"`` is the mean of the
-            two. Parameters of one dimension are one unit.
+            two. A parameter of one dimension is one unit.
         weights: how much each parameter counts in the mean, not negative: by ``(module, name)``, or
             in the order of the parameters. Default: all the same.
-        matching: ``"greedy"`` or ``"hungarian"``: each unit is compared with the reference unit
-            that :func:`torchalignprune.match_units` gives it, because units may have changed places
-            in training. Default: each with its own. Not for ``units="both"``.
-        match_every: how many calls that need a gradient a matching is kept for.
+        matching: ``"greedy"`` or ``"hungarian"``: compare each unit with the reference unit that
+            :func:`torchalignprune.match_units` assigns to it, for units that may have changed
+            places in training. Default: each with its own. Not with ``units="both"``.
+        match_every: match anew after this many calls with gradients enabled.
 
     Raises:
-        TypeError: no reference; not pairs; not tensors.
-        ValueError: a reference that is missing or of another shape; an unknown option; weights that
-            do not fit.
+        TypeError: ``reference`` is None or has no tensors; or ``params`` are not pairs.
+        ValueError: a reference is missing or of another shape; an option is unknown; or ``weights``
+            do not fit the parameters.
 
     Example:
         >>> import torch, torchalignprune as tap
@@ -351,9 +352,11 @@ class CosineAlignment(_Penalty):
             if is_dtensor(target.weight):
                 raise ValueError(_NO_MATCHING.format(target.name))
         if matching is not None and units == "both":
-            raise ValueError("matching goes with units='out' or 'in', not with 'both'")
+            raise ValueError("units should be 'out' or 'in' with matching, got 'both'")
         if not isinstance(match_every, int) or match_every < 1:
-            raise ValueError(f"match_every should be a number of calls, got {match_every!r}")
+            raise ValueError(
+                f"match_every should be a number of calls of at least 1, got {match_every!r}"
+            )
         self.units = units
         self.matching = matching
         self.match_every = match_every
@@ -370,8 +373,8 @@ class CosineAlignment(_Penalty):
 
     def _sums_of(self, products: Tensor, sizes: list[int]) -> Tensor:
         pp, pr, rr = products
-        # The root has no gradient at 0, so a unit that is all zero is kept away from it. Of these
-        # ways to write the cosine, this one is exactly 1 where the unit is its reference.
+        # sqrt has no finite gradient at 0, so units that are all zero do not enter it. Written like
+        # this the cosine is exactly 1 if the unit is its reference.
         alive, counted = pp != 0, rr != 0
         pp = pp.where(alive, 1)
         cosines = pr / pp * (pp / rr.where(counted, 1)).sqrt()
@@ -388,8 +391,8 @@ class CosineAlignment(_Penalty):
         return super()._contributions()
 
     def _counter(self) -> Callable[[CosineAlignment], None] | None:
-        # The count would make torch.compile compile anew at each step. The decorator imports much,
-        # so it is not applied to the class.
+        # torch.compile would recompile whenever the count changes. disable() imports a lot, so it
+        # is called only when it is needed.
         if self.matching is None:
             return None
         counter: Callable[[CosineAlignment], None]
@@ -410,11 +413,10 @@ class CosineAlignment(_Penalty):
         self._calls += torch.is_grad_enabled()
 
     def matching_state(self) -> dict[str, Any]:
-        """Which reference units are compared with which now, and how many calls there were: what a
-        resumed run needs to go on the same.
+        """The current matching and the number of calls, which a resumed run needs.
 
-        Before the first matching each unit goes with its own, because a distributed checkpoint
-        loads only what the state already has.
+        Before the first matching, the state pairs each unit with its own reference: a distributed
+        checkpoint only loads entries that the state already has.
         """
         indices = {}
         for number, units in self._matched_units().items():
@@ -424,29 +426,31 @@ class CosineAlignment(_Penalty):
         return {"calls": self._calls, "indices": indices}
 
     def load_matching_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`matching_state` was taken.
+        """Restores the state that :meth:`matching_state` returned.
 
         Raises:
-            ValueError: indices that are missing, of other parameters or of other shapes.
+            ValueError: indices are missing, of other parameters or of other shapes.
         """
         indices = self.checked_indices(state)
         self._indices, self._calls = indices, int(state["calls"])
 
     def checked_indices(self, state: Mapping[str, Any]) -> list[Tensor | None]:
-        """Copies of the indices in a state, which is looked at and not taken up.
+        """Copies of the indices in a state, checked but not applied.
 
         Raises:
             ValueError: as :meth:`load_matching_state`.
         """
         if set(state) != {"calls", "indices"}:
             raise ValueError(
-                f"the state of a matching should have ['calls', 'indices'], got {sorted(state)}"
+                f"the matching state should have ['calls', 'indices'], got {sorted(state)}"
             )
         matched = self._matched_units()
         names = {self._targets[number].name for number in matched}
         if set(state["indices"]) != names:
             other = sorted(set(state["indices"]) ^ names)
-            raise ValueError(f"the matching should be of the same parameters; not in both: {other}")
+            raise ValueError(
+                f"the matching state should be of the same parameters; not in both: {other}"
+            )
         indices: list[Tensor | None] = [None] * len(self._targets)
         for number, units in matched.items():
             target = self._targets[number]
@@ -460,7 +464,7 @@ class CosineAlignment(_Penalty):
         return indices
 
     def _matched_units(self) -> dict[int, int]:
-        """How many units each parameter has whose units are matched."""
+        """The number of units of each parameter whose units are matched, by its position."""
         if self.matching is None:
             return {}
         return {
@@ -486,18 +490,18 @@ class CosineAlignment(_Penalty):
 
 
 class FrobeniusAlignment(_Penalty):
-    r"""The distance of the pruned weights from the reference, relative to its size.
+    r"""The squared distance of the pruned weights from the reference, relative to its norm.
 
-    The mean over parameters of the distortion :math:`D = |P - R|_F^2 / |R|_F^2`, where
-    :math:`P = M W` are the pruned weights under the mask of the moment and ``R`` the reference; a
-    parameter whose reference is all zero counts with ``normalize=False`` only. The gradient,
+    The penalty is the mean over parameters of the distortion :math:`D = |P - R|_F^2 / |R|_F^2`.
+    Here :math:`P = M W` are the weights under the current mask, and ``R`` is the reference. A
+    parameter whose reference is all zero only counts with ``normalize=False``. The gradient,
     :math:`2 m (p - r) / |R|_F^2`, goes to ``name_orig`` of a pruned parameter, or to the parameter
     itself before the first pruning. Passes and memory are as in :class:`CosineAlignment`.
 
     Args:
         params: as in :class:`CosineAlignment`.
         reference: as in :class:`CosineAlignment`.
-        normalize: divide by :math:`|R|_F^2`, so that every parameter counts the same.
+        normalize: divide by :math:`|R|_F^2`, so that a parameter's scale does not matter.
         weights: as in :class:`CosineAlignment`.
 
     Raises:
@@ -547,16 +551,16 @@ class FrobeniusAlignment(_Penalty):
 
 
 def _sums(values: Tensor, sizes: list[int]) -> Tensor:
-    """Over the units of each parameter; in an order of its own, unlike index_add on a GPU."""
+    """Sums over the units of each parameter, deterministic unlike index_add on a GPU."""
     return torch.stack([part.sum(dim=-1) for part in values.split(sizes, dim=-1)], dim=-1)
 
 
-def _memory(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return local(tensor).untyped_storage().data_ptr()
 
 
 def _before_gradient(module: nn.Module, name: str, weight: Tensor) -> Callable[[], None] | None:
-    """What a gradient that does not come by FSDP2 has to wait for, on a GPU under FSDP2."""
+    """Makes a gradient that bypasses FSDP2's backward wait for FSDP2 on a GPU."""
     if not is_dtensor(weight) or not weight.is_cuda:
         return None
     entry = fsdp.managed(module, name if mask_of(module, name) is None else f"{name}_orig")
@@ -564,7 +568,7 @@ def _before_gradient(module: nn.Module, name: str, weight: Tensor) -> Callable[[
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    """Over all entries, those on other ranks included."""
+    """The norm over all entries, those on other ranks included."""
     norms = [torch.linalg.vector_norm(local(t.detach()).double()) for t in tensors]
     if any(map(is_dtensor, tensors)):
         squares = [norm.square().reshape(1, 1) for norm in norms]
@@ -578,7 +582,7 @@ def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of a loss, each in the layout of its leaf; its graph is kept."""
+    """The gradients of a loss, each in the layout of its leaf. The graph is kept."""
     groups = fsdp.groups_of(leaves)
     if not groups:
         grads = _gradients(task_loss, leaves)
@@ -588,13 +592,13 @@ def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor 
             else grad
             for grad, leaf in zip(grads, leaves, strict=True)
         ]
-    # FSDP2 knows no gradient but that of a backward, which it averages and shards. All that one
-    # would leave behind is put back.
+    # FSDP2 only averages and shards gradients in a backward, which accumulates them in .grad.
+    # So every .grad that it touches is restored afterwards.
     if not all(group.reduce_grads for group in groups):
         raise ValueError(
-            "task_loss should be one whose backward averages the gradients over the ranks, but "
-            "set_requires_gradient_sync(False) has been called: measure in the last step of the "
-            "accumulation"
+            "the backward of task_loss should average gradients over the ranks, but "
+            "set_requires_gradient_sync(False) has been called: measure in the last accumulation "
+            "step"
         )
     touched = {
         id(leaf): leaf for leaf in (*leaves, *fsdp.parameters_of(groups), *leaves_of(task_loss))
@@ -611,7 +615,7 @@ def _task_gradients(task_loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor 
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The leaves that a backward would accumulate gradients in."""
+    """The leaves in which a backward of the loss would accumulate gradients."""
     found: list[Tensor] = []
     seen: set[Any] = set()
     nodes: list[Any] = [loss.grad_fn]

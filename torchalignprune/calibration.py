@@ -1,4 +1,4 @@
-"""What goes into the layers of a model: statistics of their inputs over calibration text."""
+"""Statistics of the inputs of a model's layers over calibration batches."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-"""Modules whose inputs are counted by channel."""
+"""Modules whose input features are their channels."""
 
-_ROWS = 4096  # inputs that are copied at a time
+_ROWS = 4096  # how many inputs are copied at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,11 @@ class InputStatistics:
     r"""The statistics of the inputs :math:`x` of one layer. Tensors are on the CPU.
 
     Attributes:
-        count: how many inputs (tokens) they are of.
+        count: the number of inputs (tokens).
         norms: :math:`\sqrt{E[x_j^2]}`, the root mean square of each feature; shape (features,).
         mean: :math:`\mu = E[x]`; shape (features,).
         covariance: :math:`E[(x - \mu)(x - \mu)^T]`; shape (features, features), or None if only
-            norms were asked for.
+            norms were collected.
     """
 
     count: int
@@ -64,24 +64,24 @@ class InputStatistics:
 
     @property
     def second_moment(self) -> Tensor | None:
-        r""":math:`H = E[x x^T]`, the covariance with the mean in it, or None."""
+        r""":math:`H = E[x x^T]`, which is :math:`\mu \mu^T` plus the covariance; or None."""
         if self.covariance is None:
             return None
         return torch.addr(self.covariance, self.mean, self.mean)
 
 
 class Calibration(Mapping[Pair, InputStatistics]):
-    """Statistics of what goes into the layers of a model, by ``(module, name)`` of their weights.
+    """Statistics of the inputs of a model's layers, by ``(module, name)`` of their weights.
 
-    ``calibration[module, name]`` is an :class:`InputStatistics`; layers that were always given the
-    same tensor, such as query, key and value of a self-attention, share one. A calibration is what
-    ``AlignedMagnitude(input_norms=calibration)``, :func:`torchalignprune.criteria.wanda` and
-    :func:`torchalignprune.realign` take.
+    ``calibration[module, name]`` is an :class:`InputStatistics`. Layers that always got the same
+    tensor, such as query, key and value of a self-attention, share one. Pass a calibration to
+    ``AlignedMagnitude(input_norms=calibration)``, :func:`torchalignprune.criteria.wanda` or
+    :func:`torchalignprune.realign`.
 
     Args:
         inputs: the statistics of each parameter.
-        names: what to call each parameter, for :meth:`save`; usually
-            :meth:`collect`, :meth:`load` and :meth:`merge` fill it in.
+        names: the dotted names of the parameters, for :meth:`save`. :meth:`collect`, :meth:`load`
+            and :meth:`merge` fill them in.
 
     Example:
         >>> import torch
@@ -141,44 +141,44 @@ class Calibration(Mapping[Pair, InputStatistics]):
         memory_limit: int | None = None,
         progress: bool = False,
     ) -> Calibration:
-        """Runs the model on calibration batches and takes statistics of the layers' inputs.
+        """Runs the model on calibration batches and collects statistics of the layers' inputs.
 
-        The model runs on each batch without gradients and in evaluation mode; the batches are
-        taken one at a time, and sums are kept in float64. Where a batch has an ``attention_mask``
-        of shape ``(batch, tokens)``, tokens whose mask is 0 do not count in inputs of shape
-        ``(batch, tokens, features)`` or ``(batch * tokens, features)``; likewise for a
-        ``decoder_attention_mask``, if the decoder's inputs have another shape. The model is left
-        as it was: no hooks, the same training flags, also after an error.
+        The model runs on one batch at a time, without gradients and in evaluation mode. Sums are
+        kept in float64. If a batch has an ``attention_mask`` of shape ``(batch, tokens)``, tokens
+        whose mask is 0 do not count in inputs of shape ``(batch, tokens, features)`` or
+        ``(batch * tokens, features)``. A ``decoder_attention_mask`` is used in the same way if the
+        decoder's inputs have another shape. Hooks and training flags are restored at the end, also
+        after an error.
 
-        Covariances are summed on the device of their parameter, 8 bytes for every pair of
-        features, and moved to the CPU, with half of that, at the end.
+        Covariances are summed on the device of their parameter, with 8 bytes for every pair of
+        features. The results on the CPU have half of that.
 
         Args:
             model: the model to run; may be pruned already.
             batches: mappings, for ``model(**batch)``, or tensors, for ``model(batch)``. Tensors
                 are moved to the device of the model's first parameter.
             params: ``(module, name)`` pairs of modules in the model.
-            statistics: ``"norms"`` takes norms and means, which is all that pruning and
-                ``realign(what="bias")`` need; ``"covariance"`` takes covariances too.
-            memory_limit: in bytes. The sums of covariances take at most this much at a time: the
-                model runs several times over all the batches, each time for as many parameters as
-                fit (counted as if no two of them shared their inputs). For fewer covariances in
-                the result, call this with a part of the parameters.
+            statistics: ``"norms"`` collects norms and means, which is all that pruning and
+                ``realign(what="bias")`` need; ``"covariance"`` collects covariances too.
+            memory_limit: in bytes, for the sums of covariances. The model runs over all batches
+                several times, each time for as many parameters as fit, counted as if no two of
+                them shared their inputs. The result is not limited: for a smaller one, call this
+                with some of the parameters.
             progress: show a progress bar on standard error (needs tqdm).
 
         Returns:
-            Vectors and matrices on the CPU, float32 (float64 for a float64 parameter): of a linear
-            layer one number per input feature, of a convolution one per input channel.
+            Vectors and matrices on the CPU, in float32 (float64 for a float64 parameter), with one
+            entry per input feature of a linear layer or per input channel of a convolution.
 
         Raises:
             TypeError: a batch is neither a mapping nor a tensor, or ``batches`` is a single one.
-            ValueError: there are no batches, or no tokens in them; a module never ran; NaN or
-                infinity in an input; a module without input features (``nn.Embedding``), or
-                whose inputs at each step cannot be observed (``nn.LSTM`` and the like); the
-                covariance of a convolution, whose inputs overlap; an ``nn.MultiheadAttention``
-                with one matrix for query, key and value was called with different tensors as
-                these; a ``memory_limit`` that one parameter exceeds, or that takes several passes
-                over batches which can be iterated over only once. The error names the parameter.
+            ValueError: there are no batches, or no tokens in them; a module never ran; an input
+                has NaN or infinity; a module has no input features (``nn.Embedding``), or its
+                inputs at each step cannot be observed (``nn.LSTM`` and the like); the covariance
+                of a convolution is wanted; an ``nn.MultiheadAttention`` with one matrix for query,
+                key and value was called with different tensors; one parameter exceeds
+                ``memory_limit``; or ``memory_limit`` takes several passes, but ``batches`` is an
+                iterator. The error names the parameter.
             ImportError: ``progress`` without tqdm.
         """
         if statistics not in get_args(Statistics):
@@ -192,7 +192,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
             )
         pairs = pairs_of(params)
         if not pairs:
-            raise ValueError("there are no parameters to take statistics for")
+            raise ValueError("params should have at least one (module, name) pair, got none")
         names = parameter_names(pairs)
         with_covariance = statistics == "covariance"
         meters = [
@@ -203,8 +203,8 @@ class Calibration(Mapping[Pair, InputStatistics]):
             passes = _passes(meters, memory_limit)
             if len(passes) > 1 and isinstance(batches, Iterator):
                 raise ValueError(
-                    f"memory_limit={memory_limit} takes {len(passes)} passes over the batches: "
-                    "they should be iterable more than once (a list, a DataLoader), got "
+                    f"batches should be iterable more than once (a list, a DataLoader), because "
+                    f"memory_limit={memory_limit} takes {len(passes)} passes, got "
                     f"{type(batches).__name__}"
                 )
         shown = _Bar(batches, len(passes)) if progress else None
@@ -223,21 +223,22 @@ class Calibration(Mapping[Pair, InputStatistics]):
     def merge(
         cls, calibrations: Iterable[Calibration], weights: Sequence[float] | None = None
     ) -> Calibration:
-        """The statistics of several calibrations as one: of several languages, for instance.
+        """The statistics of a mixture of several calibrations, for example of several languages.
 
-        It is the calibration of the mixture in which an input comes from each calibration with
-        the probability of its weight.
+        In the mixture, an input comes from each calibration with a probability proportional to its
+        weight.
 
         Args:
             calibrations: of the same parameters, with the same statistics.
-            weights: what each counts, in any unit, however many tokens it is of: equal weights
-                make languages count the same. Default: the numbers of tokens, which gives what
-                :meth:`collect` would give over all the batches together.
+            weights: the weight of each calibration, whatever its number of tokens: equal weights
+                make languages count the same. They need not add up to 1. Default: the numbers of
+                tokens, which gives what :meth:`collect` would give for all batches together.
 
         Raises:
-            TypeError: not calibrations.
-            ValueError: no calibrations; different parameters or statistics; not one weight for
-                each, or weights that are negative, all zero or, with their sum, not finite.
+            TypeError: these are not calibrations.
+            ValueError: there are no calibrations; their parameters or statistics differ; or
+                ``weights`` has not one number for each, or numbers that are negative, all zero or
+                not finite, or a sum that is not finite.
 
         Example:
             >>> import torch
@@ -254,7 +255,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
         """
         every = list(calibrations)
         if not every:
-            raise ValueError("there are no calibrations to merge")
+            raise ValueError("calibrations should have at least one Calibration, got none")
         for i, one in enumerate(every):
             if not isinstance(one, Calibration):
                 raise TypeError(
@@ -263,7 +264,9 @@ class Calibration(Mapping[Pair, InputStatistics]):
         first = every[0]
         for i, other in enumerate(every[1:], 1):
             if other.keys() != first.keys():
-                raise ValueError(f"calibrations[{i}] is of other parameters than calibrations[0]")
+                raise ValueError(
+                    f"calibrations[{i}] should have the parameters of calibrations[0], got others"
+                )
             if other.statistics != first.statistics:
                 raise ValueError(
                     f"calibrations[{i}] should have the statistics of calibrations[0], "
@@ -294,8 +297,8 @@ class Calibration(Mapping[Pair, InputStatistics]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with ``NAME.norms``, ``NAME.mean`` and ``NAME.covariance``.
 
-        Of parameters that share their inputs the first has the tensors; the file's metadata says
-        for each parameter whose they are, and how many tokens they are of.
+        Parameters that share their inputs have their tensors stored once, under the first name. The
+        metadata has that name and the number of tokens for each parameter.
 
         Args:
             path: the file to write.
@@ -303,13 +306,13 @@ class Calibration(Mapping[Pair, InputStatistics]):
         Raises:
             ValueError: the parameters have no dotted names, because they did not come from
                 :func:`torchalignprune.prunable_parameters`.
-            OSError: the file cannot be written; one that was there is still there.
+            OSError: the file cannot be written. An existing file is kept.
             ImportError: safetensors is not installed.
         """
         if self.keys() != self._names.keys():
             raise ValueError(
-                "a calibration is saved by dotted names: collect it with params from "
-                "prunable_parameters(), which knows them"
+                "Calibration.save needs the dotted names of the parameters, which plain pairs do "
+                "not have: collect it with params from prunable_parameters(model)"
             )
         tensors: dict[str, Tensor] = {}
         owners: dict[int, str] = {}
@@ -328,26 +331,25 @@ class Calibration(Mapping[Pair, InputStatistics]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: PrunableParameters) -> Calibration:
-        """Reads a file of :meth:`save` for the parameters of a model.
+        """Reads a file that :meth:`save` wrote.
 
         Args:
             path: the file.
-            params: from :func:`torchalignprune.prunable_parameters`; may be fewer than the file
-                has.
+            params: from :func:`torchalignprune.prunable_parameters`; the file may hold others too.
 
         Raises:
-            TypeError: params without dotted names.
-            ValueError: the file is no calibration, has nothing for a parameter, its statistics
-                have another number of features than the parameter, or are not finite.
+            TypeError: ``params`` have no dotted names.
+            ValueError: the file is not a calibration, lacks a parameter or has another number of
+                features for it, or its statistics are not finite.
             OSError: the file cannot be read.
             ImportError: safetensors is not installed.
         """
         if not isinstance(params, PrunableParameters):
             raise TypeError(
-                f"params should come from prunable_parameters(), got {type(params).__name__}"
+                f"params should come from prunable_parameters(model), got {type(params).__name__}"
             )
         safetensors = _safetensors()
-        with open(path, "rb"):  # safe_open does not say that something is a folder
+        with open(path, "rb"):  # for its clear error: safe_open does not report a folder as such
             pass
         inputs: dict[Pair, InputStatistics] = {}
         read: dict[str, InputStatistics] = {}
@@ -356,7 +358,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                 there = set(file.keys())
                 entries = json.loads((file.metadata() or {}).get("calibration", "null"))
                 if entries is None:
-                    raise ValueError(f"{path} is not a calibration: it was not written by save()")
+                    raise ValueError(f"{path} should be a file that Calibration.save wrote")
                 missing = [name for name in params.names if name not in entries]
                 if missing:
                     raise ValueError(f"{path} has no statistics for {some(missing)}")
@@ -369,7 +371,7 @@ class Calibration(Mapping[Pair, InputStatistics]):
                             if f"{owner}.{key}" in there
                         }
                         read[owner] = InputStatistics(entries[name]["count"], **found)
-                        _check_statistics(read[owner], f"{path} has for {owner}")
+                        _check_statistics(read[owner], f"{owner} in {path}")
                     features, got = _features(*pair, name), len(read[owner].norms)
                     if got != features:
                         raise ValueError(
@@ -390,12 +392,14 @@ def _check_statistics(found: InputStatistics, what: str) -> None:
         ("covariance", (features,) * 2),
     ):
         tensor = getattr(found, key)
-        if tensor is None:  # the covariance, which is not always collected
+        if tensor is None:  # the covariance was not collected
             continue
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{what} {key} of shape {tuple(tensor.shape)}, it should be {shape}")
+            raise ValueError(
+                f"the {key} of {what} should have shape {shape}, got {tuple(tensor.shape)}"
+            )
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{what} {key} with NaN or infinity")
+            raise ValueError(f"the {key} of {what} should be finite numbers, got NaN or infinity")
 
 
 def _safetensors() -> Any:
@@ -428,15 +432,15 @@ def _mixture(parts: Sequence[InputStatistics], weights: Sequence[float]) -> Inpu
 
 
 def _passes(meters: Sequence[_Meter], limit: int) -> list[list[_Meter]]:
-    """Parameters in their order, as many in a pass as fit."""
+    """The parameters in their order, with as many in each pass as fit."""
     passes: list[list[_Meter]] = [[]]
     taken = 0
     for meter in meters:
         need = 8 * meter.features**2
         if need > limit:
             raise ValueError(
-                f"memory_limit={limit} is too little for the covariance of {meter.name}, which "
-                f"takes {need} bytes"
+                f"memory_limit should be at least the {need} bytes that the covariance of "
+                f"{meter.name} takes, got {limit}"
             )
         if taken + need > limit:
             passes.append([])
@@ -473,14 +477,14 @@ def _run(
             if shown is not None:
                 shown.update()
     if not ran:
-        raise ValueError("there are no calibration batches")
+        raise ValueError("batches should have at least one batch, got none")
     idle = [meter.name for meter in meters if meter.group is None]
     if idle:
         raise ValueError(f"the calibration batches never reached {some(idle)}")
 
 
 def _token_masks(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    """Which tokens count, of the inputs of the encoder and of those of a decoder."""
+    """Masks of the tokens that count, for the inputs of the encoder and of a decoder."""
     found = {key: batch.get(key) for key in ("attention_mask", "decoder_attention_mask")}
     masks = [m for m in found.values() if isinstance(m, Tensor) and m.dim() == 2]
     decoder = batch.get("decoder_input_ids")
@@ -490,15 +494,15 @@ def _token_masks(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         masks.append(torch.ones_like(decoder))
     if len(masks) == 2 and masks[0].shape == masks[1].shape and not torch.equal(*masks):
         raise ValueError(
-            "the inputs of the encoder and of the decoder should be padded to different lengths "
-            f"where they have different masks, since their shape tells them apart, got "
-            f"{tuple(masks[0].shape)} for both"
+            "the inputs of the encoder and of the decoder should have different shapes if their "
+            "masks differ, because only shapes tell them apart, got "
+            f"{tuple(masks[0].shape)} for both: pad them to different lengths"
         )
     return masks
 
 
 def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
-    """The statistics of a pass, whose sums are freed one by one."""
+    """The statistics of a pass. Sums are freed as soon as their statistics are computed."""
     inputs: dict[Pair, InputStatistics] = {}
     finished: dict[_Sums, InputStatistics] = {}
     for meter in meters:
@@ -513,10 +517,10 @@ def _finish(meters: Sequence[_Meter]) -> dict[Pair, InputStatistics]:
 
 @contextmanager
 def _observed(model: nn.Module, meters: Sequence[_Meter], observer: _Observer) -> Iterator[None]:
-    """Hooks on the modules, and evaluation mode; everything as it was at the end.
+    """Puts hooks on the modules and the model into evaluation mode, and restores both at the end.
 
-    torch's fast path for attention is off meanwhile: an ``nn.TransformerEncoder`` would pack padded
-    batches into nested tensors for it.
+    torch's fast path for attention is off meanwhile: for it, an ``nn.TransformerEncoder`` would
+    pack padded batches into nested tensors.
     """
 
     def hook_of(meter: _Meter) -> Callable[..., None]:
@@ -544,12 +548,12 @@ def _observed(model: nn.Module, meters: Sequence[_Meter], observer: _Observer) -
 
 @dataclass(frozen=True, eq=False)
 class _Input:
-    """A tensor that a module was called with, and where in it the features are.
+    """A tensor that a module was called with, and the layout of its dimensions.
 
     Attributes:
-        tensor: the tensor itself, which tells layers that share it from others.
+        tensor: the tensor itself; layers that get the same one share their statistics.
         features: the dimension of the features.
-        batch: the dimension of the batch, for the mask; None where there are no tokens to mask.
+        batch: the dimension of the batch, for the mask; None if there are no tokens to mask.
     """
 
     tensor: Tensor
@@ -575,7 +579,7 @@ class _Input:
         rows = tensor.reshape(-1, tensor.shape[-1])
         for mask in masks:
             if tensor.shape[:-1] in (mask.shape, (mask.numel(),)):
-                # A model may be spread over devices; the mask is where its first layers are.
+                # A model may be spread over devices; the mask is on that of its first layers.
                 return rows[mask.to(rows.device).reshape(-1) != 0]
         return rows
 
@@ -590,7 +594,7 @@ class _Sums:
         self.count = 0
         self.total: Tensor | None = None
         self.squares: Tensor | None = None
-        # Of x - shift: squares of a mean far from 0 would drown the differences.
+        # Products are of x - shift: a mean far from 0 would otherwise cause cancellation.
         self.shift: Tensor | None = None
         self.products: Tensor | None = None
 
@@ -617,7 +621,7 @@ class _Sums:
             self.shift = rows.mean(dim=0, dtype=torch.float64).to(wide)
             size = (self.features, self.features)
             self.products = torch.zeros(size, dtype=torch.float64, device=rows.device)
-        # A model may run parts of itself in half precision; this is none of them.
+        # The model may run under autocast; these sums should not.
         with torch.autocast(rows.device.type, enabled=False):
             for part in rows.split(_ROWS):
                 apart = part.to(wide) - self.shift
@@ -633,11 +637,11 @@ class _Sums:
         if self.covariance:
             assert self.products is not None and self.shift is not None
             apart = mean - self.shift
-            products, self.products = self.products, None  # the memory goes with this call
+            products, self.products = self.products, None  # freed when this call returns
             covariance = products.div_(self.count).addr_(apart, apart, alpha=-1)
             finite &= covariance.isfinite().all()
         if not finite:
-            raise ValueError(f"NaN or infinity in the inputs of {name}")
+            raise ValueError(f"the inputs of {name} should be finite numbers, got NaN or infinity")
         return InputStatistics(
             self.count,
             norms.to("cpu", self.dtype),
@@ -647,28 +651,28 @@ class _Sums:
 
 
 class _Group:
-    """Parameters that had the same inputs so far, and the sums of these."""
+    """Parameters that got the same inputs so far, and the sums over these inputs."""
 
     def __init__(self, member: _Meter, sums: _Sums) -> None:
         self.members = [member]
         self.sums = sums
-        # The latest input, not added yet because not all members had it, and those that had it.
+        # The latest input, which is added once all members got it, and the members that did.
         self.pending: _Input | None = None
         self.version: int | None = None
         self.reached: list[_Meter] = []
 
 
 class _Observer:
-    """Adds up inputs, once for all the parameters that get the same tensor.
+    """Adds up inputs, once for all parameters that get the same tensor.
 
-    Which ones these are shows at their first call: the tensor is the one that another parameter
-    has just been called with. From the second call on an input waits until all of them had it, so
-    that one that goes its own way from there can leave with the sums so far.
+    Parameters are grouped at their first call, if their tensor is the one that another parameter
+    has just been called with. From the second call on an input is only added once all of the group
+    got it. A member that gets another input can so leave the group with the sums so far.
     """
 
     def __init__(self) -> None:
         self.masks: list[Tensor] = []
-        # The groups that had one input so far, and what that was.
+        # The groups that got one input so far, with that input's tensor and state.
         self.begun: list[tuple[_Group, weakref.ref[Tensor], object]] = []
 
     def observe(self, meter: _Meter, given: _Input) -> None:
@@ -720,13 +724,13 @@ class _Observer:
         group.sums.add(rows)
 
     def _settle(self, group: _Group) -> None:
-        """Adds the pending input for those that had it; the others become a group of their own."""
+        """Adds the pending input for the members that got it, and splits off the others."""
         assert group.pending is not None
         given = group.pending
         if given.version != group.version:
             raise ValueError(
-                f"the input of {group.reached[0].name} was changed in place before "
-                "other layers that used to share it had run"
+                f"the input of {group.reached[0].name} should not change in place before the other "
+                "layers that share it have run"
             )
         others = [member for member in group.members if member not in group.reached]
         if others:
@@ -750,8 +754,8 @@ class _Meter:
         self.group: _Group | None = None
         if covariance and isinstance(module, CONVOLUTIONS):
             raise ValueError(
-                f"{name} belongs to a convolution, of which no covariance is taken: leave it out, "
-                'or take statistics="norms"'
+                f"{name} belongs to a convolution, whose covariance is not supported: leave it "
+                'out, or use statistics="norms"'
             )
 
     def new_sums(self) -> _Sums:
@@ -780,8 +784,8 @@ class _Meter:
         if self.attribute == "in_proj_weight":
             if not (query is key and key is value):
                 raise ValueError(
-                    f"{self.name} projects query, key and value by one matrix, and was called with "
-                    "different tensors: its inputs have no norms in common"
+                    f"{self.name} projects query, key and value by one matrix, so they should be "
+                    "the same tensor, got different ones: leave it out"
                 )
             found = query
         else:
@@ -791,7 +795,7 @@ class _Meter:
 
 
 def _features(module: nn.Module, attribute: str, name: str) -> int:
-    """How many numbers one input of a parameter has."""
+    """The number of input features of a parameter."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         raise ValueError(f"{name} belongs to an embedding, which has no input features")
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -802,7 +806,7 @@ def _features(module: nn.Module, attribute: str, name: str) -> int:
     weight = stored(module, attribute)
     if weight.dim() < 2:
         raise ValueError(f"{name} should have outputs and inputs, got shape {tuple(weight.shape)}")
-    # Of a grouped convolution the weight does not show all input channels.
+    # The weight of a grouped convolution only has the input channels of one group.
     channels = getattr(module, "in_channels", None)
     if isinstance(module, CONVOLUTIONS) and isinstance(channels, int):
         return channels
@@ -819,7 +823,7 @@ class _Bar:
             raise ImportError(
                 'progress=True needs tqdm: pip install "torchalignprune[transformers]"'
             ) from error
-        # None where it is not known: the len of a DataLoader over an IterableDataset fails.
+        # None if unknown: the len of a DataLoader over an IterableDataset raises an error.
         total = passes * operator.length_hint(batches) or None
         self._bar = tqdm(total=total, desc="calibrating", unit="batch", leave=False)
 

@@ -1,8 +1,8 @@
-"""Moving what pruning left so that the outputs of the layers come back into line, without training.
+"""Restoring the outputs of pruned layers without training.
 
-A layer computes :math:`W x + b`. With its mask chosen and statistics of its inputs at hand
-(:class:`torchalignprune.Calibration`), the weights that survive and the bias can be set in closed
-form to what changes the outputs least.
+A layer computes :math:`W x + b`. Given its mask and statistics of its inputs
+(:class:`torchalignprune.Calibration`), the surviving weights and the bias that change the outputs
+least solve a least-squares problem.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ __all__ = ["Realigned", "realign"]
 
 What = Literal["bias", "weights"]
 
-# What earlier calls added to a bias, with the bias as they left it, and which weights they moved.
+# For each bias, what earlier calls added to it and the bias as they left it; and the weights that
+# they moved.
 _SHIFTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-_STEPS = 20  # From ten on, hardly anything is won on a real encoder.
+_STEPS = 20  # On a real encoder, more than ten hardly lower the error any further.
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Realigned:
     """What :func:`realign` did to one parameter.
 
     Attributes:
-        name: the parameter.
-        before: the mean square of the change that pruning makes to the outputs, over that of the
-            outputs themselves (without bias), on the calibration text. None without covariances,
-            and where the outputs are all zero.
-        after: the same with the weights and the bias as they are now.
-        bias: whether there was a bias to move.
+        name: the name of the parameter.
+        before: the mean square of the change of the outputs by pruning, divided by that of the
+            outputs themselves (without bias), on the calibration data. None without covariances,
+            or if the outputs are all zero.
+        after: the same after realignment.
+        bias: whether the layer has a bias.
     """
 
     name: str
@@ -61,65 +62,66 @@ def realign(
     *,
     ridge: float = 0.01,
 ) -> list[Realigned]:
-    r"""Moves the biases, or the surviving weights and the biases, of pruned layers.
+    r"""Adjusts the biases, or the surviving weights and the biases, of pruned layers.
 
     With the reference :math:`W`, the pruned weights :math:`P`, and inputs of mean :math:`\mu` and
     covariance :math:`C`:
 
-    - ``what="bias"`` adds :math:`(W - P) \mu` to the bias, so that the mean output is what it was.
-    - ``what="weights"`` finds for each output unit ``w`` with the surviving entries ``S``
+    - ``what="bias"`` adds :math:`(W - P) \mu` to the bias, which restores the mean output.
+    - ``what="weights"`` solves for each output unit ``w`` with pruned weights ``p``, which survive
+      at the entries ``S``,
 
       .. math:: \min_{v \text{ on } S} (v - w)^T C (v - w) + \lambda |v - p|^2
 
-      and then sets the bias in the same way. Weights and bias together are then the least change
-      of the outputs there is, apart from the ridge. A layer without a bias has
-      :math:`H = E[x x^T] = C + \mu \mu^T` in the place of ``C``.
+      and then sets the bias in the same way. Apart from the ridge, no other weights and bias change
+      the outputs less. For a layer without a bias, :math:`H = E[x x^T] = C + \mu \mu^T` replaces
+      ``C``.
 
-    The masks stay as they are, and so does what lies under them in ``name_orig``. No unit's outputs
-    are ever further from the reference on the calibration text than before; where rounding to the
-    weight's dtype would see to that, the unit stays as it was. Tied weights are moved once, for the
+    The masks do not change, nor do the values under them in ``name_orig``. On the calibration data,
+    no unit's outputs end up further from the reference than before: a unit that rounding to the
+    weight's dtype would make worse is left as it was. Tied weights are adjusted once, for the
     inputs of all their places.
 
-    After further pruning it may be called again: what an earlier call added to a bias is taken off
-    first, and once weights were moved, a reference from before has to be given. Both are remembered
-    as long as the parameters live, not in their state dict, nor by copies and pickles of the model;
-    a bias that changed in between, by training or loading, is refused. A report without a reference
-    compares with the moved weights then. It takes as much memory as the parameters, so that nothing
-    has changed where it fails before the last of them is solved.
+    It may be called again after further pruning. What an earlier call added to a bias is removed
+    first. Once weights have been moved, later calls need a reference from before that, as do
+    reports: without one they compare with the moved weights. Both are remembered for the lifetime
+    of the parameters, but not in state dicts, copies or pickles of the model. A bias that has
+    changed since, by training or loading, is refused. Nothing is written before all parameters are
+    solved, which takes as much memory as the parameters.
 
-    Statistics of few tokens say little: with fewer tokens than a layer has inputs there is a
-    warning, because the outputs on other text may well become worse.
+    Few tokens give poor statistics: the outputs on other text may become worse. With fewer tokens
+    than a layer has inputs there is a warning.
 
-    This is the least squares problem of Frantar and Alistarh, "SparseGPT" (2023), equation 2, and
+    This is the least-squares problem of Frantar and Alistarh, "SparseGPT" (2023), equation 2, and
     of Boza, "Fast and effective weight update for pruned large language models" (2024), with the
-    bias in it. It is solved for all units of a layer at once, by 20 steps of conjugate gradients
-    from where the weights are: exactly where a unit has no more than 20 entries left, and to a
-    fraction of a percent of the error on the layers of a real encoder.
+    bias added. It is solved for all units of a layer at once by 20 steps of conjugate gradients,
+    starting from the pruned weights. Units with at most 20 entries left are solved exactly; on the
+    layers of a real encoder the error is within a fraction of a percent of the least one.
 
     Args:
         params: ``(module, name)`` pairs of pruned weights of linear layers: ``nn.Linear``,
             transformers' ``Conv1D`` and the input projections of ``nn.MultiheadAttention``.
         calibration: of at least these parameters; for ``"weights"`` one with
             ``statistics="covariance"``.
-        what: ``"bias"`` or ``"weights"``. Layers without a bias keep their mean error, and with
-            ``"bias"`` are left alone; the result says which these are.
-        reference: the weights to come back to, one tensor for each parameter: by
-            ``(module, name)``, or in the order of the parameters. Default: the weights under the
-            masks, ``name_orig``: right as long as nothing has trained or moved them since. A
-            ``Pruner`` sets them to zero there, so after one a reference is needed.
-        ridge: :math:`\lambda`, as a share of the mean variance of the inputs' features. It keeps
-            weights whose inputs hardly vary in the calibration text where they are.
+        what: ``"bias"`` or ``"weights"``. With ``"bias"``, layers without a bias are left as they
+            are; the result says which these are.
+        reference: the unpruned weights, one tensor for each parameter: by ``(module, name)``, or in
+            the order of the parameters. Default: the weights under the masks, ``name_orig``, which
+            is right as long as they have not been trained or moved since. A ``Pruner`` sets them to
+            zero, so a reference is needed after one.
+        ridge: :math:`\lambda`, as a fraction of the mean variance of the input features. It holds
+            weights in place whose inputs hardly vary in the calibration data.
 
     Returns:
         One entry for each distinct parameter, with the error of its outputs before and after.
 
     Raises:
-        ValueError: a parameter that is not pruned, or sharded (``DTensor``), or of a convolution;
-            one without an entry in the calibration, or without a covariance for ``"weights"``;
-            ``"bias"`` where no layer has one; two layers with one bias; a reference of the wrong
-            shape; NaN or infinity in the weights; weights that were moved before, or that are all
-            zero under the masks, without a reference; a bias that was moved and has changed since;
-            a negative ridge. The error names the parameter.
+        ValueError: a parameter is not pruned, is sharded (``DTensor``) or belongs to a convolution;
+            it has no entry in the calibration, or no covariance for ``"weights"``; no layer has a
+            bias for ``"bias"``, or two layers share one; a reference has the wrong shape; weights
+            have NaN or infinity; there is no reference, but the weights were moved before or are
+            all zero under the masks; a bias was moved and has changed since; or the ridge is
+            negative. The error names the parameter.
         TypeError: ``calibration`` is not a :class:`torchalignprune.Calibration`.
 
     Example:
@@ -147,8 +149,8 @@ def realign(
     for target in targets:
         if target.reference is None and stored(*target.places[0]) in _MOVED:
             raise ValueError(
-                f"{target.name} was realigned before, so that its weights are not those to come "
-                "back to: give a reference from before that"
+                f"{target.name} was realigned before, so it no longer has the unpruned weights: "
+                "pass a reference from before that"
             )
     if reference is None:
         _check_weights_under_masks(targets)
@@ -176,7 +178,7 @@ class _Bias:
 
     @property
     def shift(self) -> Tensor:
-        """What earlier calls added. Of a bias that changed since none can say."""
+        """What earlier calls added, which is unknown for a bias that has changed since."""
         values = self.values
         kept: Tensor | None = _SHIFTS.get(stored(self.module, self.name))
         if kept is None:
@@ -184,9 +186,9 @@ class _Bias:
         shift, left = kept.to(values)[:, self.part].unbind()
         if bool((shift != 0).any()) and not torch.equal(values, left):
             raise ValueError(
-                f"the {self.name} of {type(self.module).__name__} was realigned before and has "
-                "changed since, so that what realign added cannot be taken off: train after the "
-                "last call, or load the weights into a fresh model"
+                f"the {self.name} of {type(self.module).__name__} has changed since it was "
+                "realigned, so what realign added cannot be removed: train after the last call, "
+                "or load the weights into a fresh model"
             )
         return shift
 
@@ -200,7 +202,7 @@ class _Bias:
         self.values.copy_(new)
 
     def moved(self, by: Tensor) -> Tensor:
-        """The bias with something added in the place of earlier shifts, where it is not pruned."""
+        """The bias with ``by`` in place of earlier shifts; its pruned entries do not change."""
         new = (self.values.to(by.dtype) - self.shift.to(by.dtype) + by).to(self.values.dtype)
         mask = mask_of(self.module, self.name)
         return new if mask is None else torch.where(mask[self.part] != 0, new, self.values)
@@ -224,9 +226,9 @@ def _bias_of(module: nn.Module, name: str) -> _Bias | None:
 def _check_whole(tensor: Tensor, name: str) -> None:
     if is_dtensor(tensor):
         raise ValueError(
-            f"{name} is sharded (a DTensor), but realign solves for whole layers: realign the "
-            "model before it is sharded, or an unsharded one with its full state "
-            "(get_model_state_dict with full_state_dict=True)"
+            f"{name} should not be sharded, got a DTensor: realign the model before it is sharded, "
+            "or an unsharded one with its full state (get_model_state_dict with "
+            "full_state_dict=True)"
         )
 
 
@@ -234,8 +236,8 @@ def _check_weights_under_masks(targets: Sequence[Target]) -> None:
     masked = [(t.weight, t.mask) for t in targets if t.mask is not None and not bool(t.mask.all())]
     if masked and not any(bool(w.masked_fill(mask, 0).any()) for w, mask in masked):
         raise ValueError(
-            f"the weights of {targets[0].name} and of all others are zero under the masks, as a "
-            "Pruner leaves them, so that there is nothing to come back to: give a reference"
+            f"{targets[0].name} and all other parameters are zero under their masks, as a Pruner "
+            "leaves them, so there are no unpruned weights to restore: pass a reference"
         )
 
 
@@ -248,12 +250,12 @@ def _check_biases(layers: Sequence[_Layer], what: What) -> None:
             key = (id(stored(bias.module, bias.name)), bias.part.start)
             if key in owners:
                 raise ValueError(
-                    f"{layer.target.name} shares its bias with {owners[key]}, so that it cannot be "
-                    "moved for one of them"
+                    f"{layer.target.name} shares its bias with {owners[key]}, so the bias cannot "
+                    "be adjusted for both: leave one of them out"
                 )
             owners[key] = layer.target.name
     if what == "bias" and not owners:
-        raise ValueError('what="bias" needs a layer with a bias, and none of these has one')
+        raise ValueError('what="bias" needs a layer with a bias, but none of these has one')
 
 
 def _warn_of_few_tokens(layers: Sequence[_Layer]) -> None:
@@ -261,8 +263,8 @@ def _warn_of_few_tokens(layers: Sequence[_Layer]) -> None:
         for found in layer.statistics:
             if found.count < len(found.mean):
                 warnings.warn(
-                    f"the calibration has {found.count} tokens for the {len(found.mean)} inputs of "
-                    f"{layer.target.name}: on other text the outputs may become worse",
+                    f"the calibration has only {found.count} tokens for the {len(found.mean)} "
+                    f"inputs of {layer.target.name}: outputs on other text may become worse",
                     UserWarning,
                     stacklevel=3,
                 )
@@ -280,12 +282,12 @@ class _Layer:
         weight = target.weight
         _check_whole(weight, target.name)
         if target.mask is None:
-            raise ValueError(f"{target.name} is not pruned: realign moves what a mask leaves")
+            raise ValueError(f"{target.name} should be pruned, got a parameter without a mask")
         for module, name in target.places:
             if isinstance(module, CONVOLUTIONS):
                 raise ValueError(
-                    f"{target.name} belongs to a convolution, which realign cannot move: leave it "
-                    "out"
+                    f"{target.name} belongs to a convolution, which realign does not support: "
+                    "leave it out"
                 )
             found = calibration.get((module, name))
             if found is None:
@@ -307,10 +309,12 @@ class _Layer:
             self.biases.append(bias)
         for tensor, which in ((weight, "weights"), (target.reference, "reference")):
             if tensor is not None and not bool(tensor.isfinite().all()):
-                raise ValueError(f"the {which} of {target.name} should be finite")
+                raise ValueError(
+                    f"the {which} of {target.name} should be finite numbers, got NaN or infinity"
+                )
 
     def solve(self, ridge: float) -> tuple[Tensor | None, list[Tensor | None], Realigned]:
-        """The new weights, None if they stay, the new biases, and what it comes to."""
+        """The new weights (None if they stay), the new biases, and the result."""
         target = self.target
         assert target.mask is not None
         wide = target.dtype
@@ -352,7 +356,7 @@ class _Layer:
         )
         new_weight = None
         if self.what == "weights":
-            # What lies under the mask stays.
+            # The values under the mask stay.
             new_weight = self._rows(v).to(target.weight.dtype)
             new_weight = torch.where(target.mask, new_weight, target.weight)
         return new_weight, biases, result
@@ -366,7 +370,7 @@ class _Layer:
                 bias.write(new)
 
     def refresh(self) -> None:
-        """Puts the product with the mask where the layer reads its weight."""
+        """Recomputes the masked weights and biases that the layer reads."""
         pairs: list[Pair] = list(self.target.places)
         pairs += [(bias.module, bias.name) for bias in self.biases if bias is not None]
         for module, name in pairs:
@@ -378,7 +382,7 @@ class _Layer:
         return [found.count for found in self.statistics]
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        """Units first, and back again."""
+        """Moves the units into the rows, and back again."""
         return tensor.transpose(0, 1) if self.target.out_dim == 1 else tensor
 
 
@@ -395,19 +399,19 @@ class _Place:
         self.covariance = None if found is None else found.to(like)
 
     def products(self) -> Tensor:
-        """What the change of a unit is measured with, when the bias follows it."""
+        """The matrix that measures the change of a unit, given that the bias is set after it."""
         assert self.covariance is not None
         if self.bias is not None:
             return self.share * self.covariance
         return self.share * torch.addr(self.covariance, self.mean, self.mean)
 
     def error(self, change: Tensor, bias: Tensor | None, *, bias_too: bool = True) -> Tensor:
-        """The mean square of the change of each unit's output; without covariance that of its mean.
+        """The mean square of each unit's change of output; without covariance, of its mean.
 
         Args:
             change: of the weights, shape (units, inputs).
-            bias: what the bias becomes; None if it stays.
-            bias_too: the change of the bias by earlier calls counts.
+            bias: the new bias; None if it stays.
+            bias_too: include what this and earlier calls added to the bias.
         """
         apart = change @ self.mean
         if self.bias is not None and bias_too:
@@ -425,17 +429,17 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def least_squares_step(products: Tensor, change: Tensor, mask: Tensor, ridge: float) -> Tensor:
-    r"""What to add to each unit on its mask: the ``d`` with the least
+    r"""The ``d`` on the mask of each unit that minimizes
     :math:`(c + d)^T A (c + d) + \lambda |d|^2`.
 
-    By conjugate gradients for all units at once, in features scaled to the same size. Every step
-    takes one product with ``A`` and lowers the error of every unit.
+    Uses conjugate gradients for all units at once, with the features scaled to the same size. Every
+    step takes one product with ``A`` and lowers the error of every unit.
 
     Args:
         products: ``A``, shape (inputs, inputs).
         change: ``c``, shape (units, inputs).
         mask: bool, shape (units, inputs).
-        ridge: :math:`\lambda` as a share of the mean of the diagonal of ``A``.
+        ridge: :math:`\lambda` as a fraction of the mean of the diagonal of ``A``.
     """
     shift = ridge * products.diagonal().mean()
     diagonal = products.diagonal() + shift
@@ -443,7 +447,7 @@ def least_squares_step(products: Tensor, change: Tensor, mask: Tensor, ridge: fl
     ridges = shift * scale.square()
     products = products * scale * scale[:, None]
     residual = -(change / torch.where(scale > 0, scale, 1)) @ products * mask
-    # Every unit starts with a residual of length 1, and stops before it is lost in rounding.
+    # Every unit starts with a residual of norm 1, and stops before rounding dominates it.
     start = residual.norm(dim=1, keepdim=True)
     residual = torch.where(start > 0, residual / start, 0)
     least = (8 * torch.finfo(residual.dtype).eps) ** 2

@@ -848,7 +848,7 @@ def test_verification_notices_a_difference(
     monkeypatch.setattr(checkpoints, "save_checkpoint", spoil)
     assert run("prune", bert, "--sparsity", 0.5, "--out", tmp_path / "out") == 1
     err = capsys.readouterr().err
-    assert "RuntimeError: encoder.layer.1.output.dense.weight is not the same when it is" in err
+    assert "RuntimeError: encoder.layer.1.output.dense.weight differs from the model when" in err
     assert list(tmp_path.iterdir()) == []
 
 

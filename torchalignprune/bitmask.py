@@ -1,7 +1,7 @@
-"""A tensor as one bit for each entry and the values that remain, and back, bit for bit.
+"""Packing a tensor into one bit for each entry and the remaining values, without any loss.
 
 Entries are numbered in row-major order, whatever the strides are. Entry ``i`` has bit ``i % 8``,
-counted from the lowest, of byte ``i // 8``; the bits past the last entry are 0.
+counted from the lowest, of byte ``i // 8``. Bits past the last entry are 0.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ __all__ = ["Packed", "byte_count", "pack", "pack_bits", "unpack", "unpack_bits"]
 
 
 class Packed(NamedTuple):
-    """A tensor of n entries, of which ``count`` have a bit.
+    """A tensor of n entries, of which ``count`` are stored.
 
     Attributes:
-        bits: uint8, shape ``(ceil(n / 8),)``; set where an entry has a value.
-        values: shape ``(count,)``, in the dtype of the tensor: the entries that have a bit, in
-            order.
-        signs: uint8, shape ``(ceil((n - count) / 8),)``: of the entries without a bit, in order,
-            set where one is -0.0; None if all of them are +0.0.
+        bits: uint8, shape ``(ceil(n / 8),)``: a set bit for each stored entry.
+        values: shape ``(count,)``, in the dtype of the tensor: the stored entries, in order.
+        signs: uint8, shape ``(ceil((n - count) / 8),)``: one bit for each of the other entries, in
+            order, set if the entry is -0.0. None if all of them are +0.0.
     """
 
     bits: Tensor
@@ -35,22 +34,21 @@ class Packed(NamedTuple):
 
 
 def byte_count(bits: int) -> int:
-    """How many bytes hold so many bits."""
+    """How many bytes a number of bits takes."""
     return -(-bits // 8)
 
 
 def pack(tensor: Tensor, mask: Tensor | None = None) -> Packed | None:
-    """The values of a tensor that are not zero, or those where a mask is true.
+    """Packs the nonzero entries of a tensor, or those under a mask of True.
 
-    Zeros of either sign come back with their sign: a product with a mask leaves -0.0 where a
-    negative weight was.
+    The sign of zeros is kept: the product of a negative weight and a mask is -0.0.
 
     Args:
         tensor: float32, float64, float16 or bfloat16, of any shape and strides, on any device.
-        mask: bool, shaped like the tensor. Default: where it is not zero.
+        mask: bool, shaped like the tensor. Default: True where the tensor is not zero.
 
     Returns:
-        The parts, on the CPU; None if an entry where the mask is false is not zero.
+        The packed tensor, on the CPU; or None if an entry is not zero where the mask is False.
 
     Example:
         >>> import torch
@@ -70,8 +68,7 @@ def unpack(packed: Packed, shape: tuple[int, ...]) -> Tensor:
     """The tensor that :func:`pack` was given, contiguous.
 
     Raises:
-        ValueError: the parts do not fit together: not as many values as bits, or bits past the
-            last.
+        ValueError: the numbers of bits and values differ, or bits past the last entry are set.
     """
     bits, values, signs = packed
     return ops.unpack_entries(bits, values, bits[:0] if signs is None else signs, shape)
@@ -93,7 +90,7 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The bool tensor that :func:`pack_bits` was given, contiguous.
 
     Raises:
-        ValueError: too many or too few bits, or bits past the end.
+        ValueError: there are too many or too few bits, or bits past the last entry are set.
     """
     n = math.prod(shape)
     ops.count_bits(bits, n)

@@ -1,4 +1,4 @@
-"""Transformers checkpoint folders: loading one, and writing one all at once or not at all."""
+"""Transformers checkpoint folders: loading them, and writing them atomically."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ _WEIGHT_SUFFIXES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model, and what there is to know about the folder that it came from.
+    """A model that was loaded from a checkpoint folder.
 
     Attributes:
-        folder: where it was loaded from.
+        folder: the folder.
         model: a ``transformers.PreTrainedModel``, in the dtype of the stored weights.
-        missing: names of parameters that the folder does not have; they were initialized anew.
-        unused: names, as stored, of tensors that the model's class has no place for.
-        lost: such tensors that could not be found again under the name reported for them.
+        missing: names of parameters that the folder lacks; they were newly initialized.
+        unused: stored names of tensors that the model's class does not use.
+        lost: names that transformers reported as unused, but that are not among the stored ones.
     """
 
     folder: Path
@@ -83,16 +83,16 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Loads a checkpoint folder with safetensors weights, without any network.
+    """Loads a checkpoint folder with safetensors weights, without network access.
 
-    The class is the first of the config's ``architectures``, or else ``AutoModel``; the dtype is
+    The class is the first of the config's ``architectures``, or else ``AutoModel``. The dtype is
     that of the stored weights, the widest if there are several.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors`` or its shards and their index.
+        folder: with ``config.json``, and ``model.safetensors`` or its shards and their index.
 
     Raises:
-        ValueError: the folder is not such a checkpoint, or quantized.
+        ValueError: the folder is not such a checkpoint, or it is quantized.
         ImportError: transformers or safetensors is not installed.
     """
     kind = architecture(folder)
@@ -120,21 +120,21 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         name, *shapes = min(found["mismatched_keys"])
         there, expected = (tuple(shape) for shape in shapes)
         raise ValueError(
-            f"{name} in {folder} should have shape {expected} by its config, got {there}"
+            f"{name} in {folder} should have shape {expected} according to its config, got {there}"
         )
     unused, lost = _unused(model, stored.keys(), found["unexpected_keys"])
     return Checkpoint(folder, model, frozenset(found["missing_keys"]), unused, lost)
 
 
 def empty_model(folder: Path) -> Any:
-    """The model of a checkpoint folder on the meta device: modules, names and shapes, no weights.
+    """The model of a checkpoint folder on the meta device, without weights.
 
     Args:
         folder: with ``config.json``; the class is found as in :func:`load_checkpoint`.
 
     Raises:
-        ValueError: the folder is not such a checkpoint, or quantized.
-        ImportError: transformers is not installed.
+        ValueError: the folder is not such a checkpoint, or it is quantized.
+        ImportError: transformers or safetensors is not installed.
     """
     kind = architecture(folder)
     try:
@@ -150,10 +150,10 @@ def empty_model(folder: Path) -> Any:
 def find_checkpoint_weights(
     files: StoredTensors, names: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]]
 ) -> list[str]:
-    """:func:`torchalignprune.weight_files.find_weights`, also where a model has other names.
+    """:func:`torchalignprune.weight_files.find_weights`, also for renamed parameters.
 
-    The names in the checkpoints of some architectures are older than those in their models;
-    transformers renames them when it loads one, and back when it saves.
+    The checkpoints of some architectures have older names than their models. transformers renames
+    them when it loads a checkpoint, and back when it saves one.
 
     Raises:
         ValueError: as ``find_weights``.
@@ -169,9 +169,10 @@ def find_checkpoint_weights(
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the model's config and weights, and the stored tensors that its class does not use.
+    """Writes the model's config and weights, with the same tensors as the source folder.
 
-    What the source did not have is not written either, so that the folder holds the same tensors.
+    These include stored tensors that the model's class does not use, and exclude parameters that
+    the source lacked.
     """
     state: dict[str, Tensor] = checkpoint.model.state_dict()
     for name in checkpoint.missing:
@@ -183,10 +184,10 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], **options: Any) -> None:
-    """``model.save_pretrained``, with files that have the modes of all others.
+    """``model.save_pretrained``, with the usual file modes for the weights too.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -194,23 +195,23 @@ def save_pretrained(model: Any, folder: Path, state: dict[str, Tensor], **option
         model.save_pretrained(folder, state_dict=state, **options)
     except SafetensorError as error:  # as when the disk is full
         raise OSError(f"{folder} cannot be written: {error}") from error
-    # Some versions of safetensors make files that nobody else may read.
+    # Some versions of safetensors make files that only the owner may read.
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
 
 
 def copy_other_files(source: Path, target: Path) -> None:
-    """Copies what a checkpoint folder holds besides the weights and the files in ``target``.
+    """Copies the files of a checkpoint folder that are neither weights nor in ``target`` already.
 
     These are tokenizers, model cards, the modules of a sentence-transformers model with their own
-    weights, and so on. The same model in other weight formats, training state, the checkpoints of
-    a Trainer and ``.git`` stay behind: they would be the dense model still.
+    weights, and so on. Other weight formats, training state, a Trainer's checkpoints and ``.git``
+    are not copied: they belong to the dense model.
     """
     modules = _module_folders(source)
     own = tuple(f"{path}/" for path in modules)
     for parent, folders, files in os.walk(source, followlinks=True):
         here = {name: Path(parent) / name for name in folders if not _is_foreign(name, {".cache"})}
-        # A link may lead anywhere; those to modules are part of the model.
+        # A link may lead anywhere, so only links to modules of the model are followed.
         folders[:] = sorted(
             name
             for name, path in here.items()
@@ -227,27 +228,27 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def check_other_files(source: Path) -> None:
-    """Whether :func:`copy_other_files` can make sense of a folder.
+    """Checks that :func:`copy_other_files` can read a folder's ``modules.json``, if it has one.
 
     Raises:
-        ValueError: its ``modules.json`` is not that of a sentence-transformers model.
+        ValueError: ``modules.json`` is not that of a sentence-transformers model.
     """
     _module_folders(source)
 
 
 def _module_folders(source: Path) -> list[str]:
-    """Of each module of a sentence-transformers model, but for the encoder, which lies in ""."""
+    """The folders of a sentence-transformers model's modules, without the root (the encoder)."""
     modules = _json(source, "modules.json") if (source / "modules.json").is_file() else []
     try:
         return [str(module["path"]) for module in modules if module.get("path")]
     except (AttributeError, TypeError):
         raise ValueError(
-            f"{source / 'modules.json'} should be a list of modules with their paths"
+            f"{source / 'modules.json'} should be a list of modules with paths"
         ) from None
 
 
 def verify_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Loads a folder that was written and compares every tensor with the model's.
+    """Loads a written folder again and compares every tensor with the model's.
 
     Raises:
         RuntimeError: a tensor differs or is missing; the error names it.
@@ -261,11 +262,11 @@ def verify_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         if name in checkpoint.missing:
             continue
         if name in found["missing_keys"] or not same_bits(there[name], tensor):
-            raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+            raise RuntimeError(f"{name} differs from the model when it is loaded from {folder}")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, each NaN and -0.0 included."""
+    """Whether two tensors have the same shape, dtype and bits, NaN and -0.0 included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     bits, others = (t.detach().cpu().flatten().view(torch.uint8) for t in (one, other))
@@ -273,12 +274,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuses an output folder that would destroy something.
+    """Refuses an output folder if writing to it would destroy something.
 
     Raises:
-        ValueError: ``out`` exists and ``overwrite`` is not given, is not a folder, is not a
-            checkpoint, or holds more than one, such as the ``checkpoint-*`` of a Trainer; it is a
-            mount point or the current folder; or it is ``source``, in it or around it.
+        ValueError: ``out`` is ``source``, in it or around it; it is a mount point or the current
+            folder; it exists without ``overwrite``; or it is not a folder, is not a checkpoint, or
+            holds more than one, such as the ``checkpoint-*`` of a Trainer.
     """
     out, source = out.resolve(), source.resolve()
     if out == source or out in source.parents or source in out.parents:
@@ -292,7 +293,7 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--out {out} exists; --overwrite replaces it")
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"--out {out} is not a checkpoint, so --overwrite does not replace it")
-    # The command itself leaves a report beside folders that it has copied from the source.
+    # Folders beside a report.json were copied from the source by an earlier run of the command.
     own = (out / "report.json").is_file()
     folders = sorted(entry.name for entry in out.iterdir() if entry.is_dir())
     if kept := [name for name in folders if _is_foreign(name) or not own]:
@@ -305,21 +306,21 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and (os.path.ismount(folder) or folder.samefile(os.curdir)):
         what = "a mount point" if os.path.ismount(folder) else "the current folder"
-        raise ValueError(f"{folder} is {what}, which cannot be replaced: name a folder in it")
+        raise ValueError(f"{folder} is {what}, which cannot be replaced: use a folder in it")
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` when the block ends without an error.
 
-    All files are on the disk before one rename makes it visible. With ``overwrite`` a folder that
-    is there changes places with it in the same step, and is removed when that is on the disk too;
-    where the system cannot do that, it is moved aside just before. When the block fails, or the
-    process is killed, nothing has changed.
+    All files are flushed to the disk before one rename makes the folder visible. With
+    ``overwrite``, the same step exchanges it with an existing folder, which is removed once the
+    exchange is on the disk. On systems without such a step, the existing folder is moved aside just
+    before. If the block fails or the process is killed in it, nothing changes.
 
     Args:
-        out: the folder to make; missing parents are made too.
-        overwrite: replace a folder that exists.
+        out: the folder to make; missing parents are created.
+        overwrite: replace an existing folder.
 
     Raises:
         ValueError: ``out`` is a mount point or the current folder, which cannot be replaced.
@@ -353,7 +354,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder, also when it is interrupted."""
+    """Removes a folder, even if an interrupt comes in between."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -364,19 +365,19 @@ def _remove(folder: Path) -> None:
 def _flush_all(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for path in (*(Path(parent) / name for name in files), Path(parent)):
-            # A file of somebody else that was there before may not be ours to open.
+            # We may not have the permission to open a file that was carried over.
             with suppress(PermissionError):
                 if not path.is_symlink():
                     flush(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Lets two folders change places in one step, and says whether the system can."""
+    """Exchanges two folders in one atomic step; returns False if the system cannot."""
     if sys.platform != "linux":
         return False
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library older than its system
+    except AttributeError:  # an old C library
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
@@ -385,7 +386,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turns transformers' messages and progress bars off, and back to what they were."""
+    """Turns off transformers' messages and progress bars, and restores them at the end."""
     logging = _transformers().utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -410,7 +411,7 @@ def _transformers() -> Any:
 
 
 def architecture(folder: Path) -> Any:
-    """The class of the model of a checkpoint folder, which has ``from_pretrained``."""
+    """The transformers class of a checkpoint folder's model, or ``AutoModel``."""
     transformers = _transformers()
     config = _json(folder, "config.json")
     if not isinstance(config, dict):
@@ -425,7 +426,7 @@ def architecture(folder: Path) -> Any:
 
 
 def names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
-    """``known`` by the names that the tensors have in the model that the checkpoint is of."""
+    """``known`` with the names that transformers gives the tensors when it loads the checkpoint."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -443,7 +444,7 @@ def names_in_model(path: Path, known: dict[str, str]) -> dict[str, str]:
     renamed = {}
     for name, stored in known.items():
         own, converted = rename_source_key(name, renamings, converters)
-        if converted is None:  # otherwise the model has it in another form
+        if converted is None:  # otherwise the model has the tensor in another form
             renamed[own] = stored
     return renamed
 
@@ -463,7 +464,7 @@ def _json(folder: Path, name: str) -> Any:
 
 
 def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """The stored names of tensors that the model did not load, and reported names without any."""
+    """The stored names of tensors that the model did not load, and reported names not stored."""
     unused, lost = set(), set()
     for name in unexpected:
         legacy = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)
@@ -482,7 +483,7 @@ def _unused(model: Any, stored: Any, unexpected: set[str]) -> tuple[frozenset[st
 
 
 def _is_foreign(name: str, others: Collection[str] = ()) -> bool:
-    """Whether a folder of this name holds somebody's work that is no part of a checkpoint."""
+    """Whether a folder of this name is not part of a checkpoint and should not be deleted."""
     return name in {".git", *others} or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 

@@ -1,16 +1,16 @@
-"""The files that a pruned model is saved in: shards, their index, and what is checked on reading.
+"""The files of a saved pruned model: shards, their index, and the checks when they are read.
 
-``pruned.index.json`` says what the folder holds. It has the shape, dtype and kind of every tensor
-of the model's state, a SHA-256 digest of everything that is stored, of the other files that were
-written with it, and of itself. The tensors lie in safetensors files: ``pruned.safetensors`` or
-``pruned-00001-of-00002.safetensors`` and so on in the layout ``"bitmask"``, the files that
-``from_pretrained`` looks for in the layout ``"dense"``. The kinds of tensors are
+``pruned.index.json`` describes the folder. It has the shape, dtype and kind of every tensor of the
+model's state, and SHA-256 digests of all that is stored, of the other files written with it, and of
+itself. The tensors are in safetensors files: ``pruned.safetensors`` or
+``pruned-00001-of-00002.safetensors`` and so on in the layout ``"bitmask"``, or the files that
+``from_pretrained`` expects in the layout ``"dense"``. A tensor is of one of these kinds:
 
-- ``dense``: stored under its name as it is.
-- ``bits``: a bool tensor, stored as ``name.bits``, one bit for each entry.
-- ``bitmask``: ``name.bits`` and the values that remain, ``name.values``; ``name.signs`` too if some
-  of the zeros are negative. See :mod:`torchalignprune.bitmask`.
-- ``mask_of``: the bits of another tensor are this bool tensor; nothing more is stored.
+- ``dense``: stored as it is, under its name.
+- ``bits``: a bool tensor, stored as ``name.bits``, with one bit for each entry.
+- ``bitmask``: stored as ``name.bits``, the remaining values ``name.values``, and ``name.signs`` if
+  some of the zeros are negative. See :mod:`torchalignprune.bitmask`.
+- ``mask_of``: a bool tensor that equals the bits of another tensor; nothing is stored for it.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ Layout = Literal["dense", "bitmask"]
 
 _FORMAT, _VERSION = "torchalignprune.pruned", 1
 _DTYPES = {kind: dtype for dtype, kind in DTYPE_NAMES.items()}
-_ENTRY = 512  # what a stored tensor takes in the header and in the index, in bytes, about
+_ENTRY = 512  # about how many bytes a stored tensor takes in the header and in the index
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class _Part(NamedTuple):
-    """A tensor in a safetensors file."""
+    """The dtype and shape of a tensor in a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -74,15 +74,15 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the index says of a tensor.
+    """The entry of a tensor in the index.
 
     Attributes:
         kind: dense, bits, bitmask or mask_of.
-        dtype: as safetensors calls it.
-        shape: that of the tensor.
-        count: of the kind bitmask, how many entries have a bit.
-        signs: of the kind bitmask, whether some zeros are negative.
-        of: of the kind mask_of, the tensor whose bits it is.
+        dtype: in the notation of safetensors.
+        shape: the shape of the tensor.
+        count: for bitmask, how many bits are set.
+        signs: for bitmask, whether some zeros are negative.
+        of: for mask_of, the tensor whose bits these are.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class _Entry:
     of: str = ""
 
     def parts(self, name: str) -> dict[str, _Part]:
-        """What is stored for it: dtype and shape by name."""
+        """The parts that are stored for the tensor, by name."""
         n = math.prod(self.shape)
         if self.kind == "dense":
             return {name: _Part(self.dtype, self.shape)}
@@ -113,10 +113,10 @@ class _Entry:
 
 
 class Contents(NamedTuple):
-    """What was written: the tensors of a state, and where their parts lie.
+    """The tensors of a state that were written, and the files of their parts.
 
     Attributes:
-        tensors: what the index says of each tensor, by its name in the state.
+        tensors: the index entry of each tensor, by its name in the state.
         weight_map: the file of each stored part.
         digests: the SHA-256 of each stored part, in hexadecimal.
     """
@@ -129,25 +129,26 @@ class Contents(NamedTuple):
 class PrunedFiles(StoredTensors):
     """The tensors of a folder that :func:`torchalignprune.save_pruned` wrote, by name.
 
-    The names are those in the model's state, ``name_orig`` and ``name_mask`` among them if it was
-    still being pruned. The files are mapped into memory, as by
-    :class:`torchalignprune.weight_files.WeightFiles`, and stay so; a tensor is unpacked when it is
-    asked for, and not kept.
+    The names are those in the model's state, with ``name_orig`` and ``name_mask`` if the model was
+    still being pruned. The files are memory-mapped, as by
+    :class:`torchalignprune.weight_files.WeightFiles`, and stay mapped. A tensor is unpacked on each
+    access and not kept.
 
     Args:
         folder: with ``pruned.index.json``.
-        verify: compare the digest of what is stored when it is read first, and raise ValueError if
-            it is another. That costs one pass over the file, at 0.5 to 2 GB/s.
+        verify: compare the digest of each part when it is first read, and raise ValueError if it
+            differs. This costs one pass over the files, at 0.5 to 2 GB/s.
 
     Attributes:
         layout: ``"dense"`` or ``"bitmask"``.
-        model: the name of the class of the model that was saved.
+        model: the class name of the saved model.
         pruned: the plain names of the parameters that have a mask.
-        tied: the names of tensors that are the same one as another, and its name.
+        tied: the name that a tied tensor is stored under, by each of its other names.
 
     Raises:
-        ValueError: not such a folder, of a newer version, or damaged: the index was altered, a
-            file is missing or cut off, a part is missing, too much or of another shape or dtype.
+        ValueError: ``save_pruned`` did not write the folder, or another version did; or the folder
+            is damaged: the index was altered, a file is missing or cut off, or a part is missing,
+            unexpected or of another shape or dtype.
         ImportError: safetensors is not installed.
     """
 
@@ -171,7 +172,7 @@ class PrunedFiles(StoredTensors):
             files = set(weight_map.values())
             escaping = [file for file in (*files, *self._other_files) if Path(file).name != file]
             if escaping:
-                raise ValueError(f"{escaping[0]!r} is not the name of a file")
+                raise ValueError(f"{escaping[0]!r} is not a file name")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path / INDEX} is damaged: {error!r}") from error
         self._files = WeightFiles(self.path / INDEX)
@@ -212,12 +213,13 @@ class PrunedFiles(StoredTensors):
         return _DTYPES[self._entries[self.tied.get(name, name)].dtype]
 
     def check(self) -> None:
-        """Reads everything that is stored once, so that nothing can be wrong with it later on.
+        """Checks everything that is stored, so that no later read can fail.
 
-        Without ``verify`` that is the bits alone, whose number has to be that of the values.
+        With ``verify`` this reads all parts once. Without, it only reads the bits and compares
+        their number with that of the values.
 
         Raises:
-            ValueError: something was altered.
+            ValueError: a part was altered.
         """
         if self._verify:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -234,10 +236,10 @@ class PrunedFiles(StoredTensors):
                     ops.count_bits(self._part(f"{name}.signs"), n - count)
 
     def check_other_files(self) -> None:
-        """Compares the other files that were written with the tensors, such as ``config.json``.
+        """Checks the other files that were written with the tensors, such as ``config.json``.
 
         Raises:
-            ValueError: one was altered or is missing.
+            ValueError: a file was altered or is missing.
         """
         if not self._verify:
             return
@@ -247,16 +249,16 @@ class PrunedFiles(StoredTensors):
                 raise ValueError(f"{file} is missing")
             if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
                 raise ValueError(
-                    f"{file} was altered since save_pruned wrote it; verify=False takes it as it is"
+                    f"{file} was altered after save_pruned wrote it; verify=False accepts it"
                 )
 
     def _part(self, name: str) -> Tensor:
         part = self._files[name]
-        if part.numel():  # so that it is this file to the end, if another one takes its place
+        if part.numel():  # keeps the file mapped, even if another one takes its place
             self._held.setdefault(self._files.file(name), part)
         if self._verify and name not in self._seen:
             if _digest(part) != self._digests[name]:
-                raise ValueError(f"{self._where(name)} was altered: its SHA-256 digest is another")
+                raise ValueError(f"{self._where(name)} was altered: its SHA-256 digest differs")
             self._seen.add(name)
         return part
 
@@ -291,24 +293,24 @@ class PrunedFiles(StoredTensors):
 
 
 def open_weights(path: str | os.PathLike[str]) -> StoredTensors:
-    """The tensors of a checkpoint, whether its weights lie there as they are or as bitmasks.
+    """The tensors of a checkpoint, whether it has plain weights or bitmasks.
 
     Args:
-        path: a folder of :func:`torchalignprune.save_pruned`, or anything that
-            :class:`torchalignprune.weight_files.WeightFiles` takes.
+        path: a folder that :func:`torchalignprune.save_pruned` wrote, or anything that
+            :class:`torchalignprune.weight_files.WeightFiles` accepts.
 
     Raises:
-        ValueError: there is nothing of the kind, or it is damaged.
+        ValueError: there is no such checkpoint, or it is damaged.
         ImportError: safetensors is not installed.
     """
     return PrunedFiles(path) if is_bitmask(path) else WeightFiles(path)
 
 
 def is_bitmask(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a folder of :func:`torchalignprune.save_pruned` in the layout ``"bitmask"``.
+    """Whether :func:`torchalignprune.save_pruned` wrote a folder in the layout ``"bitmask"``.
 
     Raises:
-        ValueError: it has an index that is damaged.
+        ValueError: the index of the folder is damaged.
     """
     folder = Path(path)
     there = (folder / INDEX).is_file()
@@ -324,11 +326,11 @@ def write_bitmask(
     """Writes a state in the layout ``"bitmask"``, without its index.
 
     Args:
-        folder: where to; it exists.
-        state: tensors on any device, tied ones once. A floating-point tensor becomes a bitmask
-            where that is smaller, one with a mask wherever the mask leaves zeros.
-        pruned: of tensors with a mask, the name of the mask.
-        max_shard_size: in bytes; a tensor that is larger gets a shard of its own.
+        folder: an existing folder to write to.
+        state: tensors on any device, tied ones once. A floating-point tensor without a mask becomes
+            a bitmask if that is smaller, one with a mask if it is zero under the mask.
+        pruned: the name of the mask of each tensor that has one.
+        max_shard_size: in bytes; a larger tensor gets a shard of its own.
     """
     entries: dict[str, _Entry] = {}
     masks = {pruned[name]: name for name in state if name in pruned}
@@ -366,12 +368,12 @@ def write_bitmask(
 
 
 def write_dense(folder: Path, state: Mapping[str, Tensor], max_shard_size: int) -> None:
-    """Writes a state as Hugging Face's libraries do: ``model.safetensors``, or shards of it.
+    """Writes a state like Hugging Face's libraries, to ``model.safetensors`` or shards of it.
 
     Args:
-        folder: where to; it exists.
+        folder: an existing folder to write to.
         state: tensors on any device, tied ones once.
-        max_shard_size: in bytes; a tensor that is larger gets a shard of its own.
+        max_shard_size: in bytes; a larger tensor gets a shard of its own.
     """
     groups = ({name: tensor} for name, tensor in state.items())
     weight_map, _ = _write_shards(folder, "model", groups, max_shard_size, {"format": "pt"})
@@ -382,7 +384,7 @@ def write_dense(folder: Path, state: Mapping[str, Tensor], max_shard_size: int) 
 
 
 def dense_contents(folder: Path) -> Contents:
-    """What there is in a folder in the layout ``"dense"``, of which the weights were written."""
+    """The contents of a folder in the layout ``"dense"`` whose weights have been written."""
     files = WeightFiles(folder)
     entries, weight_map, digests = {}, {}, {}
     for name in files:
@@ -400,15 +402,15 @@ def write_index(
     pruned: Iterable[str],
     tied: Mapping[str, str],
 ) -> None:
-    """Writes ``pruned.index.json``, with the digests of whatever else there is in the folder.
+    """Writes ``pruned.index.json``, with the digests of all other files in the folder.
 
     Args:
-        folder: where the weights and everything else has been written.
-        layout: that of the weights.
-        model: the name of the model's class.
-        contents: what was written.
+        folder: with the weights and all other files.
+        layout: the layout of the weights.
+        model: the class name of the model.
+        contents: the tensors that were written.
         pruned: the plain names of the parameters that have a mask.
-        tied: the names of tensors that are the same one as another, and its name.
+        tied: the name that a tied tensor is stored under, by each of its other names.
     """
     weights = set(contents.weight_map.values())
     others = sorted(file for file in folder.iterdir() if file.name not in weights)
@@ -431,20 +433,20 @@ def write_index(
 
 
 def own_files(folder: Path) -> set[str]:
-    """The names of the files in a folder that :func:`torchalignprune.save_pruned` wrote there.
+    """The names of the files that :func:`torchalignprune.save_pruned` wrote to a folder.
 
     Raises:
-        ValueError: it wrote none.
+        ValueError: it did not write the folder.
     """
     index = _read_index(folder)
     return {INDEX, *index["weight_map"].values(), *index["files"]}
 
 
 def parse_size(size: int | str) -> int:
-    """A number of bytes: an int, or a text such as ``"5GB"`` (5 * 10**9) or ``"200MiB"``.
+    """The number of bytes of an int or of a string such as ``"5GB"`` (5 * 10**9) or ``"200MiB"``.
 
     Raises:
-        ValueError: another text, or not positive.
+        ValueError: the string cannot be parsed, or the number is not positive.
 
     Example:
         >>> parse_size("5GB"), parse_size("1 KiB"), parse_size(12)
@@ -456,7 +458,8 @@ def parse_size(size: int | str) -> int:
         bytes_ = int(float(found[1]) * _UNITS[found[2].upper()])
     if bytes_ <= 0:
         raise ValueError(
-            f'max_shard_size should be a positive number of bytes or like "5GB", got {size!r}'
+            f'max_shard_size should be a positive number of bytes, or a string like "5GB", got '
+            f"{size!r}"
         )
     return bytes_
 
@@ -468,7 +471,7 @@ def _write_shards(
     max_shard_size: int,
     metadata: Mapping[str, str],
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Files of groups that belong together; the file and the digest of each tensor."""
+    """Writes shards that keep each group together; returns each tensor's file and its digest."""
     digests: dict[str, str] = {}
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -502,40 +505,39 @@ def _write_shards(
 
 
 def _pays(packed: Packed, tensor: Tensor) -> bool:
-    """Whether a tensor that has no mask becomes smaller."""
+    """Whether packing makes a tensor smaller."""
     parts = [part for part in packed if part is not None]
     return sum(part.nbytes + _ENTRY for part in parts) < tensor.nbytes + _ENTRY
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU, and with no memory besides its own, as safetensors wants it."""
+    """The tensor as safetensors needs it: contiguous, on the CPU, in a storage of its own size."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _digest(tensor: Tensor) -> str:
-    # What is contiguous may still have a dimension of size 1 with a stride that no view takes.
+    # A contiguous tensor may have any stride in a dimension of size 1, and view() refuses some.
     flat = tensor.as_strided((tensor.numel(),), (1,))
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _slim(entry: _Entry) -> dict[str, Any]:
-    """Without what is at its default, which most is."""
+    """The entry without its default values, to keep the index small."""
     kept = {key: value for key, value in asdict(entry).items() if value}
     return kept | {"shape": list(entry.shape)}
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder, unaltered."""
+    """The index of a folder, whose digest is checked."""
     file = folder / INDEX
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder} was not written by save_pruned: it has no {INDEX}. transformers' "
-            "from_pretrained reads ordinary checkpoints; one that a Trainer saved while pruning is "
-            "read into the model by torchalignprune.load_state_dict(model, "
-            "safetensors.torch.load_file(...))"
+            f"{folder} was not written by save_pruned: it has no {INDEX}. Load ordinary "
+            "checkpoints with transformers' from_pretrained, and one that a Trainer saved while "
+            "pruning with torchalignprune.load_state_dict(model, safetensors.torch.load_file(...))"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
@@ -545,11 +547,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
     version = metadata.get("version")
     if version != _VERSION:
         raise ValueError(
-            f"{file} has format version {version}, expected {_VERSION}: it needs another version "
-            "of torchalignprune"
+            f"{file} should have format version {_VERSION}, got {version}: it needs another "
+            "version of torchalignprune"
         )
     if index.pop("sha256", None) != _index_digest(index):
-        raise ValueError(f"{file} was altered: its SHA-256 digest is another")
+        raise ValueError(f"{file} was altered: its SHA-256 digest differs")
     return dict(index)
 
 

@@ -1,4 +1,4 @@
-"""Whole pruned models in folders: small as bitmasks, or dense for ``from_pretrained``."""
+"""Saving whole pruned models: small as bitmasks, or dense for ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ __all__ = ["load_pruned", "save_pruned", "write_pruned"]
 
 Format = Literal["dense", "bitmask"]
 
-_LISTED = 10  # of what does not fit, so many are named
+_LISTED = 10  # how many misfits an error names
 _MADE = (
-    "is no parameter or buffer, but made by the model for its state (as by get_extra_state), so "
-    "that load_pruned cannot put it back"
+    "should be a parameter or buffer, got a tensor that only state_dict() makes (as by "
+    "get_extra_state), which load_pruned cannot restore"
 )
 
 
@@ -56,45 +56,45 @@ def save_pruned(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a pruned model to a folder, which appears when it is complete.
+    """Writes a pruned model to a folder, which appears only once it is complete.
 
-    ``"bitmask"`` stores one bit for each weight of a pruned tensor and the values that remain, and
-    any other tensor as it is. At 50% sparsity that is 0.53 of float32 weights. Everything comes
-    back bit for bit with :func:`load_pruned`. A model that is still being pruned keeps its masks;
-    the weights under them take no room if they are zeros, as :class:`torchalignprune.Pruner`
-    leaves them, otherwise they are stored too. In a model whose pruning was made permanent it is
-    the zeros of a tensor that are left out, wherever that pays; -0.0, which
-    ``torch.nn.utils.prune.remove`` leaves behind where torch's own hooks were, takes one more bit.
+    ``"bitmask"`` stores one bit for each weight of a pruned tensor and the values that remain; any
+    other tensor is stored as it is. At 50% sparsity this takes 0.53 of the float32 weights.
+    :func:`load_pruned` restores everything bit for bit. A model that is still being pruned keeps
+    its masks. The weights under them are stored too, unless they are zeros, as
+    :class:`torchalignprune.Pruner` leaves them. In a model whose pruning was made permanent, the
+    zeros of a tensor are left out if that saves space; a tensor with -0.0, which
+    ``torch.nn.utils.prune.remove`` leaves behind after torch's own hooks, takes one more bit for
+    each zero.
 
-    ``"dense"`` makes the zeros permanent in what is written, not in the model, and drops the masks:
-    an ordinary folder for ``from_pretrained``, or, for a model that is not of transformers, plain
+    ``"dense"`` writes zeros instead of masks; the model itself keeps its masks. For a transformers
+    model the folder is an ordinary one for ``from_pretrained``, for any other model it has plain
     names in ``model.safetensors``.
 
-    Tied weights are stored once. With the weights comes ``pruned.index.json``, by which
-    :func:`load_pruned` recognizes a file that was altered. A model of transformers is written with
-    its config. Nothing is pickled.
+    Tied weights are stored once. ``pruned.index.json`` lets :func:`load_pruned` detect altered
+    files. A transformers model is written with its config. Nothing is pickled.
 
-    A folder that ``save_pruned`` wrote earlier is replaced; what others have put there, such as a
-    tokenizer, is kept. On Linux the two folders change places in one step, so that a process that
-    is killed, even by SIGKILL, leaves the former or the new one, whole, and a hidden folder beside
-    it, ``.NAME.*.partial``. Where the system has no such step, the former one is
-    ``.NAME.*.former`` for a moment. Of several processes only one may write.
+    A folder that ``save_pruned`` wrote earlier is replaced; files that others put there, such as a
+    tokenizer, are kept. On Linux the new folder replaces the old one in one atomic step: a process
+    that is killed, even by SIGKILL, leaves one of them whole, and maybe a hidden folder
+    ``.NAME.*.partial`` beside it. On other systems the old folder is ``.NAME.*.former`` for a
+    moment. Only one process may write at a time.
 
     Args:
-        model: any module, on any device; a wrapper of ``torch.compile`` or
-            ``DistributedDataParallel`` is looked through.
-        folder: where to; parents are made.
+        model: any module, on any device; wrappers of ``torch.compile`` and
+            ``DistributedDataParallel`` are removed.
+        folder: the folder to write; missing parents are created.
         format: ``"dense"`` or ``"bitmask"``.
-        max_shard_size: how large a file may become, in bytes or as ``"5GB"``; weights beyond it go
-            into several. As much memory is needed at a time.
+        max_shard_size: how large a file may become, in bytes or as in ``"5GB"``; larger models are
+            written in several files. Writing needs as much memory as one file.
 
     Raises:
-        FileExistsError: ``folder`` is a file, or holds something else than an earlier model.
-        ValueError: another format or size; a mask that is not 0 and 1; weights on the meta device;
-            for ``"dense"``, tied weights of which only some are pruned, or ties that a model of
-            transformers does not declare; a quantized model, or one with adapters.
-        TypeError: something in the model's state that is no tensor, or a sharded or sparse one, or
-            no parameter or buffer (``get_extra_state``).
+        FileExistsError: ``folder`` is a file, or holds something other than an earlier model.
+        ValueError: the format or size is invalid; a mask has other numbers than 0 and 1; weights
+            are on the meta device; the model is quantized or has adapters; or, for ``"dense"``,
+            tied weights have different masks or a transformers model does not declare its ties.
+        TypeError: the model's state has an entry that is not a tensor, is sharded or sparse, or is
+            neither a parameter nor a buffer (``get_extra_state``).
         ImportError: safetensors is not installed.
 
     Example:
@@ -126,31 +126,31 @@ def save_pruned(
 def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: bool = True) -> Any:
     """Reads a model from a folder that :func:`save_pruned` wrote, in either format.
 
-    Into a model it goes in place: parameters stay the same objects. They get hooks and masks where
-    the folder has a model that is still being pruned, lose them where it has not, and are tied
-    where they were. The model has to have the same names, shapes and dtypes, and is not to be
-    sharded; an error changes nothing of it. Of a class of transformers a new model is made from
-    the config in the folder, in ``eval`` mode, as ``from_pretrained`` does; no network is used.
+    A module is loaded in place: its parameters stay the same objects. Parameters that have masks in
+    the folder get hooks and masks, all others lose theirs, and those that were tied are tied again.
+    The module must have the same names, shapes and dtypes and must not be sharded. An error leaves
+    it unchanged. A transformers class gives a new model from the config in the folder, in ``eval``
+    mode like ``from_pretrained``, without network access.
 
-    The files are mapped into memory, and one tensor at a time is unpacked.
+    The files are memory-mapped, and tensors are unpacked one at a time.
 
     Args:
         model_or_class: a module of the same architecture, pruned or not, or a class such as
             ``transformers.BertModel`` or ``transformers.AutoModelForSequenceClassification``.
-        folder: what :func:`save_pruned` wrote.
-        verify: compare SHA-256 digests, so that any altered byte is noticed. That reads the files
-            once more, at 0.5 to 2 GB/s. Without it the index, the sizes, shapes and dtypes, and
-            the number of the bits are checked all the same.
+        folder: the folder that :func:`save_pruned` wrote.
+        verify: compare SHA-256 digests, which detect any altered byte. This reads the files once
+            more, at 0.5 to 2 GB/s. Without it, the index, the sizes, shapes and dtypes and the
+            number of bits are still checked.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the folder was not written by ``save_pruned``, or by a newer version; a file
-            is missing, cut off or altered; or it does not fit the model, with all that differs
-            in the message.
-        TypeError: neither a module nor a class that has ``from_pretrained``.
-        ImportError: safetensors, or for a class transformers, is not installed.
+        ValueError: ``save_pruned`` did not write the folder, or a newer version did; a file is
+            missing, cut off or altered; or the files do not fit the model. The message lists the
+            differences.
+        TypeError: ``model_or_class`` is neither a module nor a class with ``from_pretrained``.
+        ImportError: safetensors is not installed, or transformers for a class.
     """
     files = PrunedFiles(folder, verify=verify)
     if isinstance(model_or_class, nn.Module):
@@ -159,13 +159,13 @@ def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: 
     if not isinstance(model_or_class, type) or not hasattr(model_or_class, "from_pretrained"):
         what = getattr(model_or_class, "__name__", type(model_or_class).__name__)
         raise TypeError(
-            "model_or_class should be a module, or a class of transformers with from_pretrained, "
+            "model_or_class should be a module or a transformers class with from_pretrained, "
             f"got {what}"
         )
     if not (files.path / "config.json").is_file():
         raise ValueError(
-            f"{folder} has no config.json to make a {model_or_class.__name__} of: it was saved "
-            "from a model that is not of transformers. Give load_pruned a module to load it into"
+            f"{folder} should have a config.json for {model_or_class.__name__}, got none: a folder "
+            "that was not saved from a transformers model can only be loaded into a module"
         )
     files.check_other_files()
     return (_ordinary if files.layout == "dense" else _built)(model_or_class, files)
@@ -174,7 +174,7 @@ def load_pruned(model_or_class: Any, folder: str | os.PathLike[str], *, verify: 
 def write_pruned(
     model: Any, folder: Path, format: Format, max_shard_size: int | str = "5GB"
 ) -> None:
-    """What :func:`save_pruned` does in the folder, which is there and is empty."""
+    """Writes the files of :func:`save_pruned` into a folder, which exists and is empty."""
     max_shard_size = parse_size(max_shard_size)
     of_transformers = _is_transformers(model)
     if of_transformers:
@@ -188,7 +188,7 @@ def write_pruned(
         return
     tensors, tied = state.baked()
     if of_transformers:
-        # It drops names of tied weights by rules of its own.
+        # transformers decides itself which names of tied weights to drop.
         every = tensors | {name: tensors[first] for name, first in tied.items()}
         try:
             with quiet_transformers():
@@ -197,8 +197,8 @@ def write_pruned(
             if not tied or "shared tensors" not in str(error):
                 raise
             raise ValueError(
-                f"{name} has ties that it does not declare to transformers, whose files cannot "
-                f'hold those (of {", ".join(sorted(tied)[:_LISTED])}): use format="bitmask"'
+                f"{name} has tied weights that it does not declare to transformers, which cannot "
+                f'save them ({", ".join(sorted(tied)[:_LISTED])}): use format="bitmask"'
             ) from error
     else:
         write_dense(folder, tensors, max_shard_size)
@@ -216,16 +216,16 @@ def verify_pruned(model: nn.Module, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         again = files[name] if name in files else tensor.new_empty(0)
         if not same_bits(again, tensor):
-            raise RuntimeError(f"{name} is not the same when it is loaded from {folder}")
+            raise RuntimeError(f"{name} differs from the model when it is loaded from {folder}")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """:func:`torchalignprune.checkpoints.load_checkpoint` of a folder in the format ``"bitmask"``.
+    """:func:`torchalignprune.checkpoints.load_checkpoint` for folders in the format ``"bitmask"``.
 
-    Of a model that is still being pruned the zeros are made permanent, as they are in all others.
+    Masks are made permanent.
 
     Raises:
-        ValueError: it is damaged, or not from a model of transformers.
+        ValueError: the folder is damaged, or not from a transformers model.
         ImportError: transformers or safetensors is not installed.
     """
     model = load_pruned(architecture(folder), folder)
@@ -235,14 +235,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 class _State:
-    """The state of a model: what a file holds of it.
+    """The state of a model as it is stored.
 
     Attributes:
-        tensors: by their names in ``model.state_dict()``, tied ones under the first of theirs;
-            masks are bool.
-        tied: other names of tensors, and the first one.
+        tensors: by their names in ``model.state_dict()``; tied ones only by their first name, and
+            masks as bool.
+        tied: the first name of tied tensors, by each of the other names.
         pruned: the plain names of the parameters that have a mask.
-        masks: of a parameter with a mask, the name of the mask; both as in ``tensors``.
+        masks: the name of the mask of each parameter that has one; both as in ``tensors``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -268,7 +268,7 @@ class _State:
         for name in self.pruned:
             original, mask = (self.first(f"{name}_{end}") for end in ("orig", "mask"))
             known = self.masks.setdefault(original, mask)
-            # Moving a model to another device makes several masks of one.
+            # Moving a model to another device turns a shared mask into several copies.
             if known != mask and torch.equal(self.tensors[known], self.tensors[mask]):
                 del self.tensors[mask]
                 self.tied = {n: known if f == mask else f for n, f in self.tied.items()}
@@ -278,10 +278,10 @@ class _State:
         return self.tied.get(name, name)
 
     def baked(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors and ties of the model whose pruning was made permanent.
+        """The tensors and ties that the model would have if its pruning were made permanent.
 
         Raises:
-            ValueError: tied weights do not have the same mask.
+            ValueError: tied weights have different masks.
         """
         plain = {f"{name}_orig": name for name in self.pruned}
         for name, first in self.tied.items():
@@ -291,8 +291,8 @@ class _State:
             if pair[0] != pair[1]:
                 one, other = (plain.get(key, key) for key in (first, name))
                 raise ValueError(
-                    f"{one} and {other} are tied and do not have the same mask, so that one dense "
-                    'tensor cannot stand for both: prune both, or use format="bitmask"'
+                    f"{one} and {other} are tied but have different masks, so one dense tensor "
+                    'cannot represent both: prune both, or use format="bitmask"'
                 )
         masks = {f"{name}_mask" for name in self.pruned}
         tensors = {}
@@ -310,7 +310,7 @@ class _State:
 
 
 def _ties_to(there: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
-    """The ties of names of which others than the first may have been kept."""
+    """The ties by the names that were stored, which need not be the first ones."""
     groups: dict[str, list[str]] = {}
     for name, first in tied.items():
         groups.setdefault(first, [first]).append(name)
@@ -322,7 +322,7 @@ def _ties_to(there: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
 
 
 def _load(model: nn.Module, files: PrunedFiles) -> None:
-    """Into a model in place; what is wrong with the files shows before anything changes."""
+    """Loads files into a model in place. All errors are raised before the model changes."""
     state = _plain_state(model)
     keys = _fit(model, state, files)
     files.check()
@@ -346,29 +346,29 @@ def _load(model: nn.Module, files: PrunedFiles) -> None:
             state[name] = state[other]
     with torch.no_grad():
         for name, other in ties.items():
-            # One buffer in the files may be several in the model, as after moving or casting it.
+            # A buffer that is shared in the files may be several in a model that was moved or cast.
             if name == other or state[name] is not state[other]:
                 state[name].copy_(files[keys[name]])
-    for entry in entries:  # its product is that of the weights before
+    for entry in entries:  # once more, since the masked weights are still those from before
         put_masks([entry])
 
 
 def _built(kind: Any, files: PrunedFiles) -> Any:
-    """A model of a class of transformers, with the config in the folder."""
+    """A new model of a transformers class, from the config in a ``"bitmask"`` folder."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(files.path, local_files_only=True, trust_remote_code=False)
     wanted = getattr(kind, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
         raise ValueError(
-            f"{kind.__name__} takes a {wanted.__name__}, and {files.path} has a "
+            f"{kind.__name__} takes a {wanted.__name__}, but {files.path} has a "
             f"{type(config).__name__}: it was saved from a {files.model}"
         )
     if hasattr(kind, "from_config"):  # one of the Auto classes
         with torch.device("meta"):
             kind = type(kind.from_config(config))
     names = {_plain(key, files): key for key in files if not _is_mask(key, files)}
-    # Memory that nobody has touched, which transformers puts into the model as it is.
+    # Uninitialized memory, which transformers puts into the model without a copy.
     blank = {
         name: torch.empty(files.shape(key), dtype=files.dtype(key)) for name, key in names.items()
     }
@@ -391,7 +391,7 @@ def _built(kind: Any, files: PrunedFiles) -> Any:
 
 
 def _ordinary(kind: Any, files: PrunedFiles) -> Any:
-    """A model of a class of transformers from a dense folder, which is as others are."""
+    """A new model of a transformers class, from an ordinary (``"dense"``) folder."""
     files.check()
     with quiet_transformers():
         model, found = kind.from_pretrained(
@@ -404,7 +404,7 @@ def _ordinary(kind: Any, files: PrunedFiles) -> Any:
     ]
     if problems:
         raise ValueError(_does_not_fit(model, files, problems))
-    # One dtype does not always stand for all.
+    # dtype="auto" gives all tensors one dtype, but files may have several.
     for name, tensor in _plain_state(model).items():
         if name in files and files.dtype(name) != tensor.dtype:
             tensor.data = files[name].clone()
@@ -412,10 +412,10 @@ def _ordinary(kind: Any, files: PrunedFiles) -> Any:
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> dict[str, str]:
-    """Under which name the files have each tensor of the model.
+    """The name in the files of each tensor of the model.
 
     Raises:
-        ValueError: they do not have them all, or others, or of another shape or dtype.
+        ValueError: tensors are missing in the files or the model, or differ in shape or dtype.
     """
     keys = {_plain(key, files): key for key in files if not _is_mask(key, files)}
     ignored: set[str] = set()
@@ -433,7 +433,7 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
             continue
         shape, dtype = files.shape(keys[name]), files.dtype(keys[name])
         if not isinstance(tensor, Tensor):
-            problems.append(f"{name}: is no tensor in the model")
+            problems.append(f"{name}: should be a tensor in the model, got {type(tensor).__name__}")
         elif id(tensor) not in own:
             problems.append(f"{name}: {_MADE}")
         elif is_lazy(tensor):
@@ -441,20 +441,20 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
         elif is_dtensor(tensor):
             problems.append(f"{name}: is a DTensor: load into the model before it is sharded")
         elif tensor.layout != torch.strided:
-            problems.append(f"{name}: is a {tensor.layout} tensor in the model, not a dense one")
+            problems.append(f"{name}: should be strided in the model, got {tensor.layout}")
         elif _is_expanded(tensor):
-            problems.append(f"{name}: is expanded in the model, so that its entries share memory")
+            problems.append(f"{name}: is expanded in the model, so its entries share memory")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name}: should have shape {tuple(tensor.shape)}, got {shape}")
         elif tensor.dtype != dtype:
             problems.append(f"{name}: should be {tensor.dtype} as in the model, got {dtype}")
         elif tensor.is_meta:
-            problems.append(f"{name}: the model is on the meta device and has no memory for it")
+            problems.append(f"{name}: has no memory in the model, which is on the meta device")
         elif tensor.is_inference() and not torch.is_inference_mode_enabled():
-            problems.append(f"{name}: made in inference mode, so that nothing else may write to it")
+            problems.append(f"{name}: was made in inference mode and can only be written to in it")
     problems += [f"{name}: not in the model" for name in keys if name not in state]
     problems += [
-        f"{name}: pruned in the files, and no parameter of the model"
+        f"{name}: pruned in the files, but not a parameter of the model"
         for name in files.pruned
         if name in state and not isinstance(state[name], nn.Parameter)
     ]
@@ -463,7 +463,7 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], files: PrunedFiles) -> d
         for name, key in keys.items():
             other = stored_as.setdefault(id(state[name]), name)
             if files.tied.get(keys[other], keys[other]) != files.tied.get(key, key):
-                problems.append(f"{name}: tied to {other} in the model, and not in the files")
+                problems.append(f"{name}: tied to {other} in the model, but not in the files")
     if problems:
         raise ValueError(_does_not_fit(model, files, problems))
     return keys
@@ -475,8 +475,8 @@ def _does_not_fit(model: nn.Module, files: PrunedFiles, problems: Sequence[str])
         listed.append(f"and {len(problems) - _LISTED} more")
     if files.layout == "dense" and files.model == type(model).__name__ and _is_transformers(model):
         listed.append(
-            "(transformers stores some models in another form: load_pruned with the class, "
-            f"{files.model}, makes a new one)"
+            "(transformers stores some models in another form: pass load_pruned the class, "
+            f"{files.model}, for a new model)"
         )
     return "\n  ".join(
         [f"{files.path}, saved from {files.model}, does not fit {type(model).__name__}:", *listed]
@@ -493,7 +493,7 @@ def _plain(key: str, files: PrunedFiles) -> str:
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state without masks, and by the names that it has when it is not pruned."""
+    """The model's state without masks, by the names of the unpruned model."""
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     for name in _pruned(model):
         state[name] = state.pop(f"{name}_orig")
@@ -524,7 +524,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _tie(model: nn.Module, name: str, other: str) -> None:
-    """Puts the parameter ``other`` in the place of another."""
+    """Replaces the parameter ``name`` by the parameter ``other``."""
     (module, own), pair = _place(model, name), _place(model, other)
     own = own if mask_of(module, own) is None else f"{own}_orig"
     shared = stored(*pair)
@@ -536,21 +536,21 @@ def _check_tensor(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name} in the model's state should be a tensor, got {type(tensor).__name__}, which "
-            "safetensors cannot hold"
+            "safetensors cannot store"
         )
     if is_lazy(tensor):
         raise ValueError(f"{name} has no shape yet: run a forward first")
     if tensor.is_meta:
-        raise ValueError(f"{name} has no values: it is on the meta device")
-    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"{name} should have values, got a tensor on the meta device")
+    if is_dtensor(tensor):
         raise TypeError(
-            f"{name} is a DTensor, of which this process has a part: load the full state of "
+            f"{name} should not be sharded, got a DTensor: load the full state of "
             "torch.distributed.checkpoint.state_dict into a model that is not sharded, and save "
             "that"
         )
     if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
         kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
-        raise TypeError(f"{name} is a {kind} tensor, which safetensors cannot hold")
+        raise TypeError(f"{name} is a {kind} tensor, which safetensors cannot store")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -564,7 +564,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether it is a ``PreTrainedModel``, without importing transformers for it."""
+    """Whether the model is a ``PreTrainedModel``, without importing transformers."""
     loaded = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(model, loaded.PreTrainedModel)
 
@@ -574,8 +574,8 @@ def _check_transformers(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} is quantized: only float weights can be saved")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"{type(model).__name__} has adapters, which are no weights of its own: merge or "
-            "remove them first"
+            f"{type(model).__name__} has adapters, which are not saved with its own weights: merge "
+            "or remove them first"
         )
 
 
@@ -598,13 +598,13 @@ def _check_folder(folder: Path) -> None:
             own_files(folder)
         except ValueError as error:
             raise FileExistsError(
-                f"{folder} exists and is not replaced, because it holds something else than a "
-                f"model that save_pruned wrote: {error}"
+                f"{folder} should be a new folder or hold a model that save_pruned wrote, and was "
+                f"not replaced: {error}"
             ) from error
 
 
 def _carry_over(former: Path, folder: Path) -> None:
-    """What others have put into a folder, without copying it where the system has hard links."""
+    """Carries files of others over into the new folder, by hard links where there are any."""
     own = own_files(former) if any(former.iterdir()) else set()
 
     def carry(source: str, target: str) -> None:

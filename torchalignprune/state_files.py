@@ -1,4 +1,4 @@
-"""States of a training run in files: nested dicts of tensors, numbers and strings, without pickle.
+"""Files for the state of a training run: nested dicts of tensors, numbers and strings, no pickle.
 
 >>> import tempfile, torch
 >>> path = tempfile.mkdtemp() + "/state.safetensors"
@@ -22,21 +22,21 @@ from torchalignprune.weight_files import WeightFiles, write_tensors
 
 __all__ = ["load_state", "save_state"]
 
-_STATE = "state"  # the entry of the file's metadata that holds all but the tensors, as JSON
+_STATE = "state"  # the key of the file's metadata that holds everything but the tensors, as JSON
 _TENSOR = "__tensor__"
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Writes a state, such as that of a :class:`torchalignprune.Pruner`, to a safetensors file.
 
-    The file is there all at once or not at all, and on the disk when this returns.
+    The file is written atomically and is on the disk when this returns.
 
     Args:
-        path: the file to write; one that is there is replaced.
+        path: the file to write; an existing one is replaced.
         state: dicts with str keys, and lists, of tensors, numbers, strings, bools and None.
 
     Raises:
-        TypeError: anything else in the state; the error names where.
+        TypeError: the state has anything else; the error says where.
         OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
@@ -46,10 +46,10 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads what :func:`save_state` has written; the tensors are on the CPU.
+    """Reads a file that :func:`save_state` wrote. The tensors are on the CPU.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or not one of these.
+        ValueError: the file does not exist, is damaged, or was not written by :func:`save_state`.
         ImportError: safetensors is not installed.
     """
     if not Path(path).is_file():
@@ -58,16 +58,16 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         state = _put_together(json.loads(files.metadata[_STATE]), files)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a state that save_state has written") from error
+        raise ValueError(f"{path} should be a file that save_state wrote") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a state that save_state has written")
+        raise ValueError(f"{path} should be a file that save_state wrote")
     return state
 
 
 def _take_apart(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """The value with names in the place of its tensors."""
+    """The value with its tensors replaced by their names."""
     if isinstance(value, Tensor):
-        # Also keeps apart those that share memory.
+        # The copy also separates tensors that share memory.
         tensors[where] = value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         return {_TENSOR: where}
     if isinstance(value, Mapping):

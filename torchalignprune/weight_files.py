@@ -1,4 +1,4 @@
-"""Weights in safetensors files: read without a copy, found by name, written all at once."""
+"""Weights in safetensors files: read without a copy, found by name, written atomically."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: kind for kind, dtype in _DTYPES.items()}
-"""What safetensors calls the dtypes that it can hold."""
+"""The names of dtypes in safetensors."""
 
-_HINTS = 10  # how many of the names that were not found come with near ones
+_HINTS = 10  # for how many missing names an error suggests similar ones
 
-# Of a private mapping that may be written to, Linux would set memory aside for the whole file.
+# Without this, Linux would reserve memory for the whole file, since the mapping is writable.
 _NORESERVE = (
     0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 )
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies, and as what; ``begin`` is in bytes, from the start of the file."""
+    """A tensor in a file; ``begin`` is in bytes from the start of the file."""
 
     file: Path
     kind: str
@@ -72,10 +72,10 @@ class _Place(NamedTuple):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors in files, by name, of which one at a time is read.
+    """Tensors in files, by name. Each is read when it is accessed.
 
     Attributes:
-        path: what they are read from.
+        path: the file or folder.
     """
 
     path: Path
@@ -92,11 +92,11 @@ class StoredTensors(Mapping[str, Tensor]):
 class WeightFiles(StoredTensors):
     """The tensors of a safetensors file, or of a checkpoint folder with one or more of them.
 
-    Only the headers are read at first. A tensor is a view of its file, mapped into memory: what is
-    read of it takes pages of the file cache, which the system may drop again, and no memory of the
-    process, so that files larger than the memory work as well. A file is mapped as long as one of
-    its tensors is in use; it may be replaced in that time, but not be written to. What is written
-    to a tensor is a private copy of those pages, and does not reach the file.
+    Only the headers are read at first. A tensor is a view of its memory-mapped file. It takes pages
+    of the file cache, which the system may drop again, but no memory of the process, so files may
+    be larger than the memory. A file stays mapped as long as one of its tensors is in use; it may
+    be replaced meanwhile, but must not be written to. Writing to a tensor copies its pages and does
+    not change the file.
 
     Args:
         path: a safetensors file, the index of a sharded checkpoint, or a folder with
@@ -122,12 +122,13 @@ class WeightFiles(StoredTensors):
         files, listed = _files(self.path)
         for file in files:
             places, metadata, self._versions[file] = _header(file)
-            # Where the index says that a tensor is in another file, this one has an old one.
+            # If the index puts a tensor into another file, the one in this file is outdated.
             self._places |= {n: place for n, place in places.items() if listed.get(n, file) == file}
             self.metadata |= metadata
         if missing := sorted(set(listed) - set(self._places)):
             raise ValueError(
-                f"{listed[missing[0]]} lacks {missing[0]}, which is in it by the index of {path}"
+                f"{listed[missing[0]]} should have {missing[0]} according to the index of {path}, "
+                "but does not"
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -139,7 +140,7 @@ class WeightFiles(StoredTensors):
         tensor = torch.frombuffer(
             self._mapping(place.file), dtype=dtype, count=count, offset=place.begin
         )
-        if tensor.data_ptr() % dtype.itemsize:  # as in files of early versions
+        if tensor.data_ptr() % dtype.itemsize:  # unaligned, as in files of early versions
             tensor = tensor.clone()
         return tensor.reshape(place.shape)
 
@@ -153,7 +154,7 @@ class WeightFiles(StoredTensors):
         return name in self._places
 
     def file(self, name: str) -> Path:
-        """The file that a tensor lies in."""
+        """The file that holds a tensor."""
         return self._places[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -166,7 +167,9 @@ class WeightFiles(StoredTensors):
         """
         place = self._places[name]
         if place.kind not in _DTYPES:
-            raise ValueError(f"{name} in {place.file} is {place.kind}, which torch does not have")
+            raise ValueError(
+                f"{name} in {place.file} should have a dtype of torch, got {place.kind}"
+            )
         return _DTYPES[place.kind]
 
     def _mapping(self, file: Path) -> mmap.mmap:
@@ -177,7 +180,7 @@ class WeightFiles(StoredTensors):
             return mapped
 
 
-# Two threads that map a file would each have a mapping of their own, and one of them be forgotten.
+# Without the lock, two threads could map the same file twice.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -185,7 +188,7 @@ def _map(file: Path, version: _Version) -> mmap.mmap:
     with file.open("rb") as opened:
         if _version(opened) != version:
             raise ValueError(f"{file} has been replaced or changed since it was opened")
-        # A copy on write, because torch has no read-only tensors.
+        # The mapping is copy-on-write, because torch has no read-only tensors.
         if sys.platform == "win32":
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         return mmap.mmap(
@@ -197,7 +200,7 @@ def _map(file: Path, version: _Version) -> mmap.mmap:
 
 
 def plain_names(files: StoredTensors) -> dict[str, str]:
-    """The names of a file's weights, and those that they are stored under.
+    """The stored name of each weight, by the plain name.
 
     They differ in the checkpoint of a pruned model, which has ``name_orig`` and ``name_mask``.
     """
@@ -215,24 +218,24 @@ def find_weights(
     shapes: Sequence[tuple[int, ...]],
     stored: Mapping[str, str],
 ) -> list[str]:
-    """Under which name a file holds each parameter of a model.
+    """The name under which files hold each parameter of a model.
 
-    Where the names are not the same, they may all differ in one prefix: a base model and the same
-    in a task model (``bert.``, ``model.``), or a wrapper around either. A prefix that is replaced
-    by another may have no number in it, so that no layer is taken for another one.
+    The names in the model and the files may differ in one prefix that is the same for all, such as
+    ``bert.`` or ``model.`` of a base model in a task model, or that of a wrapper. A prefix that is
+    replaced by another must have no number in it, so that layers are not mixed up.
 
     Args:
         files: where to look.
-        names: for each parameter the dotted names that it has in the model; several if it is tied.
-        shapes: the shape of each.
-        stored: the names in the file, and what they are stored under.
+        names: the dotted names of each parameter in the model; several if it is tied.
+        shapes: the shape of each parameter.
+        stored: the stored name of each weight in the files, by its plain name.
 
     Returns:
-        For each parameter the name that its tensor is stored under.
+        The stored name of each parameter.
 
     Raises:
-        ValueError: parameters that have no partner, or one of another shape or of a dtype that
-            weights do not have, all of them listed; or names that fit with several prefixes.
+        ValueError: parameters are missing in the files, or have another shape or no floating-point
+            dtype there (all are listed); or several prefixes fit.
     """
     changes = _changes(names, stored)
     off, on = changes[0] if changes else ("", "")
@@ -272,15 +275,15 @@ def find_weights(
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, all at once or not at all: under another name first.
+    """Writes a safetensors file atomically: under another name, which is then changed.
 
     Args:
-        path: the file to write; one that is there is replaced.
+        path: the file to write; an existing one is replaced.
         tensors: on any device; no two may share memory.
-        metadata: goes into the header.
+        metadata: for the header.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
     try:
@@ -302,7 +305,8 @@ def write_tensors(
             partial,
             metadata=dict(metadata),
         )
-        partial.chmod(mode)  # some versions of safetensors make files that nobody else may read
+        # Some versions of safetensors make files that only the owner may read.
+        partial.chmod(mode)
         flush(partial)
         partial.replace(path)
         flush(path.parent)
@@ -313,8 +317,8 @@ def write_tensors(
 
 
 def flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and sys.platform == "win32":  # which opens no folders
+    """Makes sure that a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and sys.platform == "win32":  # which cannot open folders
         return
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -324,7 +328,7 @@ def flush(path: Path) -> None:
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files of a checkpoint, and by its index, if it has one, the file of each tensor."""
+    """The files of a checkpoint, and the file of each tensor if there is an index."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
@@ -342,8 +346,8 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path]]:
     for name, shard in shards.items():
         if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise ValueError(
-                f"{path} is not the index of a checkpoint: the file of {name} should be one beside "
-                f"it, got {shard!r}"
+                f"{path} is not the index of a checkpoint: the file of {name} should be in its "
+                f"folder, got {shard!r}"
             )
     return (
         [path.parent / shard for shard in sorted(set(shards.values()))],
@@ -355,7 +359,7 @@ _Version = tuple[int, ...]
 
 
 def _version(opened: IO[bytes]) -> _Version:
-    """What changes when a file is written to, or another one put in its place."""
+    """A value that changes when a file is written to or replaced."""
     found = os.fstat(opened.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -364,7 +368,7 @@ def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str], _Version]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):  # which checks all of the header
+        with safe_open(file, framework="np"):  # checks the whole header
             pass
         with file.open("rb") as opened:
             version = _version(opened)
@@ -381,9 +385,9 @@ def _header(file: Path) -> tuple[dict[str, _Place], dict[str, str], _Version]:
 
 
 def _changes(names: Sequence[Sequence[str]], stored: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Which prefix to take off the names, and which to put on, so that most are among the stored.
+    """Which prefix to remove from the names, and which to add, so that most are stored names.
 
-    Several, if they make all of the names fit and none is simpler than the others.
+    Several if each makes all names fit and none is simpler than the others.
     """
     votes = Counter[tuple[str, str]]()
     prefixes: dict[str, list[str]] = {}
@@ -419,7 +423,7 @@ def _allowed(off: str, on: str, rest: str) -> bool:
 
 
 def _dots(name: str) -> list[int]:
-    """Where the parts of a dotted name begin, without the first."""
+    """The positions at which the parts of a dotted name begin, without the first."""
     return [at + 1 for at, character in enumerate(name) if character == "."]
 
 

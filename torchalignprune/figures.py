@@ -1,4 +1,4 @@
-"""The pictures: what pruning did to every layer, and how methods compare."""
+"""Figures of what pruning did to every layer, and of how methods compare."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 __all__ = ["draw_comparison", "draw_report", "require_matplotlib"]
 
-_ROWS, _COLUMNS = 24, 64  # more than that is a list, not a grid
+_ROWS, _COLUMNS = 24, 64  # the largest grid; more layers are drawn as a list
 
 
 def require_matplotlib() -> None:
-    """Fails at once, rather than after the work whose picture is to be drawn.
+    """Checks that figures can be drawn, before the work whose results they show.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -24,7 +24,7 @@ def require_matplotlib() -> None:
     logger = logging.getLogger("matplotlib")
     level = logger.level
     try:
-        # A first import would announce on standard error that it caches fonts.
+        # The very first import would log that it builds the font cache.
         logger.setLevel(logging.ERROR)
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -36,15 +36,15 @@ def require_matplotlib() -> None:
 
 
 def draw_report(layers: Sequence[Mapping[str, Any]], alignments: Sequence[Any], title: str) -> Any:
-    """Draws the mean unit alignment and the sparsity of each layer, and how the units spread.
+    """Draws the mean unit alignment and the sparsity of each layer, and the units' distribution.
 
-    Layers that are numbered, as in a transformer, make a grid with the depth on x and a row for
-    each kind of module; any others are listed one below the other.
+    Numbered layers, as in a transformer, make a grid with the depth on x and a row for each kind of
+    module. Any others are listed one below the other.
 
     Args:
         layers: a :class:`torchalignprune.AlignmentReport`.
-        alignments: the alignments of the units, in arrays.
-        title: one line above.
+        alignments: arrays with the alignments of the units.
+        title: the title of the figure, one line.
 
     Returns:
         A ``matplotlib.figure.Figure``.
@@ -92,15 +92,15 @@ def draw_comparison(
     title: str,
     path: Path,
 ) -> None:
-    """Draws a quality against sparsity, with a line for each method, into a PNG.
+    """Draws a metric against sparsity, with a line for each method, and saves it as a PNG.
 
     Args:
-        curves: for each method ``{sparsity: (value, lower, upper)}``, the last two the bounds of
-            an interval.
-        dashed: the methods to set apart from the others, with broken lines.
-        ylabel: what the values are.
-        title: above the picture.
-        path: where to write.
+        curves: for each method ``{sparsity: (value, lower, upper)}``; the last two are the bounds
+            of an interval.
+        dashed: the methods to draw with dashed lines.
+        ylabel: the name of the metric.
+        title: the title of the figure.
+        path: the file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -113,7 +113,7 @@ def draw_comparison(
     axes = figure.subplots()
     colors = [*colormaps["tab10"].colors, "black", "gold", "navy", "lime"]  # type: ignore[attr-defined]
     markers = "osD^v<>PX*"
-    # The legend is in the order in which the lines end.
+    # The legend lists the methods in the order of their last values, as the lines end.
     order = sorted(curves, key=lambda method: -curves[method][max(curves[method])][0])
     styles = {
         method: (colors[i % len(colors)], markers[i % len(markers)])
@@ -155,10 +155,11 @@ def _plain(name: str) -> str:
 
 
 def _grid(names: Sequence[str]) -> list[tuple[str, int]] | None:
-    """A row and a column for each layer, or None where a grid would not show them well.
+    """A row and a column for each layer, or None if they do not make a good grid.
 
-    The first number in a name is the depth; what follows it is the kind, with what precedes it
-    where that differs. Depth -1 is for layers without a number.
+    The first number in a name is the depth, and what follows it is the kind of module. The part
+    before the number is added to the kind if it is not the same for all. Layers without a number
+    have depth -1.
     """
     split = []
     for name in map(_plain, names):
@@ -252,10 +253,10 @@ def _draw_spread(axes: Any, alignments: Sequence[Any]) -> None:
 
 
 def _scale(label: str, values: Sequence[float | None]) -> tuple[float, float, int]:
-    """Bounds of the values, and the decimals that tell them apart."""
+    """Bounds of the values, and how many decimals to show."""
     present = [value for value in values if value is not None] or [0.0]
     decimals = 3 if max(present) - min(present) < 0.05 else 2
     if label == "sparsity":
         return 0.0, 1.0, decimals
-    # Alignments are close to 1; a tenth less than the worst leaves room below it.
+    # Alignments are close to 1, so the lower bound is the worst one rounded down, at most 0.9.
     return min(math.floor(10 * min(present)) / 10, 0.9), 1.0, decimals

@@ -1,5 +1,4 @@
-"""``DistributedDataParallel``: it is told not to send the masks at every forward, and a Pruner asks
-whether they are the same on all ranks."""
+"""``DistributedDataParallel``: masks are not broadcast, but checked to be the same on all ranks."""
 
 from __future__ import annotations
 
@@ -17,26 +16,26 @@ from torchalignprune.parameters import some
 
 __all__ = ["check_same_masks", "digest", "ignore_masks", "keep_mask"]
 
-# The model that the hook was last ignored in, by the hook.
+# For each pruning hook, the wrapper that was last told to ignore its mask.
 _IGNORED: weakref.WeakKeyDictionary[object, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def ignore_masks(ddp: DistributedDataParallel) -> None:
-    """Let ``DistributedDataParallel`` not broadcast the masks of pruned parameters any more.
+    """Stops ``DistributedDataParallel`` from broadcasting the masks of pruned parameters.
 
-    It broadcasts all buffers from rank 0 at every forward (``broadcast_buffers=True``, the
-    default), and so a byte for each weight that has a mask. The masks are the same on every rank
-    without that: they are chosen by the same rule from the same weights.
+    By default (``broadcast_buffers=True``) it broadcasts all buffers from rank 0 at every forward,
+    and so one byte for each weight with a mask. This is not needed, because every rank chooses the
+    same masks by the same rule from the same weights.
 
-    In a model that is not compiled this happens by itself in the first forward with masks, so that
-    they are sent once. Under ``torch.compile`` no hook runs outside of the compiled code: call it
-    when the model is wrapped and has its masks.
+    In a model that is not compiled, the first forward with masks calls this, so they are sent once.
+    Under ``torch.compile`` no hook runs outside of the compiled code: call it yourself once the
+    model is wrapped and has its masks.
 
     Args:
         ddp: the wrapped model.
 
     Raises:
-        TypeError: not a ``DistributedDataParallel``.
+        TypeError: ``ddp`` is not a ``DistributedDataParallel``.
 
     Example::
 
@@ -47,8 +46,8 @@ def ignore_masks(ddp: DistributedDataParallel) -> None:
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
-            f"ddp should be a DistributedDataParallel, got {type(ddp).__name__}: what is not one "
-            "yet takes it by itself, or when it is wrapped"
+            f"ddp should be a DistributedDataParallel, got {type(ddp).__name__}: call this after "
+            "wrapping the model"
         )
     itself: weakref.ref[nn.Module] = weakref.ref(ddp)
     names = set()
@@ -57,15 +56,15 @@ def ignore_masks(ddp: DistributedDataParallel) -> None:
             if isinstance(hook, prune.BasePruningMethod):
                 names.add(f"{prefix}.{hook._tensor_name}_mask".lstrip("."))
                 _IGNORED[hook] = itself
-    # DDP reads it whenever it looks for buffers to send.
+    # DDP reads this whenever it collects the buffers to broadcast.
     ddp.parameters_to_ignore |= names
     if all(name in ddp.parameters_to_ignore for name, _ in ddp.module.named_buffers()):
-        # It does not broadcast a list of none.
+        # DDP cannot broadcast an empty list.
         ddp.broadcast_buffers = False
 
 
 def keep_mask(hook: prune.BasePruningMethod) -> None:
-    """Called in every forward of a pruned parameter, with its hook."""
+    """Calls :func:`ignore_masks` if the hook of a pruned parameter runs in a new wrapper."""
     if torch.compiler.is_compiling():
         return
     active = DistributedDataParallel._active_ddp_module
@@ -79,19 +78,19 @@ def keep_mask(hook: prune.BasePruningMethod) -> None:
 def check_same_masks(
     places: Sequence[tuple[nn.Module, str]], names: Sequence[str], masks: Sequence[Tensor]
 ) -> None:
-    """Whether all ranks of a ``DistributedDataParallel`` have made the same masks; all call it.
+    """Checks that all ranks of a ``DistributedDataParallel`` chose the same masks.
 
-    Known is the wrapper in which a parameter that is pruned already, be it by a mask of ones, was
-    in its last forward, or that :func:`ignore_masks` was called with. Sends 16 bytes for each
-    wrapper. Within ``join()``, where ranks that have no more batches do not come here, it is left.
+    All ranks should call it. It finds the wrapper of a parameter from its last forward with a mask,
+    be it of ones, or from :func:`ignore_masks`, and sends 16 bytes for each wrapper. Wrappers in
+    ``join()`` are skipped, because ranks without batches do not get here.
 
     Args:
-        places: a ``(module, name)`` pair of each parameter.
-        names: what to call them.
+        places: a ``(module, name)`` pair for each parameter.
+        names: the names of the parameters.
         masks: the new masks.
 
     Raises:
-        RuntimeError: on all ranks, where they are not the same.
+        RuntimeError: the masks differ; on all ranks.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -107,9 +106,9 @@ def check_same_masks(
         wrong = [names[own[i]] for i in (~_same(digests, wrapper)).nonzero().flatten().tolist()]
         shown = some(wrong)
         raise RuntimeError(
-            f"the ranks of DistributedDataParallel chose different masks for {shown}: what ranks "
-            "the entries should be the same on all of them, such as the seed of the generator of "
-            "Random, input norms (Calibration.merge what each rank has collected) and the weights"
+            f"the ranks of DistributedDataParallel chose different masks for {shown}: everything "
+            "that ranks the entries should be the same on all of them, such as the weights, the "
+            "seed of Random's generator and input norms (use Calibration.merge on all ranks)"
         )
 
 
@@ -123,7 +122,7 @@ def _wrapper_of(module: nn.Module, name: str) -> DistributedDataParallel | None:
 
 
 def _same(digests: Tensor, wrapper: DistributedDataParallel) -> Tensor:
-    """Of each digest whether all ranks have it."""
+    """Which digests are the same on all ranks."""
     message = torch.stack([digests, ~digests])
     dist.all_reduce(message, op=dist.ReduceOp.MAX, group=wrapper.process_group)
     most, least = message.unbind()
@@ -131,10 +130,10 @@ def _same(digests: Tensor, wrapper: DistributedDataParallel) -> Tensor:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A number, int64, that differs where bytes differ, but for one case in some 2**60.
+    """An int64 hash of the bytes of a tensor, the same on every device.
 
-    A sum of products with random numbers, of what 4096 words each come to, level by level. It is
-    the same on every device.
+    Different bytes collide with a probability of about 2**-60. Each level of the hash replaces 4096
+    words by the sum of their products with random numbers.
     """
     factors = torch.randint(-(2**62), 2**62, (4096,), generator=torch.Generator().manual_seed(0))
     factors = factors.to(tensor.device)

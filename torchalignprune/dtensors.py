@@ -1,7 +1,6 @@
-"""Sharded tensors (``DTensor``): the part that this rank holds, and sums over all the parts.
+"""Sharded tensors (``DTensor``): the part that this rank holds, and sums over all parts.
 
-Nothing here imports ``torch.distributed.tensor``, which is large: where it has not been imported,
-there is no ``DTensor``.
+``torch.distributed.tensor`` is large and not imported here, unless there is a ``DTensor``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def is_dtensor(tensor: object) -> TypeIs[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that is here, detached, in the same memory; any other tensor itself."""
+    """The local part of a DTensor, detached, in the same memory; any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -52,7 +51,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: DTensor, part: Tensor) -> DTensor:
-    """A DTensor of the same layout, of which this rank's part is another tensor.
+    """A DTensor of the same layout with ``part`` as this rank's part.
 
     ``DTensor.from_local`` would move a part that is offloaded to the CPU back to the GPU.
     """
@@ -70,7 +69,7 @@ def converted(
     dtype: torch.dtype | None = None,
     copy: bool = False,
 ) -> Tensor:
-    """``tensor.to(device, dtype, copy=copy)``, which for a DTensor is done to the part here."""
+    """``tensor.to(device, dtype, copy=copy)``, applied to the local part of a DTensor."""
     if not is_dtensor(tensor):
         return tensor.to(device, dtype, copy=copy)
     part = local(tensor)
@@ -79,10 +78,10 @@ def converted(
 
 
 def check_layout(tensor: DTensor, name: str) -> None:
-    """Refuses what has no values of its own on each rank, such as a sum that is still pending.
+    """Refuses a DTensor without values on each rank, such as a pending sum (``Partial``).
 
     Raises:
-        TypeError: a placement that is neither ``Shard`` nor ``Replicate``.
+        TypeError: a placement is neither ``Shard`` nor ``Replicate``.
     """
     for placement in tensor.placements:
         if not (placement.is_replicate() or _dim(placement) is not None):
@@ -99,7 +98,7 @@ def _dim(placement: Any) -> int | None:
 
 
 def shard_dims(tensor: Tensor) -> list[tuple[int, int]]:
-    """For each dimension of the mesh that shards the tensor: that, and the tensor's dimension."""
+    """Pairs of a mesh dimension that shards the tensor and the tensor's dimension it shards."""
     if not is_dtensor(tensor):
         return []
     pairs = [(i, _dim(placement)) for i, placement in enumerate(tensor.placements)]
@@ -108,7 +107,7 @@ def shard_dims(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def own_indices(tensor: DTensor, dim: int) -> Tensor:
-    """Which positions along a dimension of the whole this rank's part holds, in its order.
+    """The indices along a dimension of the whole tensor that this rank's part holds, in its order.
 
     Returns:
         int64, shape ``(length of the part,)``.
@@ -124,20 +123,20 @@ def _runs(tensor: DTensor) -> tuple[Runs, ...]:
 
 
 def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
-    """What belongs to this rank's part of ``tensor``: a view of a whole tensor where it can be.
+    """The part of ``whole`` that belongs to this rank's part of ``tensor``; a view if possible.
 
     Args:
-        whole: of the shape of ``tensor``; a plain tensor that is the same on all ranks (maybe
-            mapped from a file, of which only the part is read), or a DTensor of the same layout.
+        whole: shaped like ``tensor``; a plain tensor that is the same on all ranks (if it is mapped
+            from a file, only the part is read), or a DTensor of the same layout.
         tensor: sharded or not.
         name: what to call ``whole`` in an error.
 
     Raises:
-        ValueError: a DTensor of another layout, or one for a plain tensor.
+        ValueError: ``whole`` is a DTensor of another layout, or ``tensor`` is not a DTensor.
     """
     if is_dtensor(whole):
         if not is_dtensor(tensor):
-            raise ValueError(f"{name} is a DTensor, but what it belongs to is a plain tensor")
+            raise ValueError(f"{name} should be a plain tensor like the parameter, got a DTensor")
         if whole.device_mesh != tensor.device_mesh or whole.placements != tensor.placements:
             raise ValueError(
                 f"{name} should be laid out as {tensor.placements} on {tensor.device_mesh}, got "
@@ -152,12 +151,13 @@ def own_part(whole: Tensor, tensor: Tensor, name: str) -> Tensor:
 def add_up_together(
     values: Sequence[Tensor], owners: Sequence[Tensor], mesh_dims: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """:func:`add_up` of many, where those that go the same way go together.
+    """:func:`add_up` for many tensors, with one message for those on the same mesh dimensions.
 
     Args:
         values: shape ``(rows, columns)`` each, with the same rows, on one device.
-        owners: what each belongs to: a DTensor, whose mesh it is summed on, or a plain tensor.
-        mesh_dims: the dimensions of its mesh; none for a plain tensor.
+        owners: the tensor that each belongs to: a DTensor, whose mesh it is summed on, or a plain
+            tensor.
+        mesh_dims: the dimensions of each mesh to sum over; none for a plain tensor.
     """
     summed = list(values)
     ways: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
@@ -176,8 +176,8 @@ def add_up_together(
 def add_up(values: Tensor, mesh: DeviceMesh, mesh_dims: Sequence[int]) -> Tensor:
     """The sum over the ranks along some dimensions of a mesh, the same on all of them.
 
-    Differentiable. What the ranks make of the sum is one number, of which each has a copy, so that
-    the gradient of a rank's own values is that of the sum: nothing is sent in the backward.
+    Differentiable. All ranks should compute the same loss from the sum. The gradient of a rank's
+    own values is then the gradient of the sum, so the backward sends nothing.
     """
     if not mesh_dims:
         return values
@@ -188,7 +188,7 @@ def add_up(values: Tensor, mesh: DeviceMesh, mesh_dims: Sequence[int]) -> Tensor
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, mesh: DeviceMesh, mesh_dims: tuple[int, ...]) -> Tensor:
-        # What is offloaded to the CPU goes by the mesh's own device.
+        # Values that are offloaded to the CPU are sent from the mesh's device.
         total = values.to(mesh.device_type, copy=True)
         for dim in mesh_dims:
             dist.all_reduce(total, group=mesh.get_group(dim))
@@ -200,11 +200,11 @@ class _Sum(torch.autograd.Function):
 
 
 def differentiable_local(tensor: Tensor, before: Callable[[], None] | None = None) -> Tensor:
-    """As :func:`local`, with a gradient to the DTensor, of its layout.
+    """:func:`local` with a gradient, which is a DTensor of the same layout.
 
     Args:
         tensor: a DTensor; any other tensor is returned as it is.
-        before: called before the gradient is handed on.
+        before: called before the gradient is passed on.
     """
     if not is_dtensor(tensor):
         return tensor

@@ -1,12 +1,11 @@
-"""What pruning has to tell FSDP2 (``torch.distributed.fsdp.fully_shard``).
+"""Keeps FSDP2 (``torch.distributed.fsdp.fully_shard``) up to date about pruned parameters.
 
-FSDP2 lets a module's parameter be, in turn, the sharded DTensor that the optimizer knows and the
-gathered plain tensor that a forward and its backward use. It does so by name, in a list of places
-that it keeps for each parameter. A pruned parameter has another name, and two places: ``name_orig``
-among the module's parameters, and ``name``, a plain attribute.
+FSDP2 switches a module's parameter between the sharded DTensor that the optimizer has and the
+gathered plain tensor that forward and backward use. For that it keeps a list of modules and names
+for each parameter. A pruned parameter needs two entries there: ``name_orig`` among the module's
+parameters, and ``name``, a plain attribute.
 
-That list is private to torch. Each release of this package is for one minor release of torch, and
-what is needed of it is looked at before anything is changed.
+That list is private to torch, so its attributes are checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _STATES = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
 
 class Managed:
-    """A parameter that FSDP2 shards, and its group, which is gathered together."""
+    """A parameter that FSDP2 shards, and the group that it is gathered with."""
 
     def __init__(self, param: Any, group: Any) -> None:
-        # These hold the modules, which are the keys of _KNOWN.
+        # Weak, because both hold the modules, which are the weak keys of _KNOWN.
         self._param = weakref.ref(param)
         self._group = weakref.ref(group)
 
@@ -44,28 +43,28 @@ class Managed:
 
     @property
     def sharded(self) -> nn.Parameter:
-        """The parameter that the optimizer has, also while another one is shown."""
+        """The parameter that the optimizer has, even while the module shows the gathered one."""
         found: nn.Parameter = self.param.sharded_param
         return found
 
     def reshard(self, name: str) -> None:
-        """Free the gathered copies, so that what is done to the sharded ones is seen.
+        """Frees the gathered copies, so that changes of the sharded parameters take effect.
 
         Raises:
-            RuntimeError: a forward or backward is under way.
+            RuntimeError: a forward or backward is running.
         """
         if self.group._training_state.name != "IDLE":
             raise RuntimeError(
-                f"{name} is gathered for a forward or backward that is under way: prune between "
-                "the steps, after optimizer.step()"
+                f"{name} is gathered for a forward or backward that is still running: prune "
+                "between steps, after optimizer.step()"
             )
         self.group._to_sharded()
 
     def wait(self) -> None:
-        """Let the current stream wait until the gradients that were reduced so far are there.
+        """Makes the current stream wait for the gradients that FSDP2 is reducing.
 
-        FSDP2 adds to the sharded gradient in streams of its own, and lets the current one wait at
-        the end of the backward only.
+        FSDP2 adds to the sharded gradients in its own streams, and makes the current one wait only
+        at the end of the backward.
         """
         for name in ("reduce_scatter_stream", "all_reduce_stream"):
             stream = getattr(self.group.comm_ctx, name, None)
@@ -73,7 +72,7 @@ class Managed:
                 torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def rename(self, module: nn.Module, old: str, new: str) -> None:
-        """Let one place of the parameter have another name."""
+        """Renames the parameter in one of its modules."""
         info = self.param._module_info
         if info.module is module and info.param_name == old:
             info.param_name = new
@@ -86,7 +85,7 @@ class Managed:
         _KNOWN.pop(module, None)
 
     def show(self, module: nn.Module, name: str) -> None:
-        """Let the parameter also be a plain attribute of the module, always the one in use."""
+        """Also makes the parameter a plain attribute of the module, which FSDP2 keeps current."""
         info = self.param._module_info
         self.hide(module, name)
         info.shared_modules.append(_Attributes(module))
@@ -94,7 +93,7 @@ class Managed:
         vars(module)[name] = self.sharded
 
     def hide(self, module: nn.Module, name: str) -> None:
-        """Undo :meth:`show`."""
+        """Undoes :meth:`show`."""
         info = self.param._module_info
         places = list(zip(info.shared_modules, info.shared_param_names, strict=True))
         kept = [
@@ -108,7 +107,7 @@ class Managed:
 
 
 class _Attributes:
-    """The attributes of a module that are none of its parameters, as a place for FSDP2."""
+    """Stands in for a module, so that FSDP2 sets a plain attribute instead of a parameter."""
 
     def __init__(self, module: nn.Module) -> None:
         object.__setattr__(self, "_module", weakref.ref(module))
@@ -127,10 +126,10 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[str, Managed]] = weakref.WeakK
 
 
 def managed(module: nn.Module, name: str) -> Managed | None:
-    """What FSDP2 knows of a module's parameter of this name, or None.
+    """FSDP2's records of a module's parameter, or None if FSDP2 does not shard it.
 
     Raises:
-        RuntimeError: this torch keeps it in another way.
+        RuntimeError: this version of torch keeps other records.
     """
     if _STATES not in sys.modules:
         return None
@@ -150,7 +149,7 @@ def managed(module: nn.Module, name: str) -> Managed | None:
 
 
 def sharded(module: nn.Module, name: str, shown: Tensor) -> Tensor:
-    """The sharded parameter where a module shows the gathered one; otherwise what it shows."""
+    """The sharded parameter if the module shows the gathered one; otherwise the one shown."""
     if torch.compiler.is_compiling() or _STATES not in sys.modules or is_dtensor(shown):
         return shown
     entry = managed(module, name)
@@ -158,7 +157,7 @@ def sharded(module: nn.Module, name: str, shown: Tensor) -> Tensor:
 
 
 def groups_of(parameters: Iterable[Tensor]) -> list[Any]:
-    """The groups that FSDP2 has these sharded parameters in, and gathers and reduces together."""
+    """The FSDP2 groups of sharded parameters, each of which is gathered and reduced together."""
     wanted = {id(parameter) for parameter in parameters if is_dtensor(parameter)}
     if not wanted or _STATES not in sys.modules:
         return []
@@ -170,7 +169,7 @@ def groups_of(parameters: Iterable[Tensor]) -> list[Any]:
 
 
 def parameters_of(groups: Iterable[Any]) -> list[nn.Parameter]:
-    """The sharded parameters of groups."""
+    """All sharded parameters of FSDP2 groups."""
     return [param.sharded_param for group in groups for param in group.fsdp_params]
 
 
@@ -190,7 +189,7 @@ def _groups() -> Iterator[Any]:
 
 
 def _check(param: Any, group: Any) -> None:
-    """That all is there which is used here."""
+    """Checks that this version of torch has all private attributes that are used here."""
     for owner, names in (
         (group, ("fsdp_params", "_to_sharded", "_training_state", "reduce_grads", "comm_ctx")),
         (param, ("_module_info", "sharded_param", "_param_fqn", "_setattr_on_modules")),
@@ -207,5 +206,5 @@ def _check(param: Any, group: Any) -> None:
 def _unknown(what: str) -> RuntimeError:
     return RuntimeError(
         f"the FSDP2 of torch {torch.__version__} has no {what}, which pruning under fully_shard "
-        "goes by: install the torch release that this torchalignprune was made for"
+        "needs: install a torch release that this torchalignprune supports"
     )

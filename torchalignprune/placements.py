@@ -1,7 +1,7 @@
-"""Where the entries lie that a process holds of a ``DTensor``.
+"""Which entries of a ``DTensor`` a process holds.
 
-It is cut by its placements, one for each dimension of its mesh of processes. Whatever they are, the
-entries that one process holds are, along each dimension, a few runs of neighbours.
+The placements, one for each dimension of the mesh, divide the tensor. Whatever they are, one
+process holds a few runs of consecutive indices along each dimension of the tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 Runs = tuple[tuple[int, int], ...]
-"""Rising indices, as (first, how many) of each stretch of neighbours."""
+"""Ascending indices, as (first, length) of each run of consecutive ones."""
 
 
 def length_of(runs: Runs) -> int:
@@ -33,12 +33,12 @@ def length_of(runs: Runs) -> int:
 
 
 def indices(runs: Runs) -> Tensor:
-    """int64, shape ``(length_of(runs),)``."""
+    """The indices as a tensor: int64, shape ``(length_of(runs),)``."""
     return torch.cat([torch.arange(0), *(torch.arange(i, i + n) for i, n in runs)])
 
 
 def take(runs: Runs, begin: int, end: int) -> Runs:
-    """Those from the ``begin``-th of the indices on, up to the ``end``-th."""
+    """The slice ``[begin:end]`` of the indices."""
     taken: list[tuple[int, int]] = []
     at = 0
     for first, length in runs:
@@ -73,13 +73,13 @@ def local_runs(
     coordinate: Sequence[int],
     placements: Sequence[Any],
 ) -> tuple[Runs, ...]:
-    """For each dimension of a tensor the indices that the process at a coordinate of the mesh has.
+    """The indices along each dimension of a tensor that a process of the mesh holds.
 
     Args:
-        shape: of the whole tensor.
-        mesh_shape: how many processes there are along each dimension of the mesh.
-        coordinate: the process's, one number for each dimension of the mesh.
-        placements: ``Shard``, ``_StridedShard`` or ``Replicate``, one for each likewise.
+        shape: the shape of the whole tensor.
+        mesh_shape: the number of processes along each dimension of the mesh.
+        coordinate: the coordinate of the process in the mesh.
+        placements: ``Shard``, ``_StridedShard`` or ``Replicate`` for each dimension of the mesh.
 
     Example:
         >>> from torch.distributed.tensor import Replicate, Shard
@@ -90,7 +90,7 @@ def local_runs(
     for n, i, placement in zip(mesh_shape, coordinate, placements, strict=True):
         if placement.is_replicate():
             continue
-        # A strided shard is what is left when a shard to its right came first.
+        # A strided shard was applied after the shard to its right, so it cuts each of its pieces.
         pieces = int(getattr(placement, "split_factor", 1))
         own = runs[placement.dim]
         runs[placement.dim] = _joined(
@@ -100,7 +100,7 @@ def local_runs(
 
 
 def part_of(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
-    """The entries of a whole tensor at the given indices of each dimension; a view if it can be."""
+    """The entries of a whole tensor at the given indices of each dimension; a view if possible."""
     for dim, own in enumerate(runs):
         if len(own) == 1:
             tensor = tensor.narrow(dim, *own[0])
@@ -111,7 +111,7 @@ def part_of(tensor: Tensor, runs: Sequence[Runs]) -> Tensor:
 
 
 def scatter(whole: Tensor, runs: Sequence[Runs], part: Tensor) -> None:
-    """Writes what :func:`part_of` reads."""
+    """Writes ``part`` to the entries that :func:`part_of` reads."""
     ends = [itertools.accumulate(length for _, length in own) for own in runs]
     boxes = [list(zip(own, end, strict=True)) for own, end in zip(runs, ends, strict=True)]
     for box in itertools.product(*boxes):

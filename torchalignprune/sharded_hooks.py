@@ -1,8 +1,8 @@
-"""How a mask sits on a parameter that is a DTensor: each rank has the mask of its own part.
+"""Masks on parameters that are DTensors: each rank has the mask of its own part.
 
-Where the module works with the DTensor itself (tensor parallel), the hook shows the product with
-the mask, part by part. Under ``fully_shard`` the module works with the gathered parameter, for
-which no rank has the whole mask; there the zeros are in the sharded parameter.
+If the module computes with the DTensor itself (tensor parallel), the hook sets the attribute to the
+product with the mask. Under ``fully_shard`` the module computes with the gathered parameter, but no
+rank has the whole mask; so the sharded parameter itself has the zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["FullyShardedMaskHook", "ShardedMaskHook", "prepare", "reshard"]
 
 
 class ShardedMaskHook(MaskHook):
-    """The one forward pre-hook of a pruned DTensor parameter: shows the product with its mask."""
+    """The one forward pre-hook of a pruned DTensor parameter: sets its product with the mask."""
 
     def apply_mask(self, module: nn.Module) -> Tensor:
         """``name_orig * name_mask``, a DTensor, with a gradient to ``name_orig``."""
@@ -44,11 +44,11 @@ class ShardedMaskHook(MaskHook):
         return product
 
     def remove(self, module: nn.Module) -> None:
-        """Make the parameter an ordinary one again, with zeros in it; for ``prune.remove``."""
+        """Makes the parameter an ordinary one with zeros in it again; for ``prune.remove``."""
         name = self._tensor_name
         original = module._parameters[f"{name}_orig"]
         assert original is not None
-        # Assigning to the ``data`` of a DTensor would not reach the part that is here.
+        # Assigning to the ``data`` of a DTensor would not change its local part.
         _zero(original, getattr(module, f"{name}_mask"))
         vars(module).pop(name, None)
         del module._parameters[f"{name}_orig"]
@@ -57,10 +57,10 @@ class ShardedMaskHook(MaskHook):
 
 
 def _works_on_parts(module: nn.Module) -> bool:
-    """Whether the forward that Transformers has put in takes the parts of the parameters instead.
+    """Whether the forward that Transformers has put in computes with local parts, not DTensors.
 
-    Its tensor parallel styles do so without gradients, and for fused projections always. They swap
-    the parameters themselves, which the pruned weight is none of.
+    Its tensor parallel styles do so without gradients, and always for fused projections. They swap
+    the module's parameters, but the pruned weight is not one of them.
     """
     forward = vars(module).get("forward")
     if getattr(forward, "__name__", None) != "tp_forward":
@@ -73,10 +73,10 @@ def _works_on_parts(module: nn.Module) -> bool:
 class FullyShardedMaskHook(ShardedMaskHook):
     """The one forward pre-hook of a pruned parameter that ``fully_shard`` has sharded.
 
-    Pruned entries are zeros of the sharded parameter, and so of the gathered one. Their gradients
-    are set to zero where the sharded gradient arrives, after the reduce-scatter, so that an
-    optimizer without momentum from before the pruning leaves them at zero. FSDP2 itself keeps the
-    attribute ``name`` up to date, and a forward has nothing to multiply.
+    Pruned entries are zero in the sharded parameter, and so in the gathered one. Their gradients
+    are zeroed once the sharded gradient has arrived, after the reduce-scatter. So an optimizer
+    without momentum from before the pruning leaves the entries at zero. FSDP2 itself keeps the
+    attribute ``name`` up to date, and the forward multiplies nothing.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -89,13 +89,14 @@ class FullyShardedMaskHook(ShardedMaskHook):
             self.watch(module)
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """The sharded parameter, in which the zeros are."""
+        """The sharded parameter, which has the zeros."""
         return stored(module, self._tensor_name)
 
     def watch(self, module: nn.Module) -> None:
-        """Mask the gradients of the parameter, and what is loaded into it."""
+        """Masks the gradients of the parameter and the values that are loaded into it."""
         parameter = stored(module, self._tensor_name)
-        # A weak reference to the parameter would say it, but torch swaps no tensor that has one.
+        # A weak reference would tell whether this is the same parameter as before, but torch
+        # cannot swap tensors that have weak references.
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
         if self._handles and (not parameter.requires_grad or self._handles[-1].id in hooks):
             return
@@ -109,7 +110,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
                 _zero(parameter.grad, mask)
 
         self._handles = [module.register_load_state_dict_post_hook(self._loaded)]
-        # A frozen one takes no hook. A forward in which it is trained again comes back here.
+        # A frozen parameter takes no hook. If it is unfrozen, the next forward adds one.
         if parameter.requires_grad:
             self._handles.append(parameter.register_post_accumulate_grad_hook(mask_gradient))
 
@@ -125,7 +126,7 @@ class FullyShardedMaskHook(ShardedMaskHook):
             _zero(parameter, mask)
 
     def remove(self, module: nn.Module) -> None:
-        """Make the parameter an ordinary one again, with zeros in it; for ``prune.remove``."""
+        """Makes the parameter an ordinary one with zeros in it again; for ``prune.remove``."""
         name = self._tensor_name
         entry = _entry(module, name)
         assert entry is not None
@@ -146,19 +147,24 @@ def prepare(
     original: DTensor,
     parts: dict[tuple[int, int], Tensor],
 ) -> Callable[[], MaskHook]:
-    """All that putting a mask on a DTensor parameter needs; the call that then does it.
+    """Prepares to put a mask on a DTensor parameter.
+
+    Everything that can fail is done here, so that several masks are put all or none.
 
     Args:
-        module: holds the parameter.
-        name: the parameter's name in it.
-        mask: bool; a DTensor of the parameter's layout, or a whole one, the same on all ranks.
+        module: the module that holds the parameter.
+        name: the name of the parameter in the module.
+        mask: bool; a DTensor of the parameter's layout, or a whole mask, the same on all ranks.
         original: the parameter.
-        parts: of whole masks, by the masks and parameters; tied weights share theirs.
+        parts: the parts of whole masks, by mask and parameter, which tied weights share.
+
+    Returns:
+        A function that puts the mask.
 
     Raises:
-        ValueError: a mask of another shape or layout.
-        TypeError: a parameter with values that are not on any rank (``Partial``).
-        RuntimeError: the parameter is gathered for a forward or backward that is under way.
+        ValueError: the mask has another shape or layout.
+        TypeError: the parameter has ``Partial`` placements, so no rank has its values.
+        RuntimeError: the parameter is gathered for a forward or backward that is still running.
     """
     where = f"{name} of {type(module).__name__}"
     check_layout(original, where)
@@ -187,7 +193,7 @@ def prepare(
 
 
 def reshard(module: nn.Module, name: str) -> None:
-    """Free what ``fully_shard`` has gathered of a parameter, if anything.
+    """Frees the gathered copy of a parameter under ``fully_shard``, if there is one.
 
     Raises:
         RuntimeError: as :func:`prepare`.
@@ -215,5 +221,5 @@ def _entry(module: nn.Module, name: str) -> fsdp.Managed | None:
 
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
-    """Zeros where the mask is false, in place, in the part that is here."""
+    """Zeroes the local part of a tensor in place where the mask is False."""
     ops.zero_pruned_([local(tensor)], [bool_mask(local(mask))])

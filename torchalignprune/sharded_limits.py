@@ -1,16 +1,16 @@
-"""Bounds on what parameters and units may lose, where the parameters are sharded.
+"""Bounds on what sharded parameters and their units may lose.
 
-In every parameter it is the lowest scores that go, so that all there is to agree on is the last
-score that goes of each, and which of the entries that have it go. How many entries a parameter
-loses follows from how many of its scores are below the one that the parameters share. So the
-processes add up such counts, and halve the range in which that score lies with each, until it is
-known to the bit; then likewise for the parameters that meet one of their bounds, each with a score
-of its own. A message has 8 bytes for each parameter that is not settled yet; where these are few,
-up to half a KB, and halves the range several times.
+Every parameter loses its lowest scores. So the processes only have to agree on the last score to
+prune of each parameter, and on which entries with that score are pruned. All parameters share one
+such score, except for those that reach one of their bounds. To find it, the processes add up how
+many scores of each parameter lie below a value, and halve the range of the score each time, until
+it is known to the bit. They do the same for each of the parameters that reach a bound. A message
+has 8 bytes for each parameter that is not settled yet. If these are few, it has up to half a KB and
+halves the range several times at once.
 
-Where ``min_unit`` goes with units that are cut by the boundary of a shard, the processes find the
-best entries of each unit one after the other, out of the best that each of them has left. That is
-16 bytes for each of them. Of scores and weights nothing else is sent, and of masks nothing.
+If ``min_unit`` is used and units are divided between processes, the processes find the best entries
+of each unit one by one, from the best that each process has left, with 16 bytes for each entry.
+Nothing else is sent of scores and weights, and nothing of masks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["masks"]
 
 _BITS = 11  # A pass over the scores counts them in 2**11 bins.
-_SHORT = 64  # numbers in a message, or one for each parameter
+_SHORT = 64  # how many numbers a message has at most, unless it has one for each parameter
 _INSIDE = -1
 _NONE = torch.iinfo(torch.int64).min
 
@@ -47,37 +47,38 @@ def masks(
     unit_dims: Sequence[int],
     count_of: Callable[[int], int],
 ) -> list[Tensor]:
-    """As :meth:`torchalignprune.limits.Limits.masks`, by all processes together.
+    """:meth:`torchalignprune.limits.Limits.masks` for all processes together.
 
     Args:
         limits: the bounds.
-        targets: the shards; what their masks prune already is no candidate.
-        ranking: what their entries are worth.
-        unit_dims: the dimension of the units of each.
-        count_of: how many entries are to be pruned, of how many that are not pruned yet.
+        targets: the shards; entries that their masks prune already are no candidates.
+        ranking: the scores of their entries.
+        unit_dims: the dimension of the units of each target.
+        count_of: takes the number of entries that are not pruned yet and returns how many of them
+            to prune.
 
     Returns:
         bool masks, shaped like the shards.
 
     Raises:
-        ValueError: the limits leave fewer entries than that; NaN among the scores; copies of a
-            parameter that differ. The same on all processes.
+        ValueError: the limits leave fewer entries to prune; scores are NaN; or copies of a
+            parameter differ. The error is the same on all processes.
     """
     return _Bounded(limits, targets, ranking, unit_dims).run(count_of)
 
 
 class _Last(NamedTuple):
-    """Where the last entries of a parameter go: among those at one place, a key or a position."""
+    """The place, a key or a position, of the last entries of a parameter to prune."""
 
     place: int
-    going: int  # how many of those at this place go
-    there: int  # how many are at this place
+    going: int  # how many of the entries at this place are pruned
+    there: int  # how many entries are at this place
 
 
 class _Bounded:
-    """The search for the last entries that go, by all processes together.
+    """The search of all processes for the last entries to prune.
 
-    Entries are looked for by the keys of their scores (:func:`torchalignprune.ops.shard_counts`).
+    It goes by the keys of the scores (:func:`torchalignprune.ops.shard_counts`).
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class _Bounded:
         self.ranks.sum()
         self.bits = 32
         if any(score.dtype == torch.float64 for score in self.scores):
-            # The keys of all parameters have to be of one kind.
+            # The keys of all parameters must be of one kind to be compared.
             self.bits, self.scores = 64, [score.double() for score in self.scores]
         self.alive = [
             torch.ones_like(score, dtype=torch.bool) if target.mask is None else target.mask
@@ -116,7 +117,7 @@ class _Bounded:
         sought = {i: _Last(0, n, free[i]) for i, n in bounded.items() if 0 < n < free[i]}
         last |= self._search(sought, self.bits, self._keys)
         for i in bounded.keys() - sought.keys():
-            # All or none of them. No score has the highest key.
+            # All candidates or none are pruned. No score has the highest key.
             last[i] = _Last((1 << self.bits) - 2 if bounded[i] else 0, 0, 0)
         torn = {i: _Last(0, *own[1:]) for i, own in last.items() if 0 < own.going < own.there}
         places = self._search(
@@ -138,7 +139,7 @@ class _Bounded:
         """How many entries of each parameter are not pruned yet.
 
         Raises:
-            ValueError: NaN among their scores; copies that differ.
+            ValueError: scores are NaN, or copies differ.
         """
         counts, apart = [], []
         for i, shard in enumerate(self.shards):
@@ -169,12 +170,12 @@ class _Bounded:
         return operator([self.scores[i]], *args, score="value", masks=[mask], names=[self.names[i]])
 
     def _keys(self, i: int, low: int, shift: int) -> Tensor:
-        """The candidates by their keys: how many are in each of the bins from ``low`` on."""
+        """How many candidates are in each bin of ``2**shift`` keys from ``low`` on."""
         counts: Tensor = self._call(ops.shard_counts, i, self.free[i], low, shift, 1 << _BITS)
         return counts[:-2]
 
     def _places(self, i: int, key: int, low: int, shift: int) -> Tensor:
-        """Those that have a key by their positions in the whole parameter, likewise."""
+        """How many candidates with a key are in each bin of positions in the whole parameter."""
         bounds = low + (torch.arange((1 << _BITS) + 1) << shift)
         edges = self.shards[i].entries_before(bounds.clamp(max=self.shards[i].numel))
         counts: Tensor = self._call(ops.shard_ties, i, self.free[i], key, [edges])
@@ -186,7 +187,7 @@ class _Bounded:
         shift: int,
         bins: Callable[[int, int, int], Tensor],
     ) -> dict[int, Any]:
-        """For each of some parameters how many entries of this process lie before each bin."""
+        """How many entries of this process lie before each bin, for each of some parameters."""
         found = [
             self.ranks.attempt(i, partial(bins, i, low, shift), self._no_counts)
             if self.shards[i].first
@@ -203,20 +204,20 @@ class _Bounded:
     def _common(
         self, free: Sequence[int], least: Sequence[int], most: Sequence[int], count: int
     ) -> tuple[dict[int, _Last], dict[int, int]]:
-        """The last key that goes in all parameters that do not meet their bounds.
+        """Finds the last key to prune of all parameters that do not reach a bound.
 
         Args:
             free: how many candidates each parameter has.
-            least: how many of these it loses at least.
-            most: how many it loses at most.
-            count: how many go in all.
+            least: how many candidates each loses at least.
+            most: how many candidates each loses at most.
+            count: how many are pruned in total.
 
         Returns:
-            What goes of that key in each of those parameters, and how many candidates each of the
-            others loses.
+            What is pruned at that key in each of those parameters, and how many candidates each
+            other parameter loses.
         """
-        # How many candidates of each lie below the key, and how many may yet have it. Of those that
-        # are inside of their bounds only the sums are of interest.
+        # How many candidates of each parameter lie below the key, and how many may still have it.
+        # For the parameters inside of their bounds only the sums matter.
         below = dict.fromkeys([*range(len(free)), _INSIDE], 0)
         there = {**dict(enumerate(free)), _INSIDE: 0}
         inside: list[int] = []
@@ -268,7 +269,7 @@ class _Bounded:
             own = self.ranks.sum([int(before[i][at + 1] - before[i][at]) for i in inside])
             there |= dict(zip(inside, own, strict=True))
         last = {}
-        for i in sorted([*inside, *unsure]):  # of equals those of earlier parameters go first
+        for i in sorted([*inside, *unsure]):  # equal scores of earlier parameters go first
             first, more = 0, there[i]
             if i in unsure:
                 first = lost(i, below[i]) - below[i]
@@ -281,15 +282,14 @@ class _Bounded:
     def _search(
         self, wanted: Mapping[int, _Last], bits: int, bins: Callable[[int, int, int], Tensor]
     ) -> dict[int, _Last]:
-        """Where the last entries of some parameters go, among all that are at the places below
-        ``2**bits``.
+        """Finds the places below ``2**bits`` of the last entries to prune of some parameters.
 
         Args:
-            wanted: by the numbers of the parameters: place 0, and how many go, of how many there
-                are, at all places.
-            bits: how many.
-            bins: how many entries of a parameter lie in each of the bins of ``2**shift`` places
-                from one on.
+            wanted: for each parameter by its number, place 0, and the numbers of entries to prune
+                and of all entries at all places.
+            bits: the number of bits of a place.
+            bins: takes a parameter, a place and ``shift``, and returns how many entries lie in each
+                bin of ``2**shift`` places from that place on.
         """
         last = dict(wanted)
         for shift, left in _passes(bits):
@@ -318,18 +318,18 @@ class _Bounded:
         left: int,
         there: Mapping[int, int],
     ) -> dict[int, list[int]]:
-        """How many entries there are up to each end of ``2**step`` sections of the bins.
+        """How many entries there are up to the end of each of ``2**step`` sections of the bins.
 
         Args:
-            before: of the parameters of this process, from :meth:`_before`.
-            groups: parameters whose counts are added up.
+            before: this process's counts from :meth:`_before`.
+            groups: groups of parameters whose counts are added up.
             at: the bin at which the first section of each group begins.
-            step: says how many sections there are.
-            left: a section has ``2**left`` bins.
+            step: the base-2 logarithm of the number of sections.
+            left: the base-2 logarithm of the number of bins in a section.
             there: how many entries each group has in all sections.
 
         Returns:
-            For each group 0, and the number up to the end of each section.
+            For each group, 0 and the number of entries up to the end of each section.
         """
         ends = [section << left for section in range(1, 1 << step)]
         own = [
@@ -341,7 +341,7 @@ class _Bounded:
         return {group: [0, *(next(found) for _ in ends), there[group]] for group in groups}
 
     def _mask(self, i: int, key: int, end: int) -> Tensor:
-        """Without the candidates that have lower keys, or the key and a position before the end."""
+        """The mask that prunes candidates with a lower key, or with the key and before the end."""
         split = int(self.shards[i].entries_before(torch.tensor([end])))
         stay: Tensor = self._call(ops.shard_masks, i, self.free[i], key, [split])[0]
         return self.alive[i] & ~(self.free[i] & ~stay)
@@ -349,7 +349,7 @@ class _Bounded:
     # Units
 
     def _without_the_best(self) -> list[Tensor]:
-        """The entries that are not among the best ``min_unit`` of their unit."""
+        """Masks of the entries that are not among the best ``min_unit`` of their unit."""
         free = list(self.alive)
         torn: list[_Units] = []
         count = 0
@@ -371,7 +371,7 @@ class _Bounded:
         return free
 
     def _take_the_best(self, torn: Sequence[_Units], count: int) -> None:
-        """Lets the processes that have the best entries of each unit take them."""
+        """Takes the best entries of each unit on the processes that hold them."""
 
         def highest(values: Sequence[Tensor]) -> Tensor:
             message = torch.full((count,), _NONE, dtype=torch.int64, device=self.ranks.device)
@@ -384,7 +384,7 @@ class _Bounded:
             best = highest(keys)
             if bool((best == _NONE).all()):
                 return
-            # Of equals that with the highest position is the better.
+            # Among equal scores the one with the highest position is the best.
             places = [
                 units.offered(units.places).where(own == best[units.numbers].to(own.device), _NONE)
                 for units, own in zip(torn, keys, strict=True)
@@ -395,14 +395,14 @@ class _Bounded:
 
 
 class _Units:
-    """The best entries that this process has of the units of a parameter, which are cut.
+    """This process's best entries of the units of a parameter that are divided.
 
     Attributes:
-        parameter: its number.
-        numbers: those of the units among all that are cut.
-        keys: integers that order as the scores, the best ones of each unit first; shape
-            (units, some), the last column is _NONE.
-        places: their flat indices in the whole unit, likewise.
+        parameter: the number of the parameter.
+        numbers: the numbers of its units among all divided units.
+        keys: integers in the order of the scores, the best of each unit first; shape
+            (units, entries + 1), with _NONE in the last column.
+        places: the flat indices of these entries in the whole unit, with _NONE likewise.
     """
 
     def __init__(
@@ -443,15 +443,15 @@ class _Units:
         self._next = torch.zeros_like(each)
 
     def offered(self, values: Tensor) -> Tensor:
-        """Of each unit the value of the best entry that is not taken yet, or _NONE."""
+        """The value of each unit's best entry that is not taken yet, or _NONE."""
         return values.gather(1, self._next[:, None])[:, 0]
 
     def take(self, chosen: Tensor) -> None:
-        """Takes that entry of some of the units."""
+        """Takes the offered entry of the chosen units."""
         self._next += chosen
 
     def taken(self) -> Tensor:
-        """A mask of what was taken, shaped like the shard."""
+        """A mask of the taken entries, shaped like the shard."""
         rows = torch.zeros(self._rows, dtype=torch.bool, device=self.keys.device)
         slots = torch.arange(self.keys.size(1), device=self.keys.device)
         unit, slot = (slots < self._next[:, None]).nonzero(as_tuple=True)
@@ -460,7 +460,7 @@ class _Units:
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Integers, int64, that order as the scores do."""
+    """int64 numbers in the same order as the scores."""
     scores = scores + 0.0  # -0 is +0
     if scores.dtype == torch.float64:
         bits, most = scores.view(torch.int64), torch.iinfo(torch.int64).max
@@ -470,7 +470,7 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def _step(groups: int, bits: int) -> int:
-    """How many bits are found at once: more than one where the message stays short."""
+    """How many bits to find at once: more than one if the message stays short."""
     step = 1
     while step < bits and ((2 << step) - 1) * groups <= _SHORT:
         step += 1
@@ -478,8 +478,10 @@ def _step(groups: int, bits: int) -> int:
 
 
 def _passes(bits: int) -> Iterator[tuple[int, int]]:
-    """From the first bits of a number to the last: how many are behind those of a pass, and how
-    many it finds."""
+    """The passes over the bits of a number, from the highest on.
+
+    Yields how many bits are below those of the pass, and how many bits the pass finds.
+    """
     while bits:
         width = min(_BITS, bits)
         bits -= width

@@ -1,32 +1,32 @@
 """Exact pruning of parameters that are sharded over many processes as ``DTensor``.
 
-Every process ranks the entries that it has. What they add up are histograms: how many entries have
-scores in each of a few ranges, then in the parts of one of these, until the score of the last entry
-that goes is known to the bit; where only some of the entries with that score go, likewise how many
-of them lie in each part of the model, in the order of the parameters. The masks are those that one
-process would make of the whole model, bit for bit, and are placed as the parameters are.
+Every process scores the entries that it holds. The processes add up histograms of these scores,
+first over the whole range and then within one bin after another, until the score of the last entry
+to prune is known to the bit. If only some of the entries with that score are pruned, histograms of
+their positions, in the order of the parameters, find the last of them in the same way. The masks
+are bit for bit those that one process would make for the whole model, and are placed like the
+parameters.
 
-All processes that have a shard of one of the parameters call together, with the same parameters and
-arguments. The group that adds up is the default group if the parameters are on all processes there
-are, or else that of the mesh that has all of their processes; if there is none, that is an error.
-Parameters that are no DTensors, and the copies that a
-replicated dimension of a mesh makes, are counted once; that they are the same on all processes is
-checked.
+All processes that hold a shard of one of the parameters should call together, with the same
+parameters and arguments. They add up in the default group if they are all of its processes,
+otherwise in the group of a mesh that has all of them; if there is none, that is an error.
+Parameters that are not DTensors, and the copies along a replicated dimension of a mesh, count once,
+and are checked to be the same on all processes.
 
-A pruning step with the global budget sends a few KB in messages of about 0.5 KB, whatever the size
-of the model, for ``Magnitude`` and ``AlignedMagnitude``. What else is sent, and this is all:
+For ``Magnitude`` and ``AlignedMagnitude``, a pruning step with the global budget sends a few KB in
+messages of about 0.5 KB, whatever the size of the model. Besides that, only these are sent:
 
-- Units that are cut by the boundary of a shard. What an entry is worth depends on all entries of
-  its unit, added up in one order. So the tensor is sent once, an equal share of whole units to each
-  process, one tensor after the other, and what its entries are worth is sent back. The rows of a
-  ``Linear`` sharded by ``Shard(0)``, which is what FSDP2 does, are whole. A parameter of one
-  dimension is one unit, and goes to one process.
-- ``units="both"``: a number for each row and each column; and the tensor, for the rows or the
-  columns that are cut.
-- ``alignment="frobenius"``: some 40 bytes for each tensor; the tensor where its rows are cut.
+- Units that are divided between processes. The score of an entry depends on all entries of its
+  unit, added up in a fixed order. So the tensor is sent once, an equal share of whole units to each
+  process, and the scores are sent back, one tensor after the other. ``Shard(0)`` of a ``Linear``,
+  as FSDP2 uses it, does not divide rows. A parameter of one dimension is one unit and is sent to
+  one process.
+- ``units="both"``: a number for each row and each column, and the tensor if rows or columns are
+  divided.
+- ``alignment="frobenius"``: some 40 bytes for each tensor, and the tensor if its rows are divided.
 - Limits of a Pruner: see :mod:`torchalignprune.sharded_limits`.
-- ``budget="layer"``: the messages once for each parameter. ``budget="unit"``: nothing where units
-  are whole; scores, masks and what is left of them where they are cut.
+- ``budget="layer"``: the messages once for each parameter. ``budget="unit"``: nothing if units are
+  whole; scores, masks and the resulting masks if they are divided.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["are_sharded", "masks", "select", "square_sums", "totals"]
 
 _BINS = 2048
-_GROUP = 32  # bins are added up in groups first, so that two short messages do for one long one
+_GROUP = 32  # bins are first summed in groups, so that two short messages replace a long one
 
 
 def are_sharded(targets: Sequence[Target]) -> bool:
@@ -69,12 +69,12 @@ def masks(
     scores: Sequence[Tensor | None] | None,
     signed: bool,
 ) -> list[Tensor]:
-    """The masks of parameters of which some are DTensors, placed as they are.
+    """The masks of parameters of which some are DTensors, placed like the parameters.
 
     Raises:
-        ValueError: what the method raises; placements or a method that are not supported; a
-            parameter that is no DTensor and not the same on all processes. The same error on every
-            process, whichever it was that came upon it.
+        ValueError: an error of the method; placements or a method that are not supported; or a
+            parameter that is not a DTensor differs between processes. Every process raises the same
+            error, wherever it occurred.
     """
     ranks = Ranks([target.weight for target in targets])
     _check_norms(ranks, targets, method)
@@ -96,7 +96,7 @@ def masks(
 
 
 def _check_norms(ranks: Ranks, targets: Sequence[Target], method: PruningMethod) -> None:
-    """Raises, on all processes, where they have collected input norms of their own."""
+    """Raises an error on all processes if their input norms differ."""
     norms = getattr(method, "input_norms", None)
     if norms is None:
         return
@@ -114,8 +114,8 @@ def _check_norms(ranks: Ranks, targets: Sequence[Target], method: PruningMethod)
     wrong = [t.name for t, most, least in zip(targets, high, low, strict=True) if most != -least]
     if wrong:
         raise ValueError(
-            f"the input_norms of {', '.join(wrong)} should be the same on all ranks: merge what "
-            "each has collected (Calibration.merge), or load one file"
+            f"the input_norms of {', '.join(wrong)} should be the same on all ranks: merge the "
+            "calibrations of all ranks (Calibration.merge), or load the same file"
         )
 
 
@@ -145,8 +145,10 @@ def _localized(
 
 
 def _settle(ranks: Ranks, targets: Sequence[Target]) -> None:
-    """Which process counts where a mesh has not all of the processes: those of one mesh, that with
-    the lowest rank."""
+    """Decides which copy counts if several meshes hold copies of a parameter.
+
+    It is that of the mesh with the lowest rank.
+    """
     partly = [t for t in targets if 1 < len(shard_of(t).mesh_ranks) < len(ranks.members)]
     if not partly:
         return
@@ -165,18 +167,19 @@ def _settle(ranks: Ranks, targets: Sequence[Target]) -> None:
 def select(
     targets: Sequence[Target], ranking: Ranking, count_of: Callable[[int], int]
 ) -> list[Tensor]:
-    """The masks of the shards, which prune the lowest scores of all.
+    """The masks of the shards that prune the lowest scores over all processes.
 
     Args:
         targets: the shards.
-        ranking: what their entries are worth.
-        count_of: how many entries are to be pruned, of how many that are not pruned yet.
+        ranking: the scores of their entries.
+        count_of: takes the number of entries that are not pruned yet and returns how many of them
+            to prune.
     """
     return _Selection(targets, ranking).run(count_of)
 
 
 class _Selection:
-    """The search for the last entry that goes, by all processes together."""
+    """The search of all processes for the last entry to prune."""
 
     def __init__(self, targets: Sequence[Target], ranking: Ranking) -> None:
         self.ranking = ranking
@@ -203,7 +206,7 @@ class _Selection:
         )
 
     def _threshold(self, count_of: Callable[[int], int]) -> tuple[int, int]:
-        """The key below which all entries go, and how many of those go that have it."""
+        """The key below which all entries are pruned, and how many with that key are."""
         shift = self.bits - 11
         bins, apart = self._first_counts(shift)
         *sums, differ = self.ranks.sum(torch.cat([_grouped(bins), apart]))
@@ -217,7 +220,7 @@ class _Selection:
             at, below, inside = self._pick(bins, sums, count, below)
             key += at << shift
             if below + inside == count:
-                # The whole bin goes. No score has the highest key.
+                # The whole bin is pruned. No score has the highest key.
                 return min(key + (1 << shift), (1 << self.bits) - 2), 0
             if shift == 0:
                 return key, count - below
@@ -226,7 +229,7 @@ class _Selection:
             sums = self.ranks.sum(_grouped(bins))
 
     def _cut(self, key: int, rank: int) -> int:
-        """The position up to which ``rank`` entries have the key, counted over the parameters."""
+        """The position, over all parameters, before which ``rank`` entries have the key."""
         total = sum(shard.numel for shard in self.shards)
         shift = max(0, (total - 1).bit_length() - 11)
         low = below = 0
@@ -242,7 +245,7 @@ class _Selection:
     def _pick(
         self, bins: Tensor, sums: Sequence[int], rank: int, below: int
     ) -> tuple[int, int, int]:
-        """The bin with the rank-th entry, how many lie before it and how many in it."""
+        """The bin of the rank-th entry, and the numbers of entries before it and in it."""
         group, below, _ = _find(sums, rank, below)
         part = self.ranks.sum(bins[group * _GROUP : (group + 1) * _GROUP])
         at, below, inside = _find(part, rank, below)
@@ -255,8 +258,11 @@ class _Selection:
         return torch.zeros(_BINS, dtype=torch.int64, device=self.device)
 
     def _call(self, operator: Callable[..., Any], chosen: Sequence[bool], *args: Any) -> Any:
-        """An operator on some of the shards; the others are empty, so that numbers and the dtype of
-        the scores stay those of all."""
+        """Calls an operator on the chosen shards.
+
+        The others are passed as empty tensors, so that positions and the dtype of the scores are
+        the same as for all shards.
+        """
         none: list[Tensor | None] = [None] * len(self.shards)
 
         def listed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -280,9 +286,10 @@ class _Selection:
         return counts[:_BINS]
 
     def _first_counts(self, shift: int) -> tuple[Tensor, Tensor]:
-        """The counts over all keys, and a number that is 0 in sum if all copies are the same.
+        """The counts over all keys, and a number whose sum is 0 if all copies are the same.
 
-        Each copy adds its counts, those of one copy less the number of the others.
+        The first of n copies adds n - 1 times a hash of its counts, each other one subtracts its
+        own.
         """
         bins, apart = self._no_counts(), self._no_counts()[:1]
         weights = [copy_weight(shard) for shard in self.shards]
@@ -332,15 +339,15 @@ class _Selection:
 
 
 def copy_weight(shard: Shard) -> int:
-    """A factor for each of some copies: what is the same on all of them sums up to 0."""
+    """A factor for each copy of a shard; over all copies the factors sum up to 0."""
     if 0 in shard.local_shape:
         return 0
     return shard.copies - 1 if shard.first else -1
 
 
 def salted(counts: Tensor) -> Tensor:
-    """A number that says whether histograms are the same."""
-    # Different for each bin, and small enough for the sums to stay in an int64.
+    """A hash of a histogram."""
+    # The factors differ between bins and are small enough for sums to fit into an int64.
     salt = (torch.arange(1, len(counts) + 1, device=counts.device) * 40503) % 65521
     return (counts * salt).sum()
 
@@ -351,8 +358,8 @@ def not_numbers(name: str) -> ValueError:
 
 def copies_differ(names: Sequence[str]) -> ValueError:
     return ValueError(
-        f"{', '.join(names)} should be the same on all ranks that have a copy, but is not. A "
-        "parameter of which each rank has a part should be a DTensor"
+        f"{', '.join(names)} should be the same on all ranks, got different copies: a parameter of "
+        "which each rank has a part should be a DTensor"
     )
 
 
@@ -372,11 +379,11 @@ def _find(counts: Sequence[int], rank: int, below: int) -> tuple[int, int, int]:
 
 
 def totals(targets: Sequence[Target], row_sums: Callable[[Target], Tensor]) -> list[float]:
-    """The exactly rounded sums (``math.fsum``) of what each whole parameter's rows sum up to.
+    """The correctly rounded sum (as by ``math.fsum``) of the row sums of each whole parameter.
 
     Args:
         targets: the shards.
-        row_sums: float64, one for each row of a target that is not sharded.
+        row_sums: takes an unsharded target and returns the float64 sum of each row.
     """
     ranks = shard_of(targets[0]).ranks
     sums, odd = [], []
@@ -393,7 +400,7 @@ def totals(targets: Sequence[Target], row_sums: Callable[[Target], Tensor]) -> l
     digits = [_digits(total) for total in sums]
     low = min((k for own in digits for k in own), default=_MOST_DIGITS)
     high = max((k for own in digits for k in own), default=-1)
-    low, high = (-int(ranks.most([-low])), int(ranks.most([high])))
+    low, high = -int(ranks.most([-low])), int(ranks.most([high]))
     used = range(low, high + 1)
     added = ranks.sum([*odd, *(own.get(k, 0) for own in digits for k in used)])
     found = []
@@ -406,8 +413,8 @@ def totals(targets: Sequence[Target], row_sums: Callable[[Target], Tensor]) -> l
     return found
 
 
-# A sum of doubles that are not negative is an integer times 2^-_SCALE, written in digits of so many
-# bits that those of thousands of processes can be added up.
+# A sum of doubles that are not negative is an integer times 2^-_SCALE. It is sent in digits of
+# _DIGIT bits, which leaves room in an int64 to add up the digits of thousands of processes.
 _SCALE = 1200
 _DIGIT = 48
 _MOST_DIGITS = 64
@@ -436,12 +443,12 @@ def _digits(total: int) -> dict[int, int]:
 def square_sums(
     targets: Sequence[Target], sums_of: Callable[[Target, int | None], tuple[Tensor, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The sums of squares of the rows and columns of whole parameters: those of each shard.
+    """The sums of squares of whole rows and columns, for the rows and columns of each shard.
 
     Args:
         targets: the shards.
-        sums_of: those of a target that is not sharded, and has so many columns or is a part of
-            what has.
+        sums_of: takes an unsharded target and, if it is a part, the number of columns of the whole
+            parameter. Returns the sums of its rows and columns.
     """
     ranks = shard_of(targets[0]).ranks
     vectors = []

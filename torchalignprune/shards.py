@@ -1,4 +1,4 @@
-"""The shard of a parameter that a process holds, and how it reaches the shards of the others."""
+"""The shard of a parameter that a process holds, and how processes exchange shards."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Result = TypeVar("Result")
 class Ranks:
     """The processes that prune together: all that hold a shard of one of the parameters.
 
-    What goes wrong on one of them is kept until they next add something up, and is then raised on
-    all of them, so that none waits for one that has given up.
+    An error on one of them is kept until the next :meth:`sum`, and then raised on all of them, so
+    that none waits for one that has failed.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -49,8 +49,8 @@ class Ranks:
             self.group: Any = dist.group.WORLD
         elif len(members) > widest.size():
             raise ValueError(
-                f"the parameters are on meshes of which none has all of the ranks {members}, nor "
-                "are these all ranks there are; got "
+                f"the ranks {members} of the parameters should be all ranks of one mesh or of the "
+                "default group, got the meshes "
                 f"{', '.join(sorted({str(mesh.mesh.tolist()) for mesh in meshes}))}"
             )
         else:
@@ -69,12 +69,12 @@ class Ranks:
     def attempt(
         self, number: int, run: Callable[[], Result], default: Callable[[], Result]
     ) -> Result:
-        """What ``run`` returns; if it fails, ``default()``, and the failure is kept.
+        """Returns ``run()``; if that fails, keeps the error and returns ``default()``.
 
         Args:
-            number: of several failures the one with the lowest is raised.
-            run: talks to no other process.
-            default: likewise.
+            number: the error with the lowest number is the one that is raised.
+            run: must not communicate.
+            default: must not communicate.
         """
         try:
             return run()
@@ -86,10 +86,10 @@ class Ranks:
         self._failures.append((number, error))
 
     def sum(self, values: Tensor | Sequence[int] = ()) -> list[int]:
-        """The sum of what all processes bring, int64.
+        """The sum of the int64 values of all processes.
 
         Raises:
-            Exception: what failed on one of them, the same on all of them.
+            Exception: the error of one process, on all processes.
         """
         import torch.distributed as dist
 
@@ -103,7 +103,7 @@ class Ranks:
         return total
 
     def sum_floats(self, values: Tensor) -> Tensor:
-        """The sum of float64 vectors; exact only where all but one of the addends are 0."""
+        """The sum of the float64 vectors of all processes; exact if all but one addend are 0."""
         import torch.distributed as dist
 
         message = values.to(self.device, copy=True)
@@ -111,7 +111,7 @@ class Ranks:
         return message.to(values.device)
 
     def most(self, values: Tensor | Sequence[int]) -> Tensor:
-        """The maximum of what the processes bring, one by one, int64, on ``device``."""
+        """The elementwise maximum of the values of all processes; int64, on ``device``."""
         import torch.distributed as dist
 
         message = torch.as_tensor(values, dtype=torch.int64).to(self.device, copy=True)
@@ -132,12 +132,12 @@ class Ranks:
         raise kind(message) from cause
 
     def swap(self, pieces: dict[int, Tensor], sizes: dict[int, int], like: Tensor) -> list[Tensor]:
-        """Sends each process its piece and returns what they sent, by their ``place``.
+        """Sends each process its piece and returns the received ones, indexed by ``place``.
 
         Args:
-            pieces: flat tensors by the rank they go to.
-            sizes: by the rank they come from, how many entries they have.
-            like: a tensor of their dtype, on the device where they are wanted.
+            pieces: flat tensors, by the rank to send them to.
+            sizes: how many entries come from each rank.
+            like: a tensor with the dtype of the pieces and the device for the result.
         """
         import torch.distributed as dist
 
@@ -153,16 +153,16 @@ class Ranks:
 
 
 class Shard:
-    """What this process has of a parameter.
+    """The part of a parameter that this process holds.
 
     Attributes:
         ranks: the processes that prune together.
-        number: of the parameter among those that are pruned together.
-        shape: of the whole parameter.
-        runs: the indices that this process has along each dimension.
-        first: it is the one that counts among those that have the same entries.
-        copies: how many processes have the same entries.
-        input_norms: those of all inputs, if there are any.
+        number: the position of the parameter among those that are pruned together.
+        shape: the shape of the whole parameter.
+        runs: the indices that this process holds along each dimension.
+        first: whether this process counts, among those that hold the same entries.
+        copies: how many processes hold the same entries.
+        input_norms: the norms of all inputs, if there are any.
     """
 
     def __init__(self, ranks: Ranks, number: int, target: Target) -> None:
@@ -205,7 +205,7 @@ class Shard:
 
     @property
     def mesh_ranks(self) -> list[int]:
-        """The processes that have the whole parameter between them."""
+        """The processes of the parameter's mesh, or this one if it is not sharded."""
         if self._weight is None:
             return [self.ranks.rank]
         found: list[int] = self._mesh.mesh.flatten().tolist()
@@ -217,44 +217,48 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """Of the whole parameter."""
+        """The number of entries of the whole parameter."""
         return math.prod(self.shape)
 
     # Between the whole and the shard
 
     def local(self, tensor: Tensor, what: str) -> Tensor:
-        """The shard of a tensor that goes with the parameter: of a DTensor of the same placements,
-        or of a whole tensor that every process has.
+        """This process's part of a tensor that is shaped like the parameter.
+
+        The tensor is a DTensor of the same placements, or a whole tensor that every process has.
 
         Raises:
-            ValueError: a DTensor of other placements.
+            ValueError: it is a DTensor of other placements.
         """
         if not is_dtensor(tensor):
             return part_of(tensor, self.runs)
         spread: Any = tensor
         if self._weight is None:
-            raise ValueError(f"the {what} of {self.name} is a DTensor, but the parameter is not")
+            raise ValueError(
+                f"the {what} of {self.name} should be a plain tensor like the parameter, got a "
+                "DTensor"
+            )
         if (spread.device_mesh, spread.placements) != (self._mesh, self._placements):
             raise ValueError(
-                f"the {what} of {self.name} should be placed as the parameter is, "
-                f"{self._placements} on {self._mesh}, or be a whole tensor on every rank; got "
+                f"the {what} of {self.name} should be placed like the parameter, "
+                f"{self._placements} on {self._mesh}, or be a whole tensor on every rank, got "
                 f"{spread.placements} on {spread.device_mesh}"
             )
         return self._sized(spread.to_local())
 
     def along(self, vector: Tensor, dim: int) -> Tensor:
-        """The entries that belong here of a vector with one for each index of a dimension."""
+        """This process's part of a vector that has one entry for each index of a dimension."""
         return part_of(vector, (self.runs[dim],))
 
     def local_weight(self) -> Tensor | None:
         return None if self._weight is None else self._sized(self._weight.to_local())
 
     def _sized(self, local: Tensor) -> Tensor:
-        # On a process that is not in the mesh it has one dimension, whatever the parameter has.
+        # On a process outside of the mesh the local tensor always has one dimension.
         return local.reshape(self.local_shape)
 
     def spread(self, local: Tensor) -> Tensor:
-        """A tensor that goes with the parameter, made of what each process has of it."""
+        """A tensor placed like the parameter, from the local part of each process."""
         if self._weight is None:
             return local
         from torch.distributed.tensor import DTensor
@@ -270,8 +274,7 @@ class Shard:
         return made
 
     def entries_before(self, positions: Tensor) -> Tensor:
-        """How many of the entries here have a lower flat index in the whole parameter than each of
-        the given ones."""
+        """How many local entries come before each of some flat indices of the whole parameter."""
         begins, places = self._stretches
         if places.numel() == 0:
             return torch.zeros_like(positions)
@@ -282,8 +285,11 @@ class Shard:
 
     @cached_property
     def _stretches(self) -> tuple[Tensor, Tensor]:
-        """The stretches of entries here that are neighbours in the whole parameter: where each
-        begins here (and the end), and its flat index there."""
+        """The stretches of local entries that are consecutive in the whole parameter.
+
+        Returns the local index at which each begins, with the end added, and its flat index in the
+        whole parameter.
+        """
         if math.prod(self.local_shape) == 0:
             return torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         cut = [d for d, size in enumerate(self.shape) if length_of(self.runs[d]) < size]
@@ -302,7 +308,7 @@ class Shard:
     # Units
 
     def cuts(self, dim: int) -> bool:
-        """Whether units along a dimension are cut by the boundary of a shard, on any process."""
+        """Whether the units along a dimension are divided between processes."""
         if self._weight is None:
             return False
         cut = [
@@ -313,7 +319,7 @@ class Shard:
         return any(len(self.shape) < 2 or own != dim for own in cut)
 
     def in_whole_groups(self, dim: int, size: int) -> bool:
-        """Whether groups of neighbours along a dimension are cut on no process."""
+        """Whether every process holds whole groups of ``size`` indices along a dimension."""
         return self._weight is None or all(
             first % size == 0 and length % size == 0
             for _, runs in self._around([0] * self._mesh.ndim)
@@ -327,18 +333,17 @@ class Shard:
         compute: Callable[[Target], Tensor],
         dtype: torch.dtype,
     ) -> Tensor:
-        """What ``compute`` makes of whole units, shaped like the shard.
+        """The result of ``compute`` for whole units, shaped like the shard.
 
-        Where units are cut, each of the processes that hold the parameter is sent its share of
-        whole units, and sends back what belongs to the others. That is all there is of sending
-        weights.
+        If units are divided, each process of the mesh gets its share of whole units and sends the
+        results back. Weights are not sent for any other purpose.
 
         Args:
             target: the shard.
-            dim: of the units.
-            compute: takes a target of some whole units along ``dim``, returns a tensor of its shape
-                that depends, unit by unit, on nothing else.
-            dtype: what it returns.
+            dim: the dimension of the units.
+            compute: takes a target of some whole units along ``dim`` and returns a tensor of its
+                shape. The result for a unit must only depend on that unit.
+            dtype: the dtype of the result.
         """
         dim = dim if len(self.shape) > 1 else 0
         whole, _ = self.whole_units(target, dim)
@@ -350,8 +355,10 @@ class Shard:
         return self._from_units(made, dim) if self.cuts(dim) else made
 
     def whole_units(self, target: Target, dim: int) -> tuple[Target, Runs]:
-        """The units that this process is to look at, as a target that is not sharded, and their
-        indices along the dimension; a tensor of at most one dimension is one unit, along 0."""
+        """This process's share of whole units, as an unsharded target, and their indices.
+
+        A tensor of at most one dimension is one unit, along dimension 0.
+        """
         if not self.cuts(dim):
             runs = self.runs[dim] if len(self.shape) > 1 else ((0, 1),)
             return replace(target, shard=None), runs
@@ -372,7 +379,10 @@ class Shard:
 
     @cached_property
     def _plane(self) -> list[tuple[int, tuple[Runs, ...]]]:
-        """The processes that have the parameter between them, this one among them, and where."""
+        """The processes that this one shares the parameter with, itself included, and their runs.
+
+        Together they hold every entry of the parameter once.
+        """
         own = None if self._weight is None else self._mesh.get_coordinate()
         return [] if own is None else self._around(own)
 
@@ -388,7 +398,7 @@ class Shard:
         ]
 
     def _share(self, dim: int, place: int | None = None) -> tuple[int, int]:
-        """The units that a process of the plane is sent: of all equally many."""
+        """The range of units that a process of the plane gets. All shares are of about one size."""
         ranks = [rank for rank, _ in self._plane]
         if not ranks:
             return 0, 0
@@ -397,7 +407,7 @@ class Shard:
         return units * place // len(ranks), units * (place + 1) // len(ranks)
 
     def _boxes(self, dim: int) -> Iterable[tuple[int, int, tuple[Runs, ...]]]:
-        """For each process of the plane its rank, place and indices; one dimension is one unit."""
+        """The rank, place and runs of each process of the plane; a vector counts as one unit."""
         for place, (rank, runs) in enumerate(self._plane):
             yield rank, place, runs if len(self.shape) > 1 else (((0, 1),), *runs)
 
@@ -446,7 +456,7 @@ class Shard:
 
 
 def shard_of(target: Target) -> Shard:
-    """What this process has of a target that is sharded."""
+    """The shard of a sharded target."""
     assert target.shard is not None
     return target.shard
 
@@ -458,13 +468,11 @@ def _check_placements(weight: Any, name: str) -> None:
         ):
             continue
         raise ValueError(
-            f"{name} has the placements {weight.placements}: what can be pruned is placed by Shard "
-            "or Replicate"
+            f"{name} should have Shard and Replicate placements only, got {weight.placements}"
         )
     spec = weight._spec
     order = getattr(spec, "shard_order", None)
     if order is not None and order != spec.compute_default_shard_order(weight.placements):
         raise ValueError(
-            f"{name} is sharded over the mesh in the order {order}; only the order of the mesh's "
-            "dimensions is supported"
+            f"{name} should be sharded in the order of the mesh's dimensions, got the order {order}"
         )

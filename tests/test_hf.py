@@ -732,13 +732,13 @@ def _foreign(folder: Path) -> None:
     [
         (_without_the_file, r"checkpoint-6 has no pruner\.safetensors: it was saved without"),
         (_cut, r"pruner\.safetensors cannot be read"),
-        (_of_another_step, r"should be of step 6, as .*trainer_state\.json is, got step 3"),
+        (_of_another_step, r"should be of step 6, like .*trainer_state\.json, got step 3"),
         (
             _of_other_masks,
             r"does not fit the pruner: bert.*query\.weight should have \d+ pruned entries",
         ),
         (_of_another_version, "should be of version 1, got 9"),
-        (_foreign, "is not a state that save_state has written"),
+        (_foreign, "should be a file that save_state wrote"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(
@@ -773,7 +773,9 @@ def test_tensor_parallel_models_are_refused(tmp_path: Path) -> None:
         parallelize_module(layer, init_device_mesh("cpu", (1,)), {"dense": ColwiseParallel()})
         pruner = tap.Pruner([(layer.dense, "weight")], tap.Magnitude, cubic())
         callback, args = hf.PruningCallback(pruner), types.SimpleNamespace(n_gpu=0)
-        with pytest.raises(ValueError, match=r"intermediate\.dense\.weight is a DTensor: the Tr"):
+        with pytest.raises(
+            ValueError, match=r"intermediate\.dense\.weight should not be sharded, got a DTensor"
+        ):
             callback.on_train_begin(args, TrainerState(), TrainerControl(), model=model)
     finally:
         dist.destroy_process_group()
@@ -785,7 +787,7 @@ def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(TypeError, match=r"pruner should be a torchalignprune\.Pruner, got 0.5"):
         hf.PruningCallback(0.5)  # type: ignore[arg-type]
     trainer, _ = plain_trainer(tmp_path, bert(), pruner)
-    with pytest.raises(ValueError, match="should be those of the model that is trained"):
+    with pytest.raises(ValueError, match="should be those of the trained model"):
         trainer.train()
     trainer, _ = plain_trainer(tmp_path, model, pruner, callbacks=[hf.PruningCallback(pruner)])
     with pytest.raises(ValueError, match="one PruningCallback, got several"):
@@ -795,11 +797,15 @@ def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> Non
         trainer.train(resume_from_checkpoint=True)
     trainer, _ = plain_trainer(tmp_path, model, pruner)
     trainer.args._n_gpu = 2
-    with pytest.raises(ValueError, match=r"torch\.nn\.DataParallel for 2 GPUs"):
+    with pytest.raises(
+        ValueError, match=r"torch\.nn\.DataParallel, which the Trainer would use for 2 GPUs"
+    ):
         trainer.train()
     trainer, _ = plain_trainer(tmp_path, model, pruner)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="fsdp shards the parameters after"):
+    with pytest.raises(
+        ValueError, match="fsdp is not supported, because it shards the parameters after"
+    ):
         hf._check_setup(trainer.args, trainer)
     pruner.finalize()
     trainer, _ = plain_trainer(tmp_path, model, pruner)
@@ -823,7 +829,9 @@ def test_setups_that_cannot_work_are_refused(saved: Path, tmp_path: Path) -> Non
         trainer.train()
     trainer, *_ = regularized(tmp_path, 1.0)
     _, _, trainer.penalty = regularized(tmp_path, 1.0)
-    with pytest.raises(ValueError, match="the penalty's parameters should be those of the model"):
+    with pytest.raises(
+        ValueError, match="the penalty's parameters should be those of the trained model"
+    ):
         trainer.train()
 
 
@@ -995,7 +1003,9 @@ def test_a_module_that_peft_has_copied_is_refused(tmp_path: Path) -> None:
     pruner = tap.Pruner(params, tap.AlignedMagnitude, cubic())
     config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
     trainer, _ = plain_trainer(tmp_path, get_peft_model(model, config), pruner)
-    with pytest.raises(ValueError, match=r"original_module\.weight is not trained: PEFT's modules"):
+    with pytest.raises(
+        ValueError, match=r"original_module\.weight is not trained, because PEFT's modules"
+    ):
         trainer.train()
 
 

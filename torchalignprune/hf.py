@@ -1,7 +1,7 @@
 """Pruning inside the Trainer of Hugging Face Transformers.
 
-A :class:`PruningCallback` makes any ``Trainer`` prune; an :class:`AlignmentTrainer` adds a
-regularizer to the loss. They go together or alone::
+A :class:`PruningCallback` makes any ``Trainer`` prune, and an :class:`AlignmentTrainer` adds a
+regularizer to the loss. Use them together or alone::
 
     params = tap.prunable_parameters(model)
     reference = tap.Reference.capture(params)
@@ -17,8 +17,8 @@ regularizer to the loss. They go together or alone::
     pruner.finalize()
     trainer.save_model()
 
-The model is an ordinary one after ``finalize()``; until then it is saved with ``weight_orig`` and
-``weight_mask`` in the place of ``weight``, which ``from_pretrained`` does not know.
+The model is an ordinary one after ``finalize()``. Until then it is saved with ``weight_orig`` and
+``weight_mask`` instead of ``weight``, which ``from_pretrained`` cannot read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torchalignprune.targets import targets_of
 from torchalignprune.weight_files import WeightFiles
 
 try:
-    import accelerate  # noqa: F401  (the Trainer's own requirement, which it names only when made)
+    import accelerate  # noqa: F401  (the Trainer needs it, but says so only when it is constructed)
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
@@ -78,26 +78,25 @@ _DELAY = (
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of an unmodified ``Trainer`` while it trains.
 
-    The pruner takes a step after each step of the optimizer, so once for all batches of a gradient
-    accumulation. Its numbers (:meth:`torchalignprune.Pruner.log`) are in everything that the
-    Trainer logs while it trains: its history, ``report_to``, the metrics of evaluations.
+    The pruner takes a step after each optimizer step, so only one for all batches of a gradient
+    accumulation. Everything that the Trainer logs while it trains includes the pruner's numbers
+    (:meth:`torchalignprune.Pruner.log`): its history, ``report_to``, the metrics of evaluations.
 
-    Every checkpoint has the pruner's state in ``pruner.safetensors``, and
-    ``train(resume_from_checkpoint=...)`` takes it up; the masks are part of the model. Model and
-    pruner are made as for the first start, so that the names fit. With PEFT, whose checkpoints
-    have the adapters only, the masks are in ``pruner.safetensors`` too.
+    Every checkpoint has the pruner's state in ``pruner.safetensors``, which
+    ``train(resume_from_checkpoint=...)`` restores; the masks are part of the model. To resume, make
+    the model and the pruner as for the first start, so that their names fit. PEFT's checkpoints
+    only have the adapters, so the masks are in ``pruner.safetensors`` too.
 
-    A run that has taken its last step is not resumed, because the Trainer would take one more: its
-    model is in the checkpoint.
+    A run that has taken its last step cannot be resumed, because the Trainer would take one more.
+    Its model is in the checkpoint.
 
-    A warning says so where the training ends before the pruner's schedule does.
+    A warning says if the training will end before the pruner's schedule does.
 
-    With ``load_best_model_at_end`` the best checkpoint may be one that was saved before the pruning
-    was done; a warning says so. ``eval_delay=n`` keeps those before step ``n`` from being the best
-    (before epoch ``n`` with ``eval_strategy="epoch"``, as Transformers counts there).
-    With PEFT the adapters are those of the best checkpoint then, and the masks those of the end.
-    With ``regrow`` the values that pruned entries may take back are those of the end; a warning
-    says where there are none.
+    With ``load_best_model_at_end``, the best checkpoint may have been saved before the pruning was
+    done; a warning says so. ``eval_delay=n`` excludes checkpoints before step ``n`` (before epoch
+    ``n`` with ``eval_strategy="epoch"``, as Transformers counts there). With PEFT, the adapters are
+    then those of the best checkpoint, but the masks are those of the end. With ``regrow``, the
+    values that pruned entries may take back are those of the end; a warning says if there are none.
 
     Args:
         pruner: made from the parameters of the model that the Trainer trains.
@@ -208,7 +207,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def _compare_with_best(self, best: Path) -> None:
-        """The checkpoints of PEFT have adapters only, so that the masks are still those of now."""
+        """Warns if the best PEFT checkpoint, which only has adapters, had other masks than now."""
         if not (best / _FILE).is_file():
             return
         there, here = load_state(best / _FILE)["pruner"], self.pruner.state_dict()
@@ -223,11 +222,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def state(self) -> dict[str, Any]:
-        """Called by the Trainer in the middle of saving a checkpoint: after the model and the
-        optimizer, before its own state, and before it deletes older checkpoints."""
+        """Saves the pruner's state, when the Trainer saves a checkpoint.
+
+        The Trainer calls this after it has saved the model and the optimizer, but before it saves
+        its own state and deletes older checkpoints.
+        """
         if self._state is not None and not self._state.is_hyper_param_search and _is_saving():
             folder = Path(self._args.output_dir) / f"checkpoint-{self._state.global_step}"
-            # A finished pruner has no state, and the model no masks that one could go on with.
+            # A finished pruner has no state, and the model no masks to go on with.
             if folder.is_dir() and not self.pruner.finished:
                 self._save(folder)
         return {"args": {"pruner": None}, "attributes": {}}
@@ -252,24 +254,23 @@ class PruningCallback(TrainerCallback, ExportableState):
         for module, name in self.pruner.params:
             if module not in paths:
                 raise ValueError(
-                    "the pruner's parameters should be those of the model that is trained, got "
-                    "some of another one (model_init and hyperparameter searches make new models)"
+                    "the pruner's parameters should be those of the trained model, got some of "
+                    "another one (model_init and hyperparameter searches make new models)"
                 )
             if paths[module].endswith(".original_module"):
                 raise ValueError(
-                    f"{paths[module]}.{name} is not trained: PEFT's modules_to_save has a copy of "
-                    "it trained instead. Leave it out of the pruner's parameters"
+                    f"{paths[module]}.{name} is not trained, because PEFT's modules_to_save trains "
+                    "a copy of it: leave it out of the pruner's parameters"
                 )
             if is_dtensor(stored(module, name)):
                 raise ValueError(
-                    f"{paths[module]}.{name} is a DTensor: the Trainer saves checkpoints on one "
-                    "rank, and the pruner's state takes all of them. Use a training loop of your "
-                    "own for sharded models, with torch.distributed.checkpoint"
+                    f"{paths[module]}.{name} should not be sharded, got a DTensor, because the "
+                    "Trainer saves checkpoints on one rank: train sharded models in your own loop, "
+                    "with torch.distributed.checkpoint"
                 )
 
     def _keep_masks_home(self, wrapped: nn.Module) -> None:
-        """DistributedDataParallel would broadcast the masks in each forward. Every process makes
-        the same ones."""
+        """Stops DistributedDataParallel from broadcasting masks, which all processes agree on."""
         for ddp in wrapped.modules():
             if isinstance(ddp, DistributedDataParallel):
                 ignore_masks(ddp)
@@ -293,16 +294,16 @@ class PruningCallback(TrainerCallback, ExportableState):
         path = folder / _FILE
         if not path.is_file():
             raise ValueError(
-                f"{folder} has no {_FILE}: it was saved without a PruningCallback, or not to its "
-                "end (torchalignprune.hf.last_complete_checkpoint finds one that was)"
+                f"{folder} has no {_FILE}: it was saved without a PruningCallback, or is "
+                "incomplete (torchalignprune.hf.last_complete_checkpoint finds a complete one)"
             )
         state = load_state(path)
         if state.get("version") != _VERSION:
             raise ValueError(f"{path} should be of version {_VERSION}, got {state.get('version')}")
         if state["global_step"] != global_step:
             raise ValueError(
-                f"{path} should be of step {global_step}, as {folder / _TRAINER_STATE} is, got "
-                f"step {state['global_step']}"
+                f"{path} should be of step {global_step}, like {folder / _TRAINER_STATE}, got step "
+                f"{state['global_step']}"
             )
         try:
             if "masks" in state:
@@ -331,30 +332,30 @@ class PruningCallback(TrainerCallback, ExportableState):
 class AlignmentTrainerMixin:
     """Adds a regularizer to the loss of a ``Trainer``: ``strength * penalty()``.
 
-    For :class:`AlignmentTrainer`, and for other kinds of Trainer::
+    :class:`AlignmentTrainer` is such a Trainer. For other kinds::
 
         class MyTrainer(AlignmentTrainerMixin, SentenceTransformerTrainer): ...
 
-    The penalty counts once in each step of the optimizer, however many batches its gradients are
-    accumulated over, and is evaluated once. It is in full precision, scaled by the gradient scaler
-    as the loss is, and averaged over processes. What the Trainer logs as ``loss`` includes it;
-    ``eval_loss`` does not. Also logged, averaged over the steps since the last time:
-    ``penalty_loss``, what it added to the loss; ``penalty_share``, the share of the loss that this
-    is; and the ``penalty_strength``.
+    The penalty is evaluated and counts once per optimizer step, however many batches its gradients
+    are accumulated over. It is computed in full precision, scaled by the gradient scaler like the
+    loss, and averaged over processes. The logged ``loss`` includes it, ``eval_loss`` does not. The
+    Trainer also logs, averaged over the steps since the last log: ``penalty_loss``, the addition
+    to the loss; ``penalty_share``, its share of the loss; and ``penalty_strength``.
 
     Args:
-        args: what the Trainer takes.
-        penalty: such as :class:`torchalignprune.CosineAlignment`: called without arguments, gives a
-            scalar. The same may go to the :class:`torchalignprune.Pruner`, which logs its value
-            without the strength and saves the state of its matching.
-        strength: not negative: a number, or a schedule (:mod:`torchalignprune.schedules`) of the
+        args: arguments of the Trainer.
+        penalty: a module such as :class:`torchalignprune.CosineAlignment` that is called without
+            arguments and returns a scalar. The same penalty may be passed to the
+            :class:`torchalignprune.Pruner`, which logs its value without the strength and saves the
+            state of its matching.
+        strength: not negative; a number, or a schedule (:mod:`torchalignprune.schedules`) of the
             Trainer's ``global_step``.
-        kwargs: what the Trainer takes.
+        kwargs: keyword arguments of the Trainer.
 
     Raises:
-        TypeError: a penalty that is not a module; a strength that is no number or function.
-        ValueError: a strength that is negative or not finite; FSDP, DeepSpeed or
-            ``torch.nn.DataParallel``; a penalty without any gradient, or of another model.
+        TypeError: the penalty is not a module, or the strength is neither a number nor a function.
+        ValueError: the strength is negative or not finite; the Trainer uses FSDP, DeepSpeed or
+            ``torch.nn.DataParallel``; or the penalty has no gradient or is of another model.
 
     Example:
         >>> import tempfile, torch, transformers, torchalignprune as tap
@@ -399,7 +400,7 @@ class AlignmentTrainerMixin:
         self.strength: Callable[[int], float] = (
             strength if callable(strength) else _constant(strength)
         )
-        # Since the last log: what was added to the loss, and the strengths, summed; the steps.
+        # Sums of the additions to the loss and of the strengths since the last log, and its steps.
         self._added: Tensor | float = 0.0
         self._strengths = 0.0
         self._steps = 0
@@ -409,18 +410,18 @@ class AlignmentTrainerMixin:
         _check_setup(self.args, self)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        # With the last of the accumulated batches, and before its own backward, in which
-        # DistributedDataParallel averages all the gradient that is there.
+        # At the last of the accumulated batches, before its own backward, in which
+        # DistributedDataParallel averages all gradients accumulated so far.
         added = self._penalize(model) if self.accelerator.sync_gradients else None
         loss: Tensor = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
         return loss if added is None else loss + added.to(loss.device, loss.dtype)
 
     def _penalize(self, model: nn.Module) -> Tensor | None:
-        """Add the gradient of the penalty; what it adds to the loss."""
+        """Adds the gradient of the penalty; returns the penalty's addition to the loss."""
         step = self.state.global_step
         strength = _checked_strength(self.strength(step), f" at step {step}")
         if self._counted_in is not self.state:
-            # A training that failed, or had no log at its end, has left its last steps here.
+            # Drop the steps of an earlier training that failed or ended without a log.
             self._counted_in = self.state
             self._added, self._strengths, self._steps = 0.0, 0.0, 0
             self._checked = False
@@ -436,9 +437,8 @@ class AlignmentTrainerMixin:
                 own = {id(parameter) for parameter in model.parameters()}
                 if not any(id(leaf) in own for leaf in leaves_of(value)):
                     raise ValueError(
-                        "the penalty's parameters should be those of the model that is trained, "
-                        "got those of another one (model_init and hyperparameter searches make new "
-                        "models)"
+                        "the penalty's parameters should be those of the trained model, got those "
+                        "of another one (model_init and hyperparameter searches make new models)"
                     )
                 self._checked = True
             self.accelerator.backward(value)
@@ -457,21 +457,21 @@ class AlignmentTrainerMixin:
 
 
 class AlignmentTrainer(AlignmentTrainerMixin, Trainer):
-    """A ``Trainer`` whose loss has a regularizer in it: see :class:`AlignmentTrainerMixin`."""
+    """A ``Trainer`` that adds a regularizer to its loss: see :class:`AlignmentTrainerMixin`."""
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that was saved to its end.
+    """The newest checkpoint of a run that was saved completely.
 
-    ``train(resume_from_checkpoint=True)`` takes the newest folder, whatever is in it. A run that is
-    killed while it saves leaves one that cannot be loaded.
+    ``train(resume_from_checkpoint=True)`` takes the newest folder, whatever is in it. If a run was
+    killed while saving, that folder cannot be loaded.
 
     Args:
         output_dir: the ``output_dir`` of a Trainer with a :class:`PruningCallback`.
 
     Returns:
-        The folder, for ``trainer.train(resume_from_checkpoint=...)``; None, which starts from the
-        beginning, if there is none.
+        The folder, for ``trainer.train(resume_from_checkpoint=...)``; if there is none, None, which
+        starts from the beginning.
     """
     output_dir = Path(output_dir)
     numbered = {}
@@ -486,24 +486,24 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def merge_lora(model: Any, pruner: Pruner) -> Any:
-    """Merge LoRA adapters into the pruned weights beneath them, and keep the zeros.
+    """Merges LoRA adapters into the pruned weights beneath them, and keeps the zeros.
 
-    Adapters fill in what was pruned; in the merged model it is set to zero again, which changes the
-    model a little. The pruner is finished then.
+    Merging fills in pruned entries. They are set to zero again, which changes the model a little.
+    The pruner is finished afterwards.
 
-    PEFT's own ``merge_and_unload``, ``merge_adapter`` and ``unmerge_adapter`` do not go with masked
-    weights: what they write goes into a product with the mask, which the next forward makes anew,
-    or past it into the weights beneath, where it is not taken out again.
+    Do not use PEFT's own ``merge_and_unload``, ``merge_adapter`` and ``unmerge_adapter`` with
+    masked weights. They write to the product with the mask, which the next forward recomputes, or
+    past it to the weights beneath, from which it is not removed again.
 
     Args:
         model: a ``peft.PeftModel`` with LoRA adapters on pruned weights.
-        pruner: of the base model's parameters; not finished.
+        pruner: the pruner of the base model's parameters; not finished.
 
     Returns:
-        The base model, an ordinary one, as ``model.merge_and_unload()`` returns it.
+        The ordinary base model, as ``model.merge_and_unload()`` returns it.
 
     Raises:
-        TypeError: a model without adapters that can be merged; nothing has changed then.
+        TypeError: the model has no adapters that can be merged; it is not changed.
         ValueError: the pruner is finished.
     """
     if not callable(getattr(model, "merge_and_unload", None)):
@@ -513,8 +513,8 @@ def merge_lora(model: Any, pruner: Pruner) -> Any:
         )
     if pruner.finished:
         raise ValueError(
-            "pruner should not be finished: finalize() has taken the masks away that the merged "
-            "weights are to be pruned by. Call merge_lora in its place"
+            "pruner should not be finished, because finalize() has removed the masks: call "
+            "merge_lora instead of finalize()"
         )
     masks = [(module, name, mask_of(module, name)) for module, name in pruner.params]
     pruner.finalize()
@@ -527,9 +527,9 @@ def merge_lora(model: Any, pruner: Pruner) -> Any:
 
 
 def _running_trainer() -> tuple[Any, str | None]:
-    """The Trainer that has called, and the checkpoint that it resumes from.
+    """The calling Trainer and the checkpoint that it resumes from.
 
-    It tells its callbacks neither; both are in its frame.
+    The Trainer passes neither to its callbacks, but both are in its frame.
     """
     frame = sys._getframe(1).f_back
     while frame is not None:
@@ -541,8 +541,10 @@ def _running_trainer() -> tuple[Any, str | None]:
 
 
 def _is_saving() -> bool:
-    """Whether the Trainer has called to save a checkpoint. It does so too when it begins to train,
-    when an earlier run that failed may have left its state here."""
+    """Whether the Trainer asks for the state in order to save a checkpoint.
+
+    It also asks when it begins to train, when this may have the state of an earlier, failed run.
+    """
     frame = sys._getframe(1).f_back
     while frame is not None:
         own = isinstance(frame.f_locals.get("self"), Trainer)
@@ -556,13 +558,13 @@ def _check_setup(args: Any, trainer: Any) -> None:
     for what in ("fsdp", "deepspeed"):
         if getattr(trainer, f"is_{what}_enabled", False):
             raise ValueError(
-                f"{what} shards the parameters after the pruner was made: use a training loop that "
-                "shards the model first, and makes the Pruner then"
+                f"{what} is not supported, because it shards the parameters after the pruner was "
+                "made: use a training loop that shards the model before it makes the Pruner"
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"the Trainer would use torch.nn.DataParallel for {args.n_gpu} GPUs: start one process "
-            "for each, with torchrun or accelerate launch"
+            f"torch.nn.DataParallel, which the Trainer would use for {args.n_gpu} GPUs, is not "
+            "supported: start one process for each, with torchrun or accelerate launch"
         )
 
 
@@ -580,7 +582,7 @@ def _checked_strength(strength: Any, when: str = "") -> float:
 
 
 def _ranks_of_this_disk(args: Any) -> list[int]:
-    """The ranks that save to the disk that this process saves to."""
+    """The ranks that save to the same disk as this process."""
     if not args.save_on_each_node:
         return list(range(args.world_size))
     first = args.process_index - args.local_process_index
@@ -605,7 +607,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a file is there and, in the formats whose end can be told, whole."""
+    """Whether a file exists and, in formats that allow to check this, is complete."""
     if path.suffix in (".bin", ".pt", ".pth"):
         return zipfile.is_zipfile(path)
     try:

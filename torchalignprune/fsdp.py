@@ -56,7 +56,7 @@ class Managed:
         if self.group._training_state.name != "IDLE":
             raise RuntimeError(
                 f"{name} is gathered for a forward or backward that is still running: prune "
-                "between steps, after optimizer.step()"
+                "between the steps, after optimizer.step()"
             )
         self.group._to_sharded()
 

@@ -1051,7 +1051,7 @@ def test_two_processes(tmp_path: Path) -> None:
     trainer.train()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(Path(__file__).with_name("trainer_processes.py")), str(tmp_path / "two")]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert process.returncode == 0, process.stderr
     found = load_file(tmp_path / "two" / "final.safetensors")
     wanted = trainer.model.state_dict()

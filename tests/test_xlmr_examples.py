@@ -158,7 +158,7 @@ def test_pos_xlmr_on_two_processes(tmp_path: Path) -> None:
     arguments += ["--output_dir", out, "--regularizer", "frobenius", "--save_steps", 10]
     arguments += ["--method", "taylor"]
     command = torchrun(EXAMPLES / "pos_xlmr.py", *arguments, "--ddp_backend", "gloo")
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("starting from") == process.stdout.count("zero-shot mean") == 1
     report = report_of(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         save_file(state, folder / "final.safetensors")
     dist.barrier()
-    dist.destroy_process_group()
+    # The reducer of DistributedDataParallel would destroy gloo's process group while it holds the
+    # GIL, which a thread of that group may be waiting for (seen with torch 2.13).
+    os._exit(0)
 
 
 if __name__ == "__main__":

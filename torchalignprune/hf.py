@@ -235,7 +235,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         return {"args": {"pruner": None}, "attributes": {}}
 
     def _check_end(self, last: int) -> None:
-        """Ending before its schedule does, a training gives a model less sparse than was meant."""
+        """Warns if training ends before the schedule: the model is then less sparse than meant."""
         try:
             reached, later = (self.pruner.schedule(step) for step in (last, sys.maxsize))
         except LookupError:  # A table of the user's, which ends with the training.

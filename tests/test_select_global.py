@@ -145,6 +145,17 @@ def test_nothing_to_prune_of() -> None:
     assert flat(ops.select_global(weights, 1)) == [[], [True], [], [False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits_ranks_by_its_value(device: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    numbers = every[~every.isnan()].to(device)
+    for count in range(0, numbers.numel(), 4_001):
+        for score in ("value", "magnitude"):
+            [kept] = ops.select_global([numbers], count, score=score)
+            [wanted] = ops.select_global([numbers.double()], count, score=score)
+            assert torch.equal(kept, wanted), (count, score)
+
+
 def test_scores_are_computed_in_float64_as_soon_as_one_tensor_is_float64() -> None:
     a = torch.tensor([1.0])
     b = torch.tensor([1.0 - 1e-12], dtype=torch.float64)

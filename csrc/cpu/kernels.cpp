@@ -1,6 +1,10 @@
 // The portable kernels, and the choice among the levels.
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -24,10 +28,19 @@ extern const Kernels table;
 
 namespace {
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// Not every compiler knows it in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 std::vector<const Kernels*> levels() {
   std::vector<const Kernels*> found{&portable::table};
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
+  if (!has_f16c()) return found;
   if (__builtin_cpu_supports("avx2")) found.push_back(&avx2::table);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {

@@ -17,15 +17,15 @@ inline float from_bf16(uint16_t bits) { return bits_as<float>(static_cast<uint32
 
 // Written with selects instead of branches, so that the compiler vectorises it.
 inline float from_f16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t magnitude = bits & 0x7fffu;
-  const uint32_t exponent = magnitude & 0x7c00u;
-  const uint32_t rebased = (magnitude << 13) + (112u << 23);
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t small = bits_as<uint32_t>(
-      static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-08f);
-  const uint32_t value = exponent == 0 ? small : exponent == 0x7c00u ? special : rebased;
-  return bits_as<float>(value | sign);
+  const uint32_t wide = bits;
+  const uint32_t sign = (wide & 0x8000u) << 16;
+  const uint32_t magnitude = (wide & 0x7fffu) << 13;
+  constexpr uint32_t rebase = 112u << 23;
+  const uint32_t normal = magnitude + rebase + (magnitude >= 0x0f800000u ? rebase : 0u);
+  // 2^-14 is put before the fraction and taken away again, which no processor flushes to zero.
+  const uint32_t subnormal =
+      bits_as<uint32_t>(bits_as<float>(magnitude + (113u << 23)) - 6.103515625e-05f);
+  return bits_as<float>((magnitude < 0x00800000u ? subnormal : normal) | sign);
 }
 
 template <class Acc>
@@ -42,8 +42,18 @@ void widen(Element element, const void* source, int64_t stride, int64_t n, Acc* 
       return copy(static_cast<const float*>(source), [](float x) { return x; });
     case Element::f64:
       return copy(static_cast<const double*>(source), [](double x) { return x; });
-    case Element::f16:
-      return copy(static_cast<const uint16_t*>(source), from_f16);
+    case Element::f16: {
+      const auto* from = static_cast<const uint16_t*>(source);
+#if TAP_LEVEL_BITS != 0
+      if constexpr (sizeof(Acc) == 4) {
+        for (; stride == 1 && n >= 8; n -= 8, from += 8, out += 8) {
+          const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+          _mm256_storeu_ps(out, _mm256_cvtph_ps(bits));
+        }
+      }
+#endif
+      return copy(from, from_f16);
+    }
     case Element::bf16:
       return copy(static_cast<const uint16_t*>(source), from_bf16);
   }
@@ -112,22 +122,35 @@ inline typename KeyOf<Acc>::type to_keys_as(
   return nan;
 }
 
-// Calls use(start, keys, n) with the keys of one tile after another. A tile is small, so that the
-// processor fetches the next ones while it looks at the keys.
+inline constexpr int64_t tile_size = 64;
+
+// The processor does not fetch far enough ahead by itself while it looks at a tile.
+template <class Acc>
+inline void prefetch(const Acc* entries) {
+  constexpr int64_t line = 64 / sizeof(Acc);
+  constexpr int64_t ahead = 32 * line;
+  for (int64_t i = 0; i < tile_size; i += line) __builtin_prefetch(entries + ahead + i);
+}
+
+// Calls use(start, keys, n) with the keys of one tile after another. There are tile_size keys
+// always; those behind the last entry of the piece are no candidates.
 template <class Acc, int kind, int scaling, bool has_mask, class Use>
 inline void for_each_tile(const Piece<Acc>& piece, bool* nan, Use use) {
   using Key = typename KeyOf<Acc>::type;
-  constexpr int64_t tile = 64;
-  alignas(64) Key keys[tile];
+  alignas(64) Key keys[tile_size];
   Key bad = 0;
   int64_t start = 0;
-  for (; start + tile <= piece.n; start += tile) {
-    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, tile, keys);
-    use(start, keys, tile);
+  for (; start + tile_size <= piece.n; start += tile_size) {
+    prefetch(piece.weight + start);
+    if constexpr (kind == 2) prefetch(piece.reference + start);
+    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, tile_size, keys);
+    use(start, keys, tile_size);
   }
   if (start < piece.n) {
-    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, piece.n - start, keys);
-    use(start, keys, piece.n - start);
+    const int64_t n = piece.n - start;
+    for (int64_t i = n; i < tile_size; ++i) keys[i] = not_a_candidate<Key>;
+    bad |= to_keys_as<Acc, kind, scaling, has_mask>(piece, start, n, keys);
+    use(start, keys, n);
   }
   if (bad != 0) *nan = true;
 }
@@ -150,59 +173,73 @@ void to_keys(const Piece<Acc>& piece, typename KeyOf<Acc>::type* keys, bool* nan
   });
 }
 
-// A branch for each hit would be guessed wrong each time, so the wide version compresses the hits
-// without one. Returns the end of what it wrote to `out`.
+#if TAP_LEVEL_BITS == 256
+// For each set of the eight lanes of 4 bytes, their numbers, a byte for each.
+struct Compression {
+  uint64_t lanes[256];
+
+  constexpr Compression() : lanes() {
+    for (int set = 0; set < 256; ++set) {
+      int found = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        if ((set >> lane & 1) != 0) lanes[set] |= static_cast<uint64_t>(lane) << (8 * found++);
+      }
+    }
+  }
+};
+
+inline constexpr Compression compression;
+#endif
+
+// Writes the keys in [low, low + span] to `out` and returns their end. A branch for each hit would
+// be guessed wrong each time, so the wide versions compress the hits without one.
 template <class Key>
-inline Key* scan_tile(
-    const Key* __restrict keys, int64_t n, Key low, Key span, Key* __restrict out, int64_t* below) {
-  int64_t start = 0;
-  int64_t lower = 0;
+inline Key* scan_tile(const Key* __restrict keys, Key low, Key span, Key* __restrict out) {
 #if TAP_LEVEL_BITS == 512
-  constexpr int lanes = 64 / sizeof(Key);
-  for (; start + lanes <= n; start += lanes) {
-    const __m512i key = _mm512_loadu_si512(keys + start);
+  for (int64_t i = 0; i < tile_size; i += 64 / sizeof(Key)) {
+    const __m512i key = _mm512_loadu_si512(keys + i);
     if constexpr (sizeof(Key) == 4) {
-      const __m512i base = _mm512_set1_epi32(static_cast<int>(low));
+      const __m512i offset = _mm512_sub_epi32(key, _mm512_set1_epi32(static_cast<int>(low)));
       const __m512i width = _mm512_set1_epi32(static_cast<int>(span));
-      const __mmask16 hits = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, base), width);
-      lower += __builtin_popcount(_mm512_cmplt_epu32_mask(key, base));
+      const __mmask16 hits = _mm512_cmple_epu32_mask(offset, width);
       _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(hits, key));
       out += __builtin_popcount(hits);
     } else {
-      const __m512i base = _mm512_set1_epi64(static_cast<long long>(low));
+      const __m512i offset = _mm512_sub_epi64(key, _mm512_set1_epi64(static_cast<long long>(low)));
       const __m512i width = _mm512_set1_epi64(static_cast<long long>(span));
-      const __mmask8 hits = _mm512_cmple_epu64_mask(_mm512_sub_epi64(key, base), width);
-      lower += __builtin_popcount(_mm512_cmplt_epu64_mask(key, base));
+      const __mmask8 hits = _mm512_cmple_epu64_mask(offset, width);
       _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(hits, key));
       out += __builtin_popcount(hits);
     }
   }
+#elif TAP_LEVEL_BITS == 256
+  using Lanes __attribute__((vector_size(32))) = Key;
+  for (int64_t i = 0; i < tile_size; i += 32 / sizeof(Key)) {
+    Lanes key;
+    __builtin_memcpy(&key, keys + i, sizeof(key));
+    const auto inside = key - low <= span;
+    const auto hits = static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(inside)));
+    const __m256i places =
+        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(compression.lanes[hits])));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(out),
+        _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(key), places));
+    out += __builtin_popcount(hits) / static_cast<int>(sizeof(Key) / 4);
+  }
 #else
-  constexpr int width = 64;
-  for (; start + width <= n; start += width) {
-    alignas(64) uint8_t inside[width];
-    uint32_t count = 0;
-    for (int j = 0; j < width; ++j) {
-      const Key key = keys[start + j];
-      inside[j] = static_cast<Key>(key - low) <= span ? 1 : 0;
-      count += key < low ? 1u : 0u;
-    }
-    lower += count;
-    for (int part = 0; part < width; part += 8) {
-      uint64_t flags;
-      __builtin_memcpy(&flags, inside + part, 8);
-      while (flags != 0) {
-        *out++ = keys[start + part + (__builtin_ctzll(flags) >> 3)];
-        flags &= flags - 1;
-      }
+  uint8_t inside[tile_size];
+  for (int64_t i = 0; i < tile_size; ++i) {
+    inside[i] = static_cast<Key>(keys[i] - low) <= span ? 1 : 0;
+  }
+  for (int64_t i = 0; i < tile_size; i += 8) {
+    uint64_t flags;
+    __builtin_memcpy(&flags, inside + i, 8);
+    while (flags != 0) {
+      *out++ = keys[i + (__builtin_ctzll(flags) >> 3)];
+      flags &= flags - 1;
     }
   }
 #endif
-  for (; start < n; ++start) {
-    lower += keys[start] < low ? 1 : 0;
-    if (static_cast<Key>(keys[start] - low) <= span) *out++ = keys[start];
-  }
-  *below += lower;
   return out;
 }
 
@@ -213,8 +250,11 @@ int64_t scan(
   using Key = typename KeyOf<Acc>::type;
   int64_t below = 0;
   Key* end = out;
-  with_keys<Acc, kind>(piece, nan, [&](int64_t, const Key* keys, int64_t n) {
-    end = scan_tile(keys, n, low, span, end, &below);
+  with_keys<Acc, kind>(piece, nan, [&](int64_t, const Key* __restrict keys, int64_t) {
+    Key lower = 0;
+    for (int64_t i = 0; i < tile_size; ++i) lower += keys[i] < low ? 1 : 0;
+    below += static_cast<int64_t>(lower);
+    end = scan_tile(keys, low, span, end);
   });
   *found += end - out;
   return below;
@@ -225,34 +265,21 @@ int64_t keep(
     const Piece<Acc>& piece, typename KeyOf<Acc>::type threshold, bool keep_equal, uint8_t* mask,
     bool* nan) {
   using Key = typename KeyOf<Acc>::type;
-  // key > threshold, or key >= threshold as key > threshold - 1; at threshold 0 all are.
-  const bool all = keep_equal && threshold == 0;
-  const Key above = static_cast<Key>(threshold - (keep_equal && !all ? 1 : 0));
+  // Kept are the keys in [first, not_a_candidate).
+  const Key first = static_cast<Key>(threshold + (keep_equal ? 0 : 1));
+  const Key width = static_cast<Key>(not_a_candidate<Key> - first);
   int64_t equal = 0;
   with_keys<Acc, kind>(piece, nan, [&](int64_t start, const Key* __restrict keys, int64_t n) {
-    uint8_t* __restrict out = mask + start;
+    alignas(64) uint8_t kept[tile_size];
     Key same = 0;
-    int64_t i = 0;
-#if TAP_LEVEL_BITS == 512
-    if constexpr (sizeof(Key) == 4) {
-      const int64_t whole = n - n % 16;
-      const __m512i bound = _mm512_set1_epi32(static_cast<int>(above));
-      const __m512i at = _mm512_set1_epi32(static_cast<int>(threshold));
-      const __m512i none = _mm512_set1_epi32(-1);
-      const __mmask16 every = all ? 0xFFFF : 0;
-      for (; i < whole; i += 16) {
-        const __m512i key = _mm512_loadu_si512(keys + i);
-        const __mmask16 over = _mm512_cmpgt_epu32_mask(key, bound) | every;
-        const __mmask16 kept = over & _mm512_cmpneq_epu32_mask(key, none);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm_maskz_set1_epi8(kept, 1));
-        same += static_cast<Key>(__builtin_popcount(_mm512_cmpeq_epu32_mask(key, at)));
-      }
+    for (int64_t i = 0; i < tile_size; ++i) {
+      kept[i] = static_cast<Key>(keys[i] - first) < width ? 1 : 0;
     }
-#endif
-    for (; i < n; ++i) {
-      const Key key = keys[i];
-      out[i] = ((key > above) | all) & (key != not_a_candidate<Key>) ? 1 : 0;
-      same += key == threshold ? 1 : 0;
+    for (int64_t i = 0; i < tile_size; ++i) same += keys[i] == threshold ? 1 : 0;
+    if (n == tile_size) {
+      __builtin_memcpy(mask + start, kept, tile_size);
+    } else {
+      for (int64_t i = 0; i < n; ++i) mask[start + i] = kept[i];
     }
     equal += static_cast<int64_t>(same);
   });

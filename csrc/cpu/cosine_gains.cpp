@@ -15,19 +15,8 @@ namespace {
 // Sorts positions by ascending score; among equals the lower position comes first.
 class RowSort {
  public:
-  explicit RowSort(int64_t row_size) : items_(row_size + 1), spare_(row_size + 1) {}
-
-  // Takes the magnitudes of the candidates, whose bits order as they do. `alive` may be null.
-  void fill(const float* values, int64_t n, const uint8_t* alive) {
-    size_ = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      uint32_t key;
-      std::memcpy(&key, values + i, sizeof(key));
-      items_[size_] = static_cast<uint64_t>(key & 0x7fffffffU) << 32 | static_cast<uint64_t>(i);
-      size_ += alive == nullptr || alive[i] != 0 ? 1 : 0;
-    }
-  }
-  int64_t size() const { return size_; }
+  explicit RowSort(int64_t row_size)
+      : digits_(row_size), items_(row_size + 1), spare_(row_size + 1) {}
 
   static float score(uint64_t item) {
     const auto key = static_cast<uint32_t>(item >> 32);
@@ -36,60 +25,88 @@ class RowSort {
     return score;
   }
 
-  // The positions are the low halves of the items.
-  const uint64_t* sort() {
-    if (size_ < 64) {
-      std::sort(items_.begin(), items_.begin() + size_);
-      return items_.data();
-    }
-    uint64_t last = 0;
-    for (int64_t i = 0; i < size_; ++i) last = std::max(last, items_[i]);
+  // The candidates among n entries by their magnitudes, of which `peak` is the largest; returns how
+  // many there are. `alive` may be null. The positions are the low halves of the sorted items.
+  int64_t sort(const float* values, int64_t n, const uint8_t* alive, float peak) {
     // As numbers of sixteen bits almost all scores are apart: the few that share one are put right
-    // one by one. It fails in rows with an entry thousands of times larger than most.
-    const float scale = 65535.0F / score(last);
-    if (std::isnormal(scale)) sort_digits(scale);
-    if (!insert()) std::sort(items_.begin(), items_.begin() + size_);
-    return items_.data();
+    // one by one. That fails in rows with an entry thousands of times larger than most.
+    const float scale = 65535.0F / peak;
+    const bool by_digits = n >= 64 && std::isnormal(scale);
+    const int64_t count = by_digits ? sort_digits(values, n, alive, scale) : fill(values, n, alive);
+    if (n < 64 || !insert(count)) std::sort(items_.begin(), items_.begin() + count);
+    return count;
   }
 
+  const uint64_t* items() const { return items_.data(); }
+
  private:
+  // A magnitude, whose bits order as it does, and its position.
+  static uint64_t item(const float* values, int64_t position) {
+    uint32_t key;
+    std::memcpy(&key, values + position, sizeof(key));
+    return static_cast<uint64_t>(key & 0x7fffffffU) << 32 | static_cast<uint64_t>(position);
+  }
+
+  int64_t fill(const float* values, int64_t n, const uint8_t* alive) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      items_[count] = item(values, i);
+      count += alive == nullptr || alive[i] != 0 ? 1 : 0;
+    }
+    return count;
+  }
+
   // By the lower of two digits first, each time stably.
-  void sort_digits(float scale) {
-    const auto digits = [scale](uint64_t item) {
-      return static_cast<uint32_t>(static_cast<int32_t>(score(item) * scale));
-    };
+  int64_t sort_digits(const float* values, int64_t n, const uint8_t* alive, float scale) {
+    const uint16_t* digits = digits_.data();
+    uint64_t* __restrict items = items_.data();
+    uint64_t* __restrict spare = spare_.data();
+    kernels().digits(values, n, scale, digits_.data());
     std::array<uint32_t, 256> low{}, high{};
-    for (int64_t i = 0; i < size_; ++i) {
-      const uint32_t both = digits(items_[i]);
-      ++low[both & 255];
-      ++high[both >> 8];
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t one = alive == nullptr || alive[i] != 0 ? 1 : 0;
+      low[digits[i] & 255] += one;
+      high[digits[i] >> 8] += one;
     }
     uint32_t in_low = 0, in_high = 0;
     for (size_t value = 0; value < 256; ++value) {
       low[value] = std::exchange(in_low, in_low + low[value]);
       high[value] = std::exchange(in_high, in_high + high[value]);
     }
-    for (int64_t i = 0; i < size_; ++i) spare_[low[digits(items_[i]) & 255]++] = items_[i];
-    for (int64_t i = 0; i < size_; ++i) items_[high[digits(spare_[i]) >> 8]++] = spare_[i];
+    const auto count = static_cast<int64_t>(in_low);
+    for (int64_t i = 0; i < n; ++i) {
+      // Without a branch, which would be guessed wrong: what is no candidate goes behind the
+      // others.
+      const uint32_t one = alive == nullptr || alive[i] != 0 ? 1 : 0;
+      uint32_t& next = low[digits[i] & 255];
+      spare[one != 0 ? next : in_low] = item(values, i);
+      next += one;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      items[high[digits[static_cast<uint32_t>(spare[i])] >> 8]++] = spare[i];
+    }
+    return count;
   }
 
   // Insertion sort of what is almost sorted; gives up where it is not.
-  bool insert() {
+  bool insert(int64_t count) {
+    uint64_t* items = items_.data();
     int64_t moves = 0;
-    for (int64_t i = 1; i < size_; ++i) {
-      const uint64_t item = items_[i];
+    for (int64_t i = 1; i < count; ++i) {
+      const uint64_t own = items[i];
+      if (own >= items[i - 1]) continue;
       int64_t at = i;
-      for (; at > 0 && item < items_[at - 1] && moves <= size_; --at, ++moves) {
-        items_[at] = items_[at - 1];
+      for (; at > 0 && own < items[at - 1] && moves <= count; --at, ++moves) {
+        items[at] = items[at - 1];
       }
-      items_[at] = item;
-      if (moves > size_) return false;
+      items[at] = own;
+      if (moves > count) return false;
     }
     return true;
   }
 
+  std::vector<uint16_t> digits_;
   std::vector<uint64_t> items_, spare_;
-  int64_t size_ = 0;
 };
 
 // One unit, and the memory that is used again for the next one.
@@ -131,13 +148,13 @@ class Unit {
   }
 
   // The same for r = w, the common case: the items that are sorted hold magnitudes and positions.
-  // `alive` may be null, and `norm` is that of the whole unit.
-  void rank_magnitudes(const float* values, const uint8_t* alive, double norm, float* out) {
-    sort_.fill(values, size_, alive);
-    const int64_t count = sort_.size();
-    if (count < size_ || norm == 0) std::fill_n(out, size_, 0.0F);
-    if (count == 0 || norm == 0) return;
-    const uint64_t* last = sort_.sort() + count - 1;
+  // `alive` may be null; `peak` and `norm` are those of the whole unit.
+  void rank_magnitudes(
+      const float* values, const uint8_t* alive, float peak, double norm, float* out) {
+    const int64_t count = norm == 0 ? 0 : sort_.sort(values, size_, alive, peak);
+    if (count < size_) std::fill_n(out, size_, 0.0F);
+    if (count == 0) return;
+    const uint64_t* last = sort_.items() + count - 1;
     const auto value = [&](int64_t k) { return static_cast<double>(RowSort::score(last[-k])); };
     own_gains(norm, count, value);
     for (int64_t k = 0; k < count; ++k) {
@@ -269,6 +286,7 @@ at::Tensor cosine_gains_as(
   const int64_t factor_step = column_scale && scale.numel() > 1 ? 1 : 0;
   auto* result = static_cast<Acc*>(out.data_ptr());
 
+  // Returns the largest magnitude.
   const auto load = [&](const at::Tensor& from, int64_t row, auto& to) {
     std::array<Acc, block_size> buffer;
     for (int64_t at = 0; at < row_size; at += block_size) {
@@ -282,20 +300,17 @@ at::Tensor cosine_gains_as(
         }
       }
     }
-    using Value = typename std::decay_t<decltype(to)>::value_type;
-    uint64_t infinite = 0;
-    for (int64_t i = 0; i < row_size; ++i) {
-      infinite |= std::abs(to[i]) <= std::numeric_limits<Value>::max() ? 0 : 1;
-    }
+    const auto peak =
+        kernels().of<typename std::decay_t<decltype(to)>::value_type>().peak(to.data(), row_size);
     TORCH_CHECK_VALUE(
-        infinite == 0, "the scores of ", name, " should be finite numbers, got NaN or infinity");
+        std::isfinite(peak), "the scores of ", name,
+        " should be finite numbers, got NaN or infinity");
+    return peak;
   };
   const auto load_wide = [&](const at::Tensor& from, int64_t row, std::vector<double>& to) {
-    load(from, row, to);
+    const double peak = load(from, row, to);
     // Squares of float64 may overflow or vanish, and alignment does not depend on a unit's scale.
     if constexpr (sizeof(Acc) == 8) {
-      double peak = 0;
-      for (const double value : to) peak = std::max(peak, std::abs(value));
       if (peak == 0) return;
       for (double& value : to) value /= peak;
     }
@@ -325,7 +340,8 @@ at::Tensor cosine_gains_as(
         for (auto& row : values) row.resize(row_size);
         for (int64_t row = from; row < to; row += 4) {
           const int64_t n = std::min<int64_t>(4, to - row);
-          for (int64_t j = 0; j < n; ++j) load(weight, row + j, values[j]);
+          std::array<float, 4> peaks;
+          for (int64_t j = 0; j < n; ++j) peaks[j] = load(weight, row + j, values[j]);
           std::array<double, 4> squares{};
           for (int64_t i = 0; i < row_size; ++i) {
             for (size_t j = 0; j < 4; ++j) {
@@ -335,7 +351,7 @@ at::Tensor cosine_gains_as(
           }
           for (int64_t j = 0; j < n; ++j) {
             rank_row(row + j, [&](const uint8_t* alive, float* gains) {
-              unit.rank_magnitudes(values[j].data(), alive, std::sqrt(squares[j]), gains);
+              unit.rank_magnitudes(values[j].data(), alive, peaks[j], std::sqrt(squares[j]), gains);
             });
           }
         }

@@ -60,6 +60,9 @@ struct ScoreKernels {
       const Piece<Acc>& piece, Key threshold, bool keep_equal, uint8_t* mask, bool* nan);
   Keep keep[3];
 
+  // The largest magnitude: not finite if a value is not.
+  Acc (*peak)(const Acc* values, int64_t n);
+
   // Adds the squares of values[i] * row * column[i] to columns[i], and returns their sum. `column`
   // may be null.
   double (*add_squares)(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns);
@@ -113,6 +116,9 @@ struct Kernels {
   // Sets entries of 2, 4 and 8 bytes to +0 where the mask is 0; writes nothing where they all are.
   using ZeroPruned = void (*)(void* values, const uint8_t* mask, int64_t n);
   ZeroPruned zero_pruned[3];
+
+  // out[i] = |values[i]| * scale, cut off after the point; below 2^16.
+  void (*digits)(const float* values, int64_t n, float scale, uint16_t* out);
 
   // squares[k] are descending, sums[k] their running sums: out[k] is what the (k+1)-th square adds
   // to sqrt(sum) / norm, in the form that does not cancel.

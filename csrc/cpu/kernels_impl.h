@@ -339,6 +339,25 @@ void zero_pruned(void* values, const uint8_t* __restrict mask, int64_t n) {
   clear(start, n);
 }
 
+// As bits, because NaN compares as not larger.
+template <class Acc>
+Acc peak(const Acc* values, int64_t n) {
+  using Bits = typename KeyOf<Acc>::type;
+  Bits most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits own = bits_as<Bits>(values[i]) & ~sign_bit<Bits>;
+    most = own > most ? own : most;
+  }
+  return bits_as<Acc>(most);
+}
+
+inline void digits(
+    const float* __restrict values, int64_t n, float scale, uint16_t* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<uint16_t>(static_cast<int32_t>(absolute(values[i]) * scale));
+  }
+}
+
 // Sixteen sums side by side, so that the result does not depend on the width of the SIMD.
 template <class Acc>
 double add_squares(const Acc* values, const Acc* column, Acc row, int64_t n, double* columns) {
@@ -514,6 +533,7 @@ constexpr ScoreKernels<Acc> score_kernels() {
       {to_keys<Acc, 0>, to_keys<Acc, 1>, to_keys<Acc, 2>},
       {scan<Acc, 0>, scan<Acc, 1>, scan<Acc, 2>},
       {keep<Acc, 0>, keep<Acc, 1>, keep<Acc, 2>},
+      peak<Acc>,
       add_squares<Acc>,
       add_products<Acc>,
       add_each_product<Acc>,
@@ -530,6 +550,7 @@ const Kernels table{
     {apply_mask<uint16_t>, apply_mask<uint32_t>, apply_mask<uint64_t>},
     {is_masked<uint16_t>, is_masked<uint32_t>, is_masked<uint64_t>},
     {zero_pruned<uint16_t>, zero_pruned<uint32_t>, zero_pruned<uint64_t>},
+    digits,
     gains};
 
 }  // namespace TAP_LEVEL

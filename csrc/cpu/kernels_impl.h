@@ -260,6 +260,26 @@ int64_t scan(
   return below;
 }
 
+// Whether each key is in [first, first + width).
+template <class Key>
+inline void keep_tile(const Key* __restrict keys, Key first, Key width, uint8_t* __restrict kept) {
+#if TAP_LEVEL_BITS == 512
+  if constexpr (sizeof(Key) == 4) {
+    for (int64_t i = 0; i < tile_size; i += 16) {
+      const __m512i key = _mm512_loadu_si512(keys + i);
+      const __m512i offset = _mm512_sub_epi32(key, _mm512_set1_epi32(static_cast<int>(first)));
+      const __m512i end = _mm512_set1_epi32(static_cast<int>(width));
+      const __mmask16 inside = _mm512_cmplt_epu32_mask(offset, end);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(kept + i), _mm_maskz_set1_epi8(inside, 1));
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < tile_size; ++i) {
+    kept[i] = static_cast<Key>(keys[i] - first) < width ? 1 : 0;
+  }
+}
+
 template <class Acc, int kind>
 int64_t keep(
     const Piece<Acc>& piece, typename KeyOf<Acc>::type threshold, bool keep_equal, uint8_t* mask,
@@ -272,9 +292,7 @@ int64_t keep(
   with_keys<Acc, kind>(piece, nan, [&](int64_t start, const Key* __restrict keys, int64_t n) {
     alignas(64) uint8_t kept[tile_size];
     Key same = 0;
-    for (int64_t i = 0; i < tile_size; ++i) {
-      kept[i] = static_cast<Key>(keys[i] - first) < width ? 1 : 0;
-    }
+    keep_tile(keys, first, width, kept);
     for (int64_t i = 0; i < tile_size; ++i) same += keys[i] == threshold ? 1 : 0;
     if (n == tile_size) {
       __builtin_memcpy(mask + start, kept, tile_size);

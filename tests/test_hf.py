@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -727,9 +727,16 @@ def _foreign(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "pruner.safetensors")
 
 
+def _renamed(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace(".query.", ".q."): weight for name, weight in weights.items()}
+    save_file(renamed, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_renamed, r"not loaded all of .*checkpoint-6, which has no bert\..*query\.weight_mask"),
         (_without_the_file, r"checkpoint-6 has no pruner\.safetensors: it was saved without"),
         (_cut, r"pruner\.safetensors cannot be read"),
         (_of_another_step, r"should be of step 6, like .*trainer_state\.json, got step 3"),

@@ -106,7 +106,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         ValueError: when training begins: the pruner is finished, or of another model; a setup that
             this does not work with (FSDP, DeepSpeed, tensor parallelism,
             ``torch.nn.DataParallel``); a checkpoint without the pruner's state, with one that does
-            not fit, or of a run that has taken its last step.
+            not fit, of a run that has taken its last step, or with weights that the Trainer does
+            not load, because Transformers renames them when it saves them (those of ViT).
 
     Example:
         >>> import tempfile, torch, transformers, torchalignprune as tap
@@ -170,7 +171,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                     "model is the one that the run ends with, and the Trainer would train it for "
                     "one more step. Load that, or raise max_steps or num_train_epochs to go on"
                 )
-            self._resume(own, state.global_step)
+            self._resume(own, state.global_step, model)
         self._check_end(self.pruner.steps + state.max_steps - state.global_step)
         self._args, self._state, self._model = args, state, model
         self._reached = self.pruner.sparsity()
@@ -290,7 +291,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             state["masks"] = {target.name: target.mask for target in targets}
         save_state(folder / _FILE, state)
 
-    def _resume(self, folder: Path, global_step: int) -> None:
+    def _resume(self, folder: Path, global_step: int, model: nn.Module) -> None:
         path = folder / _FILE
         if not path.is_file():
             raise ValueError(
@@ -305,6 +306,8 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"{path} should be of step {global_step}, like {folder / _TRAINER_STATE}, got step "
                 f"{state['global_step']}"
             )
+        if "masks" not in state:
+            self._check_names(folder, model)
         try:
             if "masks" in state:
                 self._check_masks(state["masks"])
@@ -313,6 +316,23 @@ class PruningCallback(TrainerCallback, ExportableState):
             self.pruner.load_state_dict(state["pruner"])
         except ValueError as error:
             raise ValueError(f"{path} does not fit the pruner: {error}") from error
+
+    def _check_names(self, folder: Path, model: nn.Module) -> None:
+        """Raises if the Trainer, which only warns of names that are missing, cannot have loaded."""
+        paths = {module: path for path, module in model.named_modules()}
+        try:
+            found = set(WeightFiles(folder))
+        except ValueError:  # of another format
+            return
+        for target in targets_of(self.pruner.params):
+            names = [f"{paths[module]}.{name}_mask" for module, name in target.places]
+            if found.isdisjoint(names):
+                raise ValueError(
+                    f"the Trainer has not loaded all of {folder}, which has no {names[0]}: "
+                    "Transformers renames the weights of some architectures when it saves them, "
+                    f"and its Trainer does not rename them back. A run of {type(model).__name__} "
+                    "with such names cannot be resumed"
+                )
 
     def _check_masks(self, masks: dict[str, Tensor]) -> None:
         for target in targets_of(self.pruner.params):

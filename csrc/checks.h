@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
@@ -235,10 +234,10 @@ struct ScoreArguments {
 };
 
 inline ScoreArguments check_scores(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, const c10::List<std::string>& names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, const at::ArrayRef<std::string>& names,
     const std::string& score) {
   ScoreArguments call{weights.vec(),       masks.vec(), references.vec(),  row_scales.vec(),
                       column_scales.vec(), names.vec(), parse_score(score)};

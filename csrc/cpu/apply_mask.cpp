@@ -81,10 +81,12 @@ at::Tensor call_apply_mask(const at::Tensor& weight, const at::Tensor& mask) {
 }
 
 void call_zero_pruned(const at::Tensor& tensor, const at::Tensor& mask) {
-  static const auto op = operator_of<void(at::TensorList, at::TensorList, c10::List<std::string>)>(
-      "torchalignprune::zero_pruned_");
+  static const auto op =
+      operator_of<void(at::TensorList, at::TensorList, at::ArrayRef<std::string>)>(
+          "torchalignprune::zero_pruned_");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  op.call({tensor}, {mask}, c10::List<std::string>({"grad"}));
+  const std::string name = "grad";
+  op.call({tensor}, {mask}, name);
 }
 
 // Whether the product would equal the weight bit for bit. Other devices would mean waiting: false.

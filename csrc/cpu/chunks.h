@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <atomic>
 #include <limits>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "entries.h"
+#include "factories.h"
 #include "huge_pages.h"
 
 namespace torchalignprune {
@@ -76,7 +76,7 @@ class Chunks {
   std::vector<at::Tensor> empty_masks() const {
     std::vector<at::Tensor> masks;
     for (const auto& own : entries) {
-      masks.push_back(at::empty_like(own.weight, at::TensorOptions().dtype(at::kBool)));
+      masks.push_back(empty_like(own.weight, at::kBool));
       advise_huge_pages(masks.back());
     }
     return masks;

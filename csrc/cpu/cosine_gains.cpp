@@ -1,12 +1,12 @@
 // What each entry adds to the alignment of its unit (row), taken in descending order of importance.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <utility>
 #include <vector>
 
 #include "entries.h"
+#include "factories.h"
 #include "operators.h"
 
 namespace torchalignprune {
@@ -276,7 +276,7 @@ at::Tensor cosine_gains_as(
     const std::optional<at::Tensor>& reference, const std::optional<at::Tensor>& column_scale,
     const std::string& name) {
   const at::ScalarType dtype = sizeof(Acc) == 4 ? at::kFloat : at::kDouble;
-  at::Tensor out = at::empty_like(weight, at::TensorOptions().dtype(dtype));
+  at::Tensor out = empty_like(weight, dtype);
   if (weight.numel() == 0) return out;
   const int64_t rows = rows_of(weight);
   const int64_t row_size = weight.numel() / rows;

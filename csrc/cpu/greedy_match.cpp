@@ -5,8 +5,6 @@
 // how many entries a round has, and nothing else. With a few times as many entries as there are
 // free rows or columns, most of those find their match, and the next round has only the rest left.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 
 #include <atomic>
 #include <cmath>
@@ -233,7 +231,7 @@ void greedy_match_as(const at::Tensor& similarity, const std::string& name, int6
 
 at::Tensor greedy_match(const at::Tensor& similarity, std::string name) {
   check_greedy_match(similarity, name);
-  at::Tensor index = at::full(
+  at::Tensor index = similarity.new_full(
       similarity.sizes().slice(0, similarity.dim() - 1), -1, similarity.options().dtype(at::kLong));
   if (similarity.numel() == 0) return index;
   const at::Tensor own = similarity.contiguous();

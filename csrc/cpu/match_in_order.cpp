@@ -1,6 +1,5 @@
 // Which of a sequence of pairs have a row and a column that no kept pair before them has.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <vector>
 
@@ -16,7 +15,7 @@ at::Tensor match_in_order(
   const at::Tensor own_columns = columns.contiguous();
   const auto* row = own_rows.const_data_ptr<int64_t>();
   const auto* column = own_columns.const_data_ptr<int64_t>();
-  at::Tensor out = at::empty(rows.sizes(), rows.options().dtype(at::kBool));
+  at::Tensor out = rows.new_empty(rows.sizes(), rows.options().dtype(at::kBool));
   auto* kept = static_cast<uint8_t*>(out.data_ptr());
   std::vector<uint8_t> has_row(row_count, 0), has_column(column_count, 0);
   for (int64_t i = 0; i < rows.numel(); ++i) {

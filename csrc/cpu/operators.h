@@ -3,7 +3,6 @@
 // group's.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -14,10 +13,10 @@
 namespace torchalignprune {
 
 std::vector<at::Tensor> select_global(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     int64_t count, std::string score);
 
 at::Tensor select_rows(
@@ -25,24 +24,24 @@ at::Tensor select_rows(
     std::string name);
 
 at::Tensor shard_counts(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t low, int64_t shift, int64_t bins);
 
 at::Tensor shard_ties(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::TensorList edges);
 
 std::vector<at::Tensor> shard_masks(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::IntArrayRef splits);
 
 at::Tensor cosine_gains(
@@ -70,15 +69,15 @@ at::Tensor unpack_entries(
 at::Tensor count_bits(const at::Tensor& bits, int64_t n);
 
 at::Tensor unit_products(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, at::IntArrayRef dims,
-    c10::List<std::string> names);
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, at::IntArrayRef dims,
+    at::ArrayRef<std::string> names);
 
 std::vector<at::Tensor> unit_combination(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, const at::Tensor& coefficients,
-    at::IntArrayRef dims, c10::List<std::string> names);
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, const at::Tensor& coefficients,
+    at::IntArrayRef dims, at::ArrayRef<std::string> names);
 
 }  // namespace torchalignprune

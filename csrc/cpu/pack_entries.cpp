@@ -3,8 +3,6 @@
 // Entry i has bit i % 8 of byte i / 8. Entries whose bit is not set are zeros; a second, shorter
 // row of bits says which of those are negative.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <limits>
 #include <tuple>
@@ -114,7 +112,7 @@ void pack_as(
   }
   lost = total.lost;
   if (lost > 0) return;
-  values = at::empty({total.kept}, weight.options());
+  values = weight.new_empty({total.kept});
   auto* to_value = static_cast<Bits*>(values.mutable_data_ptr());
   at::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
     for (int64_t block = from; block < to; ++block) {
@@ -129,7 +127,7 @@ void pack_as(
     }
   });
   if (total.negative == 0) return;
-  signs = at::zeros({bytes_of(n - total.kept)}, bits.options());
+  signs = bits.new_zeros({bytes_of(n - total.kept)});
   auto* to_sign = signs.mutable_data_ptr<uint8_t>();
   // A block's zeros begin and end within bytes that it shares with others.
   std::vector<Edge> edges(2 * blocks);
@@ -243,9 +241,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_entries(
   const at::Tensor own_mask = mask ? mask->contiguous() : at::Tensor();
   const auto* given = mask ? static_cast<const uint8_t*>(own_mask.const_data_ptr()) : nullptr;
   const auto bytes = weight.options().dtype(at::kByte);
-  at::Tensor bits = at::empty({bytes_of(weight.numel())}, bytes);
-  at::Tensor values = at::empty({0}, weight.options());
-  at::Tensor signs = at::empty({0}, bytes);
+  at::Tensor bits = weight.new_empty({bytes_of(weight.numel())}, bytes);
+  at::Tensor values = weight.new_empty({0});
+  at::Tensor signs = weight.new_empty({0}, bytes);
   int64_t lost = 0;
   if (weight.element_size() == 2) {
     pack_as<uint16_t>(own, given, bits, values, signs, lost);
@@ -254,7 +252,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack_entries(
   } else {
     pack_as<uint64_t>(own, given, bits, values, signs, lost);
   }
-  at::Tensor outside = at::empty({}, bytes.dtype(at::kLong));
+  at::Tensor outside = weight.new_empty({}, bytes.dtype(at::kLong));
   *outside.mutable_data_ptr<int64_t>() = lost;
   return {bits, values, signs, outside};
 }
@@ -276,7 +274,7 @@ at::Tensor unpack_entries(
   const bool has_signs = signs.numel() > 0;
   if (has_signs) check_bits(own_signs, n - first.back(), "signs");
   const uint8_t* sign = has_signs ? own_signs.const_data_ptr<uint8_t>() : nullptr;
-  at::Tensor out = at::empty(shape, values.options());
+  at::Tensor out = values.new_empty(shape);
   if (values.element_size() == 2) {
     unpack_as<uint16_t>(packed, first, own_values, sign, out);
   } else if (values.element_size() == 4) {
@@ -290,7 +288,7 @@ at::Tensor unpack_entries(
 at::Tensor count_bits(const at::Tensor& bits, int64_t n) {
   const at::Tensor own = bits.contiguous();
   check_bits(own, n, "bits");
-  at::Tensor count = at::empty({}, bits.options().dtype(at::kLong));
+  at::Tensor count = bits.new_empty({}, bits.options().dtype(at::kLong));
   *count.mutable_data_ptr<int64_t>() = count_blocks(own.const_data_ptr<uint8_t>(), n).back();
   return count;
 }

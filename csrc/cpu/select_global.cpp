@@ -257,10 +257,10 @@ class Selection {
 }  // namespace
 
 std::vector<at::Tensor> select_global(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     int64_t count, std::string score) {
   const auto call =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);

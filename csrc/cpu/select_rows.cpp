@@ -1,6 +1,5 @@
 // A mask that prunes exactly `counts[i]` entries of row i, those with the lowest scores.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <vector>
 
@@ -37,7 +36,7 @@ at::Tensor select_rows_as(
   const int64_t rows = weight.size(0);
   const int64_t columns = weight.size(1);
   const Entries<Acc> entries{weight, mask, std::nullopt, std::nullopt, std::nullopt, Score::value};
-  at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(at::kBool));
+  at::Tensor out = weight.new_empty(weight.sizes(), weight.options().dtype(at::kBool));
   auto* kept = static_cast<uint8_t*>(out.data_ptr());
   const at::Tensor own_counts = counts.contiguous();
   const auto* count = own_counts.const_data_ptr<int64_t>();

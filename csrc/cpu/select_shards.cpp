@@ -1,8 +1,5 @@
 // The counts that the processes holding the shards of a list of tensors add up to agree on a
 // threshold, and then the masks of the shards. The tensors here are those of one process.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <atomic>
 #include <vector>
 
@@ -24,7 +21,7 @@ class Shards {
         keep_(kernels().of<Acc>().keep[static_cast<int>(call.score)]) {}
 
   at::Tensor counts(Key low, int64_t shift, int64_t bins) const {
-    at::Tensor result = at::zeros({bins + 2}, at::kLong);
+    at::Tensor result = zero_counts(bins + 2);
     auto* total = result.mutable_data_ptr<int64_t>();
     const Key last = static_cast<Key>(bins) - 1;
     const bool to_the_end = last >= ((highest - low) >> shift);
@@ -77,7 +74,7 @@ class Shards {
         if (equal > 0) total[first[chunk.tensor] + (edge - begin)] += equal;
       }
     });
-    at::Tensor result = at::empty({stretches}, at::kLong);
+    at::Tensor result = zero_counts(stretches);
     std::copy(total.begin(), total.end(), result.mutable_data_ptr<int64_t>());
     return result;
   }
@@ -120,10 +117,10 @@ auto with_shards(const ScoreArguments& call, Run run) {
 }  // namespace
 
 at::Tensor shard_counts(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t low, int64_t shift, int64_t bins) {
   const auto call =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -134,10 +131,10 @@ at::Tensor shard_counts(
 }
 
 at::Tensor shard_ties(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::TensorList edges) {
   const auto call =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -149,10 +146,10 @@ at::Tensor shard_ties(
 }
 
 std::vector<at::Tensor> shard_masks(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::IntArrayRef splits) {
   const auto call =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);

@@ -1,7 +1,5 @@
 // The sums of squares of a tensor's rows and columns, in float64 and in one pass.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <tuple>
 #include <vector>
@@ -25,8 +23,8 @@ std::tuple<at::Tensor, at::Tensor> square_sums_as(
   // A tensor of at most one dimension has no columns to add up.
   const int64_t columns = weight.dim() < 2 ? 0 : columns_of(weight);
   const auto options = weight.options().dtype(at::kDouble);
-  at::Tensor row_sums = at::zeros({rows}, options);
-  at::Tensor column_sums = at::zeros({columns}, options);
+  at::Tensor row_sums = weight.new_zeros({rows}, options);
+  at::Tensor column_sums = weight.new_zeros({columns}, options);
   if (weight.numel() == 0) return {row_sums, column_sums};
   auto* row_sum = row_sums.mutable_data_ptr<double>();
   auto* column_sum = column_sums.mutable_data_ptr<double>();

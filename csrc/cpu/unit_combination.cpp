@@ -1,8 +1,8 @@
 // mask * (a reference + b weight) with an a and a b for each unit: the gradient of any function of
 // the unit products, in one pass.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 
+#include "factories.h"
 #include "operators.h"
 #include "unit_rows.h"
 
@@ -12,7 +12,7 @@ namespace {
 template <class Acc>
 at::Tensor unit_combination_as(
     const UnitArguments& call, const double* of_reference, const double* of_weight) {
-  at::Tensor out = at::empty_like(call.weight);
+  at::Tensor out = empty_like(call.weight, call.weight.scalar_type());
   const UnitRows<Acc> entries(call);
   if (call.weight.numel() == 0) return out;
   const int64_t dim = call.dim;
@@ -51,10 +51,10 @@ at::Tensor unit_combination_as(
 }  // namespace
 
 std::vector<at::Tensor> unit_combination(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, const at::Tensor& coefficients,
-    at::IntArrayRef dims, c10::List<std::string> names) {
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, const at::Tensor& coefficients,
+    at::IntArrayRef dims, at::ArrayRef<std::string> names) {
   const auto calls = check_unit_arguments(
       weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
   check_coefficients(calls, coefficients);

@@ -1,6 +1,5 @@
 // The inner products of every unit, from which alignment and distortion follow, in one pass.
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
 
 #include "operators.h"
 #include "unit_rows.h"
@@ -75,14 +74,14 @@ void unit_products_as(const UnitArguments& call, double* result, int64_t stride)
 }  // namespace
 
 at::Tensor unit_products(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, at::IntArrayRef dims,
-    c10::List<std::string> names) {
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, at::IntArrayRef dims,
+    at::ArrayRef<std::string> names) {
   const auto calls = check_unit_arguments(
       weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
   const int64_t units = total_units(calls);
-  at::Tensor products = at::zeros({3, units}, weights[0].options().dtype(at::kDouble));
+  at::Tensor products = weights[0].new_zeros({3, units}, weights[0].options().dtype(at::kDouble));
   auto* result = products.mutable_data_ptr<double>();
   for (const auto& call : calls) {
     call.weight.scalar_type() == at::kDouble ? unit_products_as<double>(call, result, units)

@@ -45,7 +45,7 @@ void zero_strided(const at::Tensor& tensor, const at::Tensor& mask) {
   });
 }
 
-void zero_pruned_(at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
+void zero_pruned_(at::TensorList tensors, at::TensorList masks, at::ArrayRef<std::string> names) {
   check_zero_pruned(tensors, masks, names.vec());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
@@ -64,10 +64,11 @@ void zero_pruned_(at::TensorList tensors, at::TensorList masks, c10::List<std::s
 // For every device: lets a graph that has saved one of the tensors notice that it has changed.
 void zero_and_tell(
     c10::DispatchKeySet keys, at::TensorList tensors, at::TensorList masks,
-    c10::List<std::string> names) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torchalignprune::zero_pruned_", "")
-                             .typed<void(at::TensorList, at::TensorList, c10::List<std::string>)>();
+    at::ArrayRef<std::string> names) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torchalignprune::zero_pruned_", "")
+          .typed<void(at::TensorList, at::TensorList, at::ArrayRef<std::string>)>();
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     op.redispatch(keys & c10::after_ADInplaceOrView_keyset, tensors, masks, names);
@@ -79,7 +80,7 @@ void zero_and_tell(
 
 // For devices without a kernel.
 void zero_pruned_anywhere_(
-    at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
+    at::TensorList tensors, at::TensorList masks, at::ArrayRef<std::string> names) {
   check_zero_pruned(tensors, masks, names.vec());
   for (size_t i = 0; i < tensors.size(); ++i) tensors[i].masked_fill_(masks[i].logical_not(), 0);
 }

@@ -178,10 +178,10 @@ struct ScoreTensors {
 };
 
 std::vector<at::Tensor> select_global(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     int64_t count, std::string score) {
   const auto call =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -214,10 +214,10 @@ cuda::Shards shards_of(const ScoreArguments& call, const ScoreTensors& all) {
 }
 
 at::Tensor shard_counts(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t low, int64_t shift, int64_t bins) {
   const auto arguments =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -240,10 +240,10 @@ at::Tensor shard_counts(
 }
 
 at::Tensor shard_ties(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::TensorList edges) {
   const auto arguments =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -278,10 +278,10 @@ at::Tensor shard_ties(
 }
 
 std::vector<at::Tensor> shard_masks(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& row_scales,
-    const c10::List<std::optional<at::Tensor>>& column_scales, c10::List<std::string> names,
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> row_scales,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     std::string score, int64_t key, at::IntArrayRef splits) {
   const auto arguments =
       check_scores(weights, masks, references, row_scales, column_scales, names, score);
@@ -548,10 +548,10 @@ void check_indices(const std::vector<UnitArguments>& calls) {
 }
 
 at::Tensor unit_products(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, at::IntArrayRef dims,
-    c10::List<std::string> names) {
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, at::IntArrayRef dims,
+    at::ArrayRef<std::string> names) {
   const auto calls = check_unit_arguments(
       weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
   const c10::cuda::CUDAGuard guard(weights[0].device());
@@ -571,10 +571,10 @@ at::Tensor unit_products(
 }
 
 std::vector<at::Tensor> unit_combination(
-    at::TensorList weights, const c10::List<std::optional<at::Tensor>>& masks,
-    const c10::List<std::optional<at::Tensor>>& references,
-    const c10::List<std::optional<at::Tensor>>& indices, const at::Tensor& coefficients,
-    at::IntArrayRef dims, c10::List<std::string> names) {
+    at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
+    at::ArrayRef<std::optional<at::Tensor>> references,
+    at::ArrayRef<std::optional<at::Tensor>> indices, const at::Tensor& coefficients,
+    at::IntArrayRef dims, at::ArrayRef<std::string> names) {
   const auto calls = check_unit_arguments(
       weights, masks.vec(), references.vec(), indices.vec(), dims, names.vec());
   check_coefficients(calls, coefficients);
@@ -601,7 +601,7 @@ cuda::MaskedRun run_of(const at::Tensor& values, const at::Tensor& mask, void* o
       values.numel(), values.element_size()};
 }
 
-void zero_pruned_(at::TensorList tensors, at::TensorList masks, c10::List<std::string> names) {
+void zero_pruned_(at::TensorList tensors, at::TensorList masks, at::ArrayRef<std::string> names) {
   check_zero_pruned(tensors, masks, names.vec());
   if (tensors.empty()) return;
   const c10::cuda::CUDAGuard guard(tensors[0].device());

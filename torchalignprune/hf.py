@@ -324,8 +324,12 @@ class PruningCallback(TrainerCallback, ExportableState):
             found = set(WeightFiles(folder))
         except ValueError:  # of another format
             return
-        for target in targets_of(self.pruner.params):
-            names = [f"{paths[module]}.{name}_mask" for module, name in target.places]
+        # Tied weights are saved in one of their places.
+        places: dict[int, list[str]] = {}
+        for module, name in self.pruner.params:
+            own = places.setdefault(id(stored(module, name)), [])
+            own.append(f"{paths[module]}.{name}_mask")
+        for names in places.values():
             if found.isdisjoint(names):
                 raise ValueError(
                     f"the Trainer has not loaded all of {folder}, which has no {names[0]}: "

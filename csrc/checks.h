@@ -237,7 +237,7 @@ inline ScoreArguments check_scores(
     at::TensorList weights, at::ArrayRef<std::optional<at::Tensor>> masks,
     at::ArrayRef<std::optional<at::Tensor>> references,
     at::ArrayRef<std::optional<at::Tensor>> row_scales,
-    at::ArrayRef<std::optional<at::Tensor>> column_scales, const at::ArrayRef<std::string>& names,
+    at::ArrayRef<std::optional<at::Tensor>> column_scales, at::ArrayRef<std::string> names,
     const std::string& score) {
   ScoreArguments call{weights.vec(),       masks.vec(), references.vec(),  row_scales.vec(),
                       column_scales.vec(), names.vec(), parse_score(score)};

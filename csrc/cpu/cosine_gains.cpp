@@ -75,8 +75,7 @@ class RowSort {
     }
     const auto count = static_cast<int64_t>(in_low);
     for (int64_t i = 0; i < n; ++i) {
-      // Without a branch, which would be guessed wrong: what is no candidate goes behind the
-      // others.
+      // No branch, which would be guessed wrong: what is no candidate goes behind the others.
       const uint32_t one = alive == nullptr || alive[i] != 0 ? 1 : 0;
       uint32_t& next = low[digits[i] & 255];
       spare[one != 0 ? next : in_low] = item(values, i);
